@@ -1,0 +1,1 @@
+"""Pruning of large language models: see `docs/` and the README for use, CONTRIBUTING.md for the layout."""

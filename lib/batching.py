@@ -1,0 +1,59 @@
+"""Runs a function over calibration windows in batches, halving the batch when memory runs out."""
+
+from collections.abc import Callable
+
+import torch
+
+_OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when a device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def automatic_batch_size(device: torch.device, seqlen: int) -> int:
+    """Windows in a first batch: about 32k tokens on an accelerator, 1k on a CPU, whose caches are the limit."""
+    tokens = 1024 if device.type == "cpu" else 32768
+    return max(1, tokens // seqlen)
+
+
+class Batcher:
+    """Maps functions over windows; remembers the batch size that fits, for all the passes of a run."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def map(
+        self,
+        function: Callable[[slice], torch.Tensor],
+        count: int,
+        progress: Callable[[int], object] | None = None,
+    ) -> torch.Tensor:
+        """The results of `function` over windows 0..count-1, concatenated on the CPU.
+
+        `function` gets a slice of window indices and returns one row per window, so its results must not depend on
+        how the windows are cut into batches. When it runs out of memory the batch is halved and the slice tried again;
+        with a batch of one the error is raised. `progress` is told how many windows were done.
+        """
+        results, start = [], 0
+        while start < count:
+            rows = slice(start, min(start + self.size, count))
+            try:
+                result = function(rows)
+            except Exception as error:
+                if self.size == 1 or not is_out_of_memory(error):
+                    raise
+                result = None  # leave the handler first: the traceback holds the tensors of the failed attempt
+            if result is None:
+                self.size = max(1, min(self.size, rows.stop - start) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            results.append(result.cpu())
+            if progress:
+                progress(rows.stop - start)
+            start = rows.stop
+        return torch.cat(results)

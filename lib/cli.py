@@ -1,0 +1,182 @@
+"""What the command lines share: flags, their types, checks that need no model, and exit statuses. Imports no torch."""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib.demo import DEMO_MODEL
+from lib.errors import InputError, RunError
+from lib.files import check_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+# Types ----------------------------------------------------------------------------------------------------------------
+
+
+def boolean(text: str) -> bool:
+    """True/False in any case, also 1/0 and yes/no."""
+    word = text.strip().lower()
+    if word in ("true", "1", "yes"):
+        return True
+    if word in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or more."""
+    return _at_least(0, text)
+
+
+def _at_least(lowest: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = lowest - 1
+    if number < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
+    return number
+
+
+def between_0_and_1(text: str) -> float:
+    """A number between 0 and 1, neither included."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the pruning scripts have in common: how to run, and where to write."""
+    group = parser.add_argument_group("running")
+    group.add_argument("--seed", type=count, default=0, help="seed of the calibration text (default: 0)")
+    group.add_argument(
+        "--seqlen", type=positive, help="tokens in a window (default: the model's context, at most 2048)"
+    )
+    group.add_argument(
+        "--batch_size", type=positive, help="windows at once (default: large, halved when memory runs out)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
+    group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", type=Path, help="folder for result.json, log.txt and plots (default: runs/...)")
+    group.add_argument("--overwrite", action="store_true", help="replace folders that exist and are not empty")
+
+
+def default_output_dir(tool: str, model: str) -> Path:
+    """`runs/<tool>-<model>-<time>`, with a number behind it should that exist."""
+    base = Path("runs") / f"{tool}-{short_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
+    return base if not base.exists() else next(name for name in names if not name.exists())
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub id or path, for file names; `demo` for the bundled model."""
+    return "demo" if is_demo(model) else Path(model).expanduser().resolve().name if is_path(model) else Path(model).name
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def is_demo(model: str) -> bool:
+    return model == "demo" or Path(model).expanduser().resolve() == DEMO_MODEL
+
+
+def is_path(name: str) -> bool:
+    """True when a model's name can only be a path: it exists, or does not look like a hub id."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_model(name: str) -> None:
+    """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
+    if not is_path(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model {name}: no config.json in this folder; give one that save_pretrained() wrote")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises `InputError` unless the folders that the run will write can be written."""
+    if args.output_dir:
+        check_folder(args.output_dir, args.overwrite, "--output_dir")
+    else:
+        check_folder(Path("runs"), True, "--output_dir")
+    if args.save_model:
+        check_folder(args.save_model, args.overwrite, "--save_model")
+        if args.output_dir and args.save_model.absolute() == args.output_dir.absolute():
+            raise InputError(f"--save_model {args.save_model}: is --output_dir too; name another folder")
+
+
+def prefer_cache_without_network(names: list[str]) -> None:
+    """Makes the hub libraries use their cache at once when one of the names is a hub's and the hub is out of reach."""
+    if not names or "HF_HUB_OFFLINE" in os.environ or any(name.lower() == "https_proxy" for name in os.environ):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def run(program: str, main: Callable[[], None]) -> int:
+    """Runs a script's main function; its exit status: 0 done, 1 a failure, 2 a bad input, each with one line."""
+    try:
+        main()
+        return 0
+    except InputError as error:
+        message, status = f"error: {_one_line(error)}", 2
+    except RunError as error:
+        message, status = f"failed: {_one_line(error)}", 1
+    except KeyboardInterrupt:
+        message, status = "stopped", 1
+    except Exception as error:
+        from lib.batching import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower --seqlen, use --dtype bfloat16, or spread the model with --device_map auto"
+        message, status = f"failed: out of memory with one window at a time; {advice}", 1
+    print(f"{program}: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,201 @@
+"""Names and paths of text -> windows of tokens, (N, T).
+
+A source is told by what it contains, not by its path: C4 by the file names and columns of the public repository,
+WikiText by its ` = Title = ` headings, anything else by file type. The sampling is that of the reference code.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.errors import InputError
+
+ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
+C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
+WIKITEXT_CONFIG = "wikitext-2-raw-v1"
+_C4_COLUMNS = {"text", "timestamp", "url"}
+_C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
+_ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of text, and how an evaluation joins and cuts them."""
+
+    name: str
+    documents: Sequence[str]
+    separator: str = "\n\n"
+    max_windows: int | None = None
+
+
+# Finding the documents ------------------------------------------------------------------------------------------------
+
+
+def load_corpus(source: str, purpose: str) -> Corpus:
+    """The text behind a name or path, for `purpose` "train" (calibration) or "test" (evaluation).
+
+    `source` is `demo`, `c4`, `wikitext2`, a hub id (`id:config` for one of its configurations), a `.txt`, `.json`,
+    `.jsonl` (both also `.gz`) or `.parquet` file, or a folder of such files. Raises `InputError` when there is no such text.
+    """
+    if source == "demo":
+        from lib.demo.text import documents
+
+        return Corpus("demo", ["\n\n".join(documents("train" if purpose == "train" else "held_out"))])
+    path = Path(source).expanduser()
+    if path.exists():
+        return _load_local(source, path, purpose)
+    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+        raise InputError(f"dataset {source}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
+    return _load_hub(source, purpose)
+
+
+def _load_local(source: str, path: Path, purpose: str) -> Corpus:
+    if path.is_dir():
+        files = _choose_files(_text_files(path), purpose)
+    else:
+        files = [path] if _kind(path) else []
+    if not files:
+        raise InputError(f"dataset {source}: no .txt, .json, .jsonl or .parquet file there (.gz is read too)")
+    if any(file.stat().st_size == 0 for file in files):
+        raise InputError(f"dataset {source}: {next(file for file in files if file.stat().st_size == 0)} is empty")
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"dataset {source}: files of several types ({', '.join(sorted(kinds))}); give one of them")
+    if kinds == {"txt"}:
+        return Corpus(source, [file.read_text(encoding="utf-8", errors="replace") for file in files])
+    import datasets
+
+    with _input_errors(source, "cannot be read"):
+        rows = datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+    return _corpus_of_rows(source, rows, purpose)
+
+
+def _load_hub(source: str, purpose: str) -> Corpus:
+    import datasets
+
+    repository, _, config = ALIASES.get(source, source).partition(":")
+    options: dict = {"name": config or None}
+    if repository == ALIASES["c4"]:
+        options = {"data_files": {purpose: C4_FILES[purpose]}}
+    elif repository == ALIASES["wikitext2"] and not config:
+        options = {"name": WIKITEXT_CONFIG}
+    with _input_errors(source, "cannot be loaded from the hub; without a network give the path of a local copy"):
+        rows = datasets.load_dataset(repository, split=_hub_split(repository, options, purpose), **options)
+    return _corpus_of_rows(source, rows, purpose)
+
+
+def _hub_split(repository: str, options: dict, purpose: str) -> str:
+    """The split of a hub data set that serves the purpose: `train`, or the first of test, validation, train."""
+    if purpose == "train" or "data_files" in options:
+        return purpose
+    import datasets
+
+    splits = datasets.get_dataset_split_names(repository, config_name=options["name"])
+    return next((split for split in ("test", "validation") if split in splits), "train")
+
+
+class _input_errors:
+    """Turns whatever a loading library raises into one line; its own text, cut to its first line, stands behind."""
+
+    def __init__(self, source: str, problem: str):
+        self.message = f"dataset {source}: {problem}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            first_line = (str(error.__cause__ or error) or kind.__name__).splitlines()[0]
+            raise InputError(f"{self.message} ({first_line})") from error
+
+
+def _kind(path: Path) -> str | None:
+    """`txt`, `json` or `parquet`, by the end of the file's name; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".txt"]:
+        return "txt"
+    if suffixes[-1:] == [".gz"]:
+        suffixes = suffixes[:-1] if suffixes[-2:-1] != [".parquet"] else []
+    return _ROW_TYPES.get(suffixes[-1]) if suffixes else None
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The text files below a folder; of a copy of a public repository, those of the configuration that is used."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path))
+    c4 = [path for path in files if path.name in {Path(name).name for name in C4_FILES.values()}]
+    if c4:
+        return [path for path in c4 if path.parent.name == "en"] or c4
+    return [path for path in files if WIKITEXT_CONFIG in path.relative_to(folder).parts] or files
+
+
+def _choose_files(files: list[Path], purpose: str) -> list[Path]:
+    """The files whose names say that they are for the purpose; all of them when no name says anything."""
+    for split in ("train",) if purpose == "train" else ("test", "validation", "valid", "val"):
+        chosen = [path for path in files if split in re.split(r"[^a-z]+", path.name.lower())]
+        if chosen:
+            return chosen
+    return files
+
+
+def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
+    """A corpus of a table's text column: C4, WikiText or plain documents, by columns and content."""
+    if len(rows) == 0:
+        raise InputError(f"dataset {source}: it has no rows")
+    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRING_TYPES]
+    column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if column is None:
+        raise InputError(f"dataset {source}: no text column among {', '.join(rows.column_names)}; name one `text`")
+    if set(rows.column_names) == _C4_COLUMNS:
+        documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
+        return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
+    head = [line for line in rows[:10][column] if line and line.strip()]
+    if head and re.fullmatch(r" = .+ = \n?", head[0]):
+        return Corpus(source, [(" " if purpose == "train" else "\n\n").join(rows[:][column])])
+    return Corpus(source, rows[column])
+
+
+_STRING_TYPES = ("string", "large_string", "string_view")
+
+
+# Cutting windows ------------------------------------------------------------------------------------------------------
+
+
+def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Windows (N, seqlen) for PPLLMs, as in its reference: `shuffle(seed)`, `nsamples` documents, joined by a space.
+
+    The joined text is cut into windows without the remainder, so N follows from the documents' length. A corpus of one
+    document gives its first `nsamples` windows. Raises `InputError` when there is not one full window.
+    """
+    count = len(corpus.documents)
+    if count == 1:
+        return cut_windows(tokenize(corpus.documents[0], tokenizer), seqlen, corpus.name)[:nsamples]
+    order = np.random.default_rng(seed).permutation(count)[:nsamples]  # what datasets.Dataset.shuffle does
+    text = " ".join(corpus.documents[int(index)] or "" for index in order)
+    return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
+
+
+def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int) -> torch.Tensor:
+    """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start."""
+    text = corpus.separator.join(document or "" for document in corpus.documents)
+    return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
+
+
+def tokenize(text: str, tokenizer) -> torch.Tensor:
+    """Token ids (length,) of a text, with the special tokens that the tokenizer adds by default."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def cut_windows(tokens: torch.Tensor, seqlen: int, source: str) -> torch.Tensor:
+    """(length,) -> (length // seqlen, seqlen), the remainder left out. Raises `InputError` when that is nothing."""
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise InputError(
+            f"dataset {source}: {len(tokens)} tokens are too few for one window of {seqlen}; "
+            "give more text (or more --nsamples), or a smaller --seqlen"
+        )
+    return tokens[: count * seqlen].view(count, seqlen)

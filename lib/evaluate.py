@@ -1,0 +1,50 @@
+"""Perplexity of anything that gives a loss for a window of tokens."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lib.batching import Batcher
+from lib.errors import RunError
+
+WindowLosses = Callable[[torch.Tensor], torch.Tensor]
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each token in nats: logits (..., V) of any dtype, labels (...) -> fp32 (...)."""
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
+def model_window_losses(model: torch.nn.Module) -> WindowLosses:
+    """The loss of a causal language model by its own forward, one window at a time: (B, T) ids -> fp32 (B,).
+
+    The plain way, for models as they are reloaded by others; `lib/stream.py` has the way that is used for pruning.
+    """
+
+    @torch.no_grad()
+    def window_losses(input_ids: torch.Tensor) -> torch.Tensor:
+        rows = input_ids.to(model.device).split(1)
+        losses = [token_losses(model(input_ids=row).logits[:, :-1], row[:, 1:]).mean(dim=1) for row in rows]
+        return torch.cat(losses)
+
+    return window_losses
+
+
+def perplexity(
+    window_losses: WindowLosses,
+    windows: torch.Tensor,
+    batcher: Batcher,
+    progress: Callable[[int], object] | None = None,
+) -> float:
+    """exp of the mean cross-entropy over windows (N, T), each predicted from its own start.
+
+    As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of a window, weighted by T, then over
+    windows. Raises `RunError` when it is not finite.
+    """
+    losses = batcher.map(lambda rows: window_losses(windows[rows]), len(windows), progress)
+    mean = losses.double().mean().item()
+    if not math.isfinite(mean):
+        raise RunError(f"the loss is {mean} on window {int((~losses.isfinite()).nonzero()[0])} of the evaluation text")
+    return torch.tensor(mean, dtype=torch.float64).exp().item()

@@ -1,0 +1,169 @@
+"""Writes pruned checkpoints that stock tools load: whole or not at all, and checked against the model in memory first.
+
+`hf`      removed sublayers are absent, whole layers deleted. If only whole layers went it is a stock checkpoint;
+          otherwise the folder carries `modeling_pruned.py`, loaded with `trust_remote_code=True`.
+`masked`  the stock architecture at full size, with zeros where removed sublayers gave their output.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lib.modeling_pruned as modeling_pruned
+from lib.errors import RunError
+from lib.files import whole_folder
+from lib.model import Decoder, Mode, Plan
+from lib.modeling_pruned import LAYERS_NAMES, SKIP_ATTENTION, SKIP_FFN, find_name, number_layers
+
+FORMATS = ("hf", "masked")
+OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
+
+_PRUNED_CLASS = '''
+from transformers import {stock}  # noqa: E402
+
+
+class Pruned{stock}({stock}):
+    """{stock} without the sublayers that `config.per_layer_config` lists."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        skip_sublayers(self)
+
+
+Pruned{stock}.register_for_auto_class("AutoModelForCausalLM")
+'''
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save_pruned(
+    decoder: Decoder,
+    plan: Plan,
+    tokenizer,
+    folder: Path,
+    save_format: str = "hf",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Saves the model under a plan, with its tokenizer and generation config, and leaves it pruned in memory.
+
+    Afterwards the model in memory is the one saved, and `decoder` must not be used again. Raises `InputError` for a
+    folder that cannot be written and `RunError` for a model that a format cannot hold.
+    """
+    with whole_folder(folder, overwrite, "--save_model") as draft:
+        if save_format == "masked":
+            zero_sublayers(decoder, plan)
+        else:
+            compact(decoder, plan)
+        # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
+        stock_names = save_format == "masked" or not _is_partial(plan)
+        decoder.model.save_pretrained(draft, max_shard_size=max_shard_size, save_original_format=stock_names)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if save_format == "hf" and _is_partial(plan):
+            _add_modeling_file(decoder.model, draft)
+
+
+@torch.no_grad()
+def zero_sublayers(decoder: Decoder, plan: Plan) -> None:
+    """Switches all sublayers on, and sets to zero the output projections of those that the plan removes."""
+    for index in range(decoder.num_layers):
+        decoder.set_mode(index, Mode())
+        mode = plan.mode(index)
+        for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
+            if not is_on:
+                names = decoder.sublayers[index][kind]
+                parameters = {
+                    f"{name}.{inner}": parameter
+                    for name in names
+                    for inner, parameter in getattr(decoder.layers[index], name).named_parameters()
+                }
+                outputs = [p for path, p in parameters.items() if OUTPUT_PROJECTIONS & set(path.split("."))]
+                for parameter in outputs or parameters.values():
+                    parameter.zero_()
+
+
+def compact(decoder: Decoder, plan: Plan) -> None:
+    """Takes removed sublayers and whole layers out of the model and rewrites its config, in place.
+
+    Raises `RunError` when a model built from the new config would differ from it.
+    """
+    model, kept = decoder.model, [index for index in range(plan.num_layers) if index not in plan.whole_layers]
+    stock = type(model).__name__
+    if _is_partial(plan) and not type(model).__module__.startswith("transformers."):
+        raise RunError(f"--save_format hf: {stock} is not a class of transformers; use --save_format masked")
+    decoder.apply(plan)
+    parent = model.get_decoder()
+    layers = nn.ModuleList(decoder.layers[index] for index in kept)
+    setattr(parent, find_name(parent, LAYERS_NAMES), layers)
+    modes = [plan.mode(index) for index in kept]
+    _rewrite_config(decoder.config, kept, modes)
+    number_layers(layers, getattr(decoder.config, "layer_types", None))
+    _check_rebuilt(model)
+
+
+def _is_partial(plan: Plan) -> bool:
+    """True when a layer stays that has lost one of its sublayers."""
+    return set(plan.mha_removed) != set(plan.ffn_removed)
+
+
+def _rewrite_config(config, kept: list[int], modes: list[Mode]) -> None:
+    """Makes the config that of the layers that are kept, in their modes."""
+    num_layers = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == num_layers:
+            setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:  # a layer without attention takes the type of the first attention: see number_layers
+        first = next(kind for kind, mode in zip(layer_types, modes, strict=True) if mode.attention)
+        config.layer_types = [t if m.attention else first for t, m in zip(layer_types, modes, strict=True)]
+    skipped = {
+        index: [kind for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)) if not is_on]
+        for index, mode in enumerate(modes)
+    }
+    if any(skipped.values()):
+        config.per_layer_config = {index: {"skip": kinds} for index, kinds in skipped.items() if kinds}
+
+
+def _check_rebuilt(model: nn.Module) -> None:
+    """Builds the model from its config without weights, and compares what its layers hold with those in memory."""
+    with torch.device("meta"):
+        rebuilt = type(model)(copy.deepcopy(model.config))
+    if hasattr(model.config, "per_layer_config"):
+        modeling_pruned.skip_sublayers(rebuilt)
+    wanted, found = _describe(model), _describe(rebuilt)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise RunError(
+                f"--save_format hf: a reload would have {name} = {found.get(name)} in place of {wanted.get(name)}; "
+                "use --save_format masked"
+            )
+
+
+def _describe(model: nn.Module) -> dict[str, object]:
+    """Shapes of all parameters and the plain values of all modules of the decoder layers, by dotted name."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
+    described: dict[str, object] = {name: tuple(p.shape) for name, p in layers.named_parameters()}
+    for path, module in layers.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float) and name != "training" and not name.startswith("_"):
+                described[f"{path}.{name}"] = value
+    return described
+
+
+def _add_modeling_file(model: nn.Module, folder: Path) -> None:
+    """Writes the modeling file into a saved checkpoint, and names it in its config."""
+    stock = type(model).__name__
+    source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(source + _PRUNED_CLASS.format(stock=stock), encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = [f"Pruned{stock}"]
+    config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{stock}"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

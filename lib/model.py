@@ -1,0 +1,358 @@
+"""Loading a causal language model, looking at it as a stack of decoder layers, and switching sublayers off.
+
+The architecture is found by structure: `Decoder` accepts every model whose layers are residual blocks of one attention
+and one FFN, and tries that on the model itself; anything else is refused with the reason.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.errors import InputError
+from lib.modeling_pruned import (
+    ATTENTION_NAMES,
+    FFN_NAMES,
+    LAYERS_NAMES,
+    SKIP_ATTENTION,
+    SKIP_FFN,
+    find_name,
+    skip_modules,
+)
+
+# What is pruned -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which sublayers of one decoder layer are on."""
+
+    attention: bool = True
+    ffn: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sublayers of a model are removed; a layer in both lists is gone whole.
+
+    `mha_removed` keeps the order in which the layers were chosen.
+    """
+
+    num_layers: int
+    mha_removed: tuple[int, ...] = ()
+    ffn_removed: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("mha_removed", "ffn_removed"):
+            layers = getattr(self, name)
+            if len(set(layers)) < len(layers) or not all(0 <= layer < self.num_layers for layer in layers):
+                raise ValueError(f"{name} {list(layers)} must name different layers below {self.num_layers}")
+
+    def mode(self, layer: int) -> Mode:
+        return Mode(attention=layer not in self.mha_removed, ffn=layer not in self.ffn_removed)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return tuple(self.mode(layer) for layer in range(self.num_layers))
+
+    @property
+    def whole_layers(self) -> list[int]:
+        """The layers that are removed with both their sublayers, ascending."""
+        return sorted(set(self.mha_removed) & set(self.ffn_removed))
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The text model's configuration behind a hub id or a local folder."""
+    from transformers import AutoConfig
+
+    with _loading_errors(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return config.get_text_config(decoder=True)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer behind a hub id or a local folder."""
+    from transformers import AutoTokenizer
+
+    with _loading_errors(name, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal language model in eval mode, without gradients, on `device` or spread by `device_map`.
+
+    `dtype` is a torch dtype's name, or `auto` for that of the checkpoint. Raises `InputError` when it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+    if device_map is None and device is not None:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_outline(config) -> nn.Module | None:
+    """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception:  # code that came with a model may do anything; the loaded model is checked in any case
+        return None
+
+
+@contextmanager
+def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
+    """Turns the errors of transformers and the hub into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).expanduser().is_dir():
+            raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
+        advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"
+        raise InputError(f"{name}: {part} cannot be loaded from the hub; {advice} ({reason})") from error
+
+
+# The view of a decoder ------------------------------------------------------------------------------------------------
+
+
+class StopForward(Exception):
+    """Ends a forward of the model when the layers have been reached; never leaves this module."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the model hands to each of its decoder layers besides the hidden states: masks, positions, rotary tables."""
+
+    args: list[tuple] = field(default_factory=list)
+    kwargs: list[dict] = field(default_factory=list)
+
+
+class Decoder:
+    """A causal language model as embedding, layers of attention and FFN, and tail (norm, head, softcap).
+
+    Nothing of the model's own forward is written again: the embedding and the layers' arguments come from a forward
+    whose layers only look on, the tail from one whose layers hand over given hidden states. Raises `InputError` for
+    a model that does not fit. A model without weights (on the meta device) can be counted but not run.
+    """
+
+    def __init__(self, model: nn.Module, has_weights: bool = True):
+        self.model = model
+        self.family = type(model).__name__
+        self.config = model.config.get_text_config(decoder=True)
+        self.layers = self._find_layers()
+        self.sublayers = [self._find_sublayers(index, layer) for index, layer in enumerate(self.layers)]
+        self._originals = [
+            {name: getattr(layer, name) for names in self.sublayers[index].values() for name in names}
+            for index, layer in enumerate(self.layers)
+        ]
+        self._modes = [Mode()] * len(self.layers)
+        self._returns_tuple = False
+        if has_weights:
+            self._check_residual()
+
+    # Structure
+
+    def _find_layers(self) -> nn.ModuleList:
+        decoder = self.model.get_decoder()
+        name = find_name(decoder, LAYERS_NAMES)
+        layers = getattr(decoder, name) if name else None
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise InputError(f"{self.family}: no list of decoder layers ({' or '.join(LAYERS_NAMES)}) was found")
+        if len(layers) != self.config.num_hidden_layers:
+            raise InputError(f"{self.family}: {len(layers)} layers, but {self.config.num_hidden_layers} in its config")
+        return layers
+
+    def _find_sublayers(self, index: int, layer: nn.Module) -> dict[str, list[str]]:
+        """{attention, mlp} -> the attributes of a layer that make up that sublayer."""
+        attention, ffn = find_name(layer, ATTENTION_NAMES), find_name(layer, FFN_NAMES)
+        if attention is None or ffn is None:
+            missing = "attention" if attention is None else "FFN"
+            raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
+        return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
+
+    @torch.no_grad()
+    def _check_residual(self) -> None:
+        """A layer with both sublayers off must give back its input, or removing sublayers means something else.
+
+        Tried on two tokens, once for every class of layer; learns whether layers return tuples.
+        """
+        hidden_states, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
+        first_of_class = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
+        for kind, index in first_of_class.items():
+            reason = None
+            try:
+                self.set_mode(index, Mode(attention=False, ffn=False))
+                output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
+                self._returns_tuple = isinstance(output, tuple)
+                output = output[0] if self._returns_tuple else output
+                if not torch.equal(output, hidden_states.to(output.device)):
+                    reason = "normalizes the sum of input and sublayer (post-norm), or adds the input inside a sublayer"
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = f"cannot run without its sublayers ({str(error).splitlines()[0]})"
+            finally:
+                self.set_mode(index, Mode())
+            if reason:
+                raise InputError(f"{self.family} does not fit: its layer ({kind.__name__}) {reason}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    # Parameters
+
+    def sublayer_parameters(self, index: int) -> tuple[int, int]:
+        """Parameters of one layer's attention and of its FFN, biases, inner norms and all experts included."""
+        modules = self._originals[index]
+        counts = [
+            sum(parameter.numel() for name in self.sublayers[index][kind] for parameter in modules[name].parameters())
+            for kind in (SKIP_ATTENTION, SKIP_FFN)
+        ]
+        return counts[0], counts[1]
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """All parameters, tied ones once, of the model as it was given."""
+        switched_off = {
+            id(p) for modules in self._originals for module in modules.values() for p in module.parameters()
+        }
+        here = {id(p): p.numel() for p in self.model.parameters() if id(p) not in switched_off}
+        return sum(here.values()) + sum(sum(self.sublayer_parameters(index)) for index in range(self.num_layers))
+
+    def removed_parameters(self, plan: Plan) -> int:
+        """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
+        removed = 0
+        for index in range(self.num_layers):
+            attention, ffn = self.sublayer_parameters(index)
+            mode = plan.mode(index)
+            removed += attention * (not mode.attention) + ffn * (not mode.ffn)
+            if index in plan.whole_layers:
+                skipped = {id(module) for module in self._originals[index].values()}
+                rest = [child for child in self.layers[index].children() if id(child) not in skipped]
+                removed += sum(parameter.numel() for child in rest for parameter in child.parameters())
+        return removed
+
+    # Switching sublayers
+
+    def set_mode(self, index: int, mode: Mode) -> None:
+        """Puts one layer into a mode: removed sublayers are replaced by modules that give zeros."""
+        if mode == self._modes[index]:
+            return
+        layer = self.layers[index]
+        for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
+            originals = {name: self._originals[index][name] for name in self.sublayers[index][kind]}
+            for name, module in (originals if is_on else skip_modules(layer, kind)).items():
+                setattr(layer, name, module)
+        self._modes[index] = mode
+
+    def set_modes(self, modes: Sequence[Mode]) -> None:
+        for index, mode in enumerate(modes):
+            self.set_mode(index, mode)
+
+    def apply(self, plan: Plan) -> None:
+        """Switches the plan's sublayers off, and all others on, in the model itself."""
+        self.set_modes(plan.modes)
+
+    # Running
+
+    @contextmanager
+    def _layers_do(self, functions: Sequence[Callable]) -> Iterator[None]:
+        """Inside, a call of layer i runs `functions[i](hidden_states, *args, **kwargs)` in place of its forward."""
+        kept = [vars(layer).get("forward") for layer in self.layers]
+        try:
+            for layer, function in zip(self.layers, functions, strict=True):
+                layer.forward = function
+            yield
+        finally:
+            for layer, forward in zip(self.layers, kept, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+    def _as_layer_output(self, hidden_states: torch.Tensor):
+        return (hidden_states, None) if self._returns_tuple else hidden_states
+
+    @torch.no_grad()
+    def embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
+        """The first layer's input (B, T, D) for token ids (B, T), and what every layer gets besides it."""
+        inputs, first = LayerInputs(), []
+
+        def look_on(hidden_states, *args, **kwargs):
+            if not first:
+                first.append(hidden_states)
+            inputs.args.append(args)
+            inputs.kwargs.append(kwargs)
+            if len(inputs.args) == len(self.layers):
+                raise StopForward
+            return self._as_layer_output(hidden_states)
+
+        try:
+            with self._layers_do([look_on] * len(self.layers)):
+                self.model(input_ids=input_ids.to(self.device), use_cache=False)
+        except StopForward:
+            return first[0], inputs
+        raise InputError(f"{self.family} does not fit: its forward does not call each decoder layer once")
+
+    @torch.no_grad()
+    def run_layer(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs, mode: Mode) -> torch.Tensor:
+        """The output (B, T, D) of one layer in a mode, for inputs from `embed` of the same (B, T)."""
+        if not mode.attention and not mode.ffn:
+            return hidden_states
+        self.set_mode(index, mode)
+        output = self.layers[index](hidden_states, *inputs.args[index], **inputs.kwargs[index])
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The model's tail: the last layer's output (B, T, D) -> logits (B, T, V), in the model's dtype.
+
+        T may be any number of tokens up to the context, since the tail looks at one token at a time.
+        """
+
+        def hand_over(*args, **kwargs):
+            return self._as_layer_output(hidden_states)
+
+        input_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self.device)
+        with self._layers_do([hand_over] * len(self.layers)):
+            return self.model(input_ids=input_ids, use_cache=False).logits

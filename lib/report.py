@@ -1,0 +1,134 @@
+"""What a run tells: lines on the console and in log.txt, times, environment, result.json, plots."""
+
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lib.files import write_json
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own progress bars and hints out of what a run prints, but for bars on a terminal."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
+class Report:
+    """Collects a run's lines and times; from `open` on they are also kept in the output folder."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.folder: Path | None = None
+        self._lines: list[str] = []
+
+    def open(self, folder: Path) -> None:
+        """Creates the output folder and writes what has been said so far to its log.txt."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        (folder / "log.txt").write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
+
+    def say(self, text: str = "") -> None:
+        """Prints a line, and keeps it."""
+        tqdm.write(text)
+        self._lines.append(text)
+        if self.folder:
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(text + "\n")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the block takes to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    @contextmanager
+    def progress(self, total: int, label: str) -> Iterator[Callable[[int], object]]:
+        """A progress bar on stderr, when that is a terminal; gives the function that moves it on."""
+        with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
+            yield bar.update
+
+    def result(self, content: dict) -> Path:
+        """Writes result.json, whole, and returns its path."""
+        path = self.folder / "result.json"
+        write_json(path, content)
+        return path
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and command line: what is needed to tell two runs apart."""
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": versions,
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: of the accelerator where there is one, else of the process."""
+    if device.type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def columns(cells: Sequence[str], per_row: int) -> list[str]:
+    """Cells of equal width as rows of text."""
+    width = max(map(len, cells), default=0)
+    rows = [cells[start : start + per_row] for start in range(0, len(cells), per_row)]
+    return ["  ".join(cell.rjust(width) for cell in row) for row in rows]
+
+
+def plot_removals(
+    path: Path, bi_scores: Sequence[float], mha_removed: Sequence[int], ffn_removed: Sequence[int], title: str
+) -> bool:
+    """Draws Block Influence by layer, coloured by what was removed; False when matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {  # label, colour, is it of the kind
+        "kept": ("#4477aa", lambda layer: layer not in mha_removed and layer not in ffn_removed),
+        "FFN removed": ("#ddaa33", lambda layer: layer in ffn_removed and layer not in mha_removed),
+        "attention removed": ("#228833", lambda layer: layer in mha_removed and layer not in ffn_removed),
+        "removed whole": ("#bb5566", lambda layer: layer in mha_removed and layer in ffn_removed),
+    }
+    figure, axes = plt.subplots(figsize=(max(5.0, 0.28 * len(bi_scores) + 2), 3.4), layout="constrained")
+    for label, (colour, is_kind) in kinds.items():
+        layers = [layer for layer in range(len(bi_scores)) if is_kind(layer)]
+        if layers:
+            axes.bar(layers, [bi_scores[layer] for layer in layers], color=colour, label=label)
+    step = max(1, len(bi_scores) // 20)
+    axes.set(xlabel="decoder layer", ylabel="Block Influence", title=title, yscale="log")
+    axes.set_xticks(range(0, len(bi_scores), step))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True

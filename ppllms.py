@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""PP-LLMs: depth pruning of a language model in two stages, without training.
+
+Block Influence picks the layers whose FFN goes; a greedy search picks which of them lose their attention too. Then
+perplexity is measured, and a smaller model saved.
+
+    python ppllms.py                                                     # bundled demo model and text
+    python ppllms.py --model_name meta-llama/Llama-2-13b-hf --num_blocks 40 --prune_rate 0.25
+    python ppllms.py --model_name PATH --mha_remove_layers 10 --ffn_remove_layers 10 --save_model OUT
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib import cli
+from lib.demo import DEMO_MODEL
+from lib.errors import InputError
+
+SAVE_FORMATS = ("hf", "masked")
+
+
+def ratio(text: str) -> float | str:
+    """A positive number, or `auto`."""
+    try:
+        number = text if text == "auto" else float(text)
+    except ValueError:
+        number = 0.0
+    if number != "auto" and not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+    return number
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model and budget")
+    group.add_argument("--model_name", default="demo", help="hub id or local folder (default: the bundled demo model)")
+    group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
+    group.add_argument(
+        "--prune_rate", type=cli.between_0_and_1, default=0.25, help="share of all parameters to remove (default: 0.25)"
+    )
+    group.add_argument("--mha_remove_layers", type=cli.count, help="layers to lose attention (default: automatic)")
+    group.add_argument("--ffn_remove_layers", type=cli.count, help="layers to lose their FFN (default: automatic)")
+    group.add_argument(
+        "--mha_ffn_ratio", type=ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
+    )
+    group = parser.add_argument_group("text")
+    text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
+    group.add_argument("--nsamples", type=cli.positive, default=128, help="calibration documents (default: 128)")
+    group.add_argument("--dataset", help=f"calibration text: {text} (default: c4; demo for the demo model)")
+    group.add_argument("--bi_windows", type=cli.positive, help="windows that BI is averaged over (default: all)")
+    group.add_argument(
+        "--eval_ppl", type=cli.boolean, default=True, nargs="?", const=True, help="measure perplexity (default: True)"
+    )
+    group.add_argument("--eval_datasets", nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)")
+    cli.add_shared_flags(parser)
+    group = parser.add_argument_group("saving")
+    group.add_argument("--save_model", type=Path, help="folder for the pruned model")
+    group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
+    args = parser.parse_args(arguments)
+    is_demo = cli.is_demo(args.model_name)
+    args.model_name = str(DEMO_MODEL) if is_demo else args.model_name
+    args.dataset = args.dataset or ("demo" if is_demo else "c4")
+    args.eval_datasets = list(dict.fromkeys(args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """All that can be checked before torch is imported."""
+    cli.check_model(args.model_name)
+    mha, ffn = args.mha_remove_layers, args.ffn_remove_layers
+    if mha is not None and ffn is not None and mha > ffn:
+        raise InputError(
+            f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
+            "attention is removed from layers that lose their FFN"
+        )
+    sources = [args.dataset, *args.eval_datasets]
+    for source in sources:
+        if "/" in source and cli.is_path(source) and not Path(source).expanduser().exists():
+            raise InputError(f"dataset {source}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
+    cli.check_output(args)
+    local = [source == "demo" or Path(source).expanduser().exists() for source in sources]
+    hub_names = [] if cli.is_path(args.model_name) else [args.model_name]
+    cli.prefer_cache_without_network(
+        hub_names + [s for s, is_local in zip(sources, local, strict=True) if not is_local]
+    )
+
+
+def main() -> None:
+    args = parse()
+    check(args)
+    args.output_dir = args.output_dir or cli.default_output_dir("ppllms", args.model_name)
+    from lib.depth import DepthPruning, run  # imports torch
+
+    settings = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
+    run(DepthPruning(**settings))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("ppllms.py", main))

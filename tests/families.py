@@ -1,0 +1,56 @@
+"""A tiny random model of every supported family: 4 layers, so that each kind of removal fits in one plan."""
+
+import torch
+import transformers
+
+_COMMON = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_GQA = dict(num_key_value_heads=2)
+_SLIDING = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
+
+FAMILIES = {
+    "Llama": ("LlamaConfig", {**_GQA}),
+    "LlamaTied": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "Mistral": ("MistralConfig", {**_GQA, "sliding_window": 6}),
+    "Qwen2": ("Qwen2Config", {**_GQA, **_SLIDING, "use_sliding_window": True}),
+    "Qwen3": ("Qwen3Config", {**_GQA, "head_dim": 8}),
+    "Gemma": ("GemmaConfig", {**_GQA, "head_dim": 8}),
+    "Gemma2": ("Gemma2Config", {**_GQA, **_SLIDING, "head_dim": 8}),
+    "Gemma3": ("Gemma3TextConfig", {**_GQA, **_SLIDING, "head_dim": 8}),
+    "Phi": ("PhiConfig", {}),
+    "Phi3": ("Phi3Config", {**_GQA}),
+    "OPT": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "GPTNeoX": ("GPTNeoXConfig", {}),
+    "GPTNeoXSerial": ("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "Olmo2": ("Olmo2Config", {**_GQA}),
+    "Granite": ("GraniteConfig", {**_GQA, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "Falcon": ("FalconConfig", {"ffn_hidden_size": 48, "alibi": False}),
+    "FalconSerial": ("FalconConfig", {"ffn_hidden_size": 48, "parallel_attn": False, "multi_query": False}),
+    "GPT2": ("GPT2Config", {"n_inner": 48}),
+    "Mixtral": ("MixtralConfig", {**_GQA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+
+
+def tiny_model(family: str, **changes) -> torch.nn.Module:
+    """The family's tiny model in fp32, its weights large enough that every layer matters, biases and norms included."""
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**_COMMON, **options, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def tiny_windows(count: int = 5, seqlen: int = 16) -> torch.Tensor:
+    """(count, seqlen) random token ids without the special ones."""
+    return torch.randint(3, 96, (count, seqlen), generator=torch.Generator().manual_seed(1))
