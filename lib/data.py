@@ -40,7 +40,8 @@ def load_corpus(source: str, purpose: str) -> Corpus:
     """The text behind a name or path, for `purpose` "train" (calibration) or "test" (evaluation).
 
     `source` is `demo`, `c4`, `wikitext2`, a hub id (`id:config` for one of its configurations), a `.txt`, `.json`,
-    `.jsonl` (both also `.gz`) or `.parquet` file, or a folder of such files. Raises `InputError` when there is no such text.
+    `.jsonl` (both also `.gz`) or `.parquet` file, or a folder of such files.
+    Raises `InputError` when there is no such text.
     """
     if source == "demo":
         from lib.demo.text import documents

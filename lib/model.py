@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lib.errors import InputError
@@ -111,12 +112,18 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     with _loading_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        needs_code = hasattr(model.config, "auto_map") and not trust_remote_code
+        advice = "its own code may know better: add --trust_remote_code" if needs_code else "give a complete checkpoint"
+        raise InputError(f"{name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}")
     if device_map is None and device is not None:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -138,7 +145,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     """Turns the errors of transformers and the hub into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,61 @@
+"""Fixtures: no network, no files outside temporary folders, and the shared material where it exists."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # code of reloaded checkpoints
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+
+import pytest  # noqa: E402
+
+from lib.batching import Batcher  # noqa: E402
+from lib.demo import DEMO_MODEL  # noqa: E402
+from lib.report import quiet_libraries  # noqa: E402
+from tests.families import tiny_model  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet():
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real text, a small trained Llama and the reference's figures; not part of the repository."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("the shared reference material is not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    from lib.model import load_tokenizer
+
+    return load_tokenizer(str(DEMO_MODEL))
+
+
+@pytest.fixture
+def batcher() -> Batcher:
+    return Batcher(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, demo_tokenizer) -> Path:
+    """A checkpoint on disk: a tiny random Llama with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), demo_tokenizer.eos_token_id)
+    tiny_model("Llama", vocab_size=len(demo_tokenizer), **ends).save_pretrained(folder)
+    demo_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Some kilobytes of text in one file."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(f"The layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(300)))
+    return path

@@ -1,0 +1,66 @@
+"""What the benchmarks share: models of a shape with random weights, and times side by side."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+
+def random_llama(
+    layers: int, hidden: int, ffn: int, vocab: int = 2048, context: int = 2048, heads: int = 8, dtype=torch.float32
+) -> torch.nn.Module:
+    """A Llama with random weights on the accelerator, if there is one."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+    )
+    with torch.device(device()):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, the accelerator's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Times of several functions, run in turn after one warm-up round: {name: seconds of each run}."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(runs + 1):
+        for name, function in functions.items():
+            taken = seconds(function)
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """`median (least - most)`."""
+    return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} - {max(values):.2f})"
+
+
+def machine() -> str:
+    """One line that says what the figures were measured on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device()} ({name}), {torch.get_num_threads()} threads, {versions}"

@@ -1,0 +1,142 @@
+"""The greedy search: the shared-prefix sweep beside the obvious way, toggling layers and running the whole model.
+
+    python -m benchmarks.greedy_search                  # the comparison: a narrow 32-layer Llama, candidates 20-29
+    python -m benchmarks.greedy_search --growth out.png # time against layers, candidates and windows
+
+Both sides run in one process, in turn, on the same model, windows and batch size, and must choose the same layers.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from benchmarks.common import machine, random_llama, seconds, side_by_side, spread
+from lib.batching import Batcher
+from lib.evaluate import token_losses
+from lib.model import Decoder, Plan
+from lib.search import Sweep, greedy_search
+
+
+@torch.no_grad()
+def toggling_search(
+    decoder: Decoder, windows: torch.Tensor, candidates: list[int], rounds: int, batch_size: int
+) -> list[int]:
+    """The reference's way: for every candidate of every round, switch it off and run the model over all windows."""
+    chosen: list[int] = []
+    for _ in range(rounds):
+        losses = {}
+        for layer in candidates:
+            if layer in chosen:
+                continue
+            decoder.apply(Plan(decoder.num_layers, (*chosen, layer), tuple(candidates)))
+            losses[layer] = 0.0
+            for batch in windows.to(decoder.device).split(batch_size):
+                logits = decoder.model(input_ids=batch, use_cache=False).logits
+                losses[layer] += token_losses(logits[:, :-1], batch[:, 1:]).mean(dim=1).sum().item()
+        chosen.append(min(losses, key=losses.get))
+    decoder.apply(Plan(decoder.num_layers))
+    return chosen
+
+
+def sweep_search(
+    decoder: Decoder, windows: torch.Tensor, candidates: list[int], rounds: int, batch_size: int
+) -> list[int]:
+    plan, _ = greedy_search(Sweep(decoder, windows, Batcher(batch_size)), candidates, rounds)
+    return list(plan.mha_removed)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints the ratio of the two ways, run by run."""
+    decoder = Decoder(random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen))
+    windows = torch.randint(0, 2048, (args.windows, args.seqlen))
+    candidates = list(range(args.first, args.first + args.candidates))
+    problem = (decoder, windows, candidates, args.rounds, args.batch_size)
+    chosen = {}
+    times = side_by_side(
+        {
+            "toggling": lambda: chosen.update(toggling=toggling_search(*problem)),
+            "sweep": lambda: chosen.update(sweep=sweep_search(*problem)),
+        },
+        args.runs,
+    )
+    print(f"{args.layers} layers of {args.hidden}/{args.ffn}, candidates {candidates[0]}-{candidates[-1]}, ", end="")
+    print(f"{args.rounds} rounds, {args.windows} x {args.seqlen} tokens, batch {args.batch_size}, {args.runs} runs")
+    for name, values in times.items():
+        print(f"  {name:9} {spread(values, ' s')}")
+    ratios = [slow / fast for slow, fast in zip(times["toggling"], times["sweep"], strict=True)]
+    print(f"  toggling / sweep  {spread(ratios)}")
+    print(f"  same choices: {chosen['toggling'] == chosen['sweep']} {chosen['sweep']}")
+
+
+GROWTH = {
+    "layers": [16, 32, 48, 64],
+    "candidates": [4, 8, 12, 16],
+    "windows": [2, 4, 8, 16],
+}
+BASE = {"layers": 32, "candidates": 8, "windows": 4}
+
+
+def growth(args: argparse.Namespace) -> None:
+    """Times one round while one quantity grows and the others stay; draws it."""
+    measured = {quantity: [] for quantity in GROWTH}
+    for quantity, values in GROWTH.items():
+        for value in values:
+            size = {**BASE, quantity: value}
+            decoder = Decoder(random_llama(size["layers"], 128, 344, context=args.seqlen))
+            windows = torch.randint(0, 2048, (size["windows"], args.seqlen))
+            last = size["layers"] - 3
+            candidates = list(range(last - size["candidates"] + 1, last + 1))
+            problem = (decoder, windows, candidates, 1, args.batch_size)
+            sweep_search(*problem)
+            times = [seconds(lambda p=problem: sweep_search(*p)) for _ in range(args.runs)]
+            measured[quantity].append(times)
+            print(f"{quantity} {value}: {spread(times, ' s')}", flush=True)
+    draw_growth(args.growth, measured)
+
+
+def draw_growth(path: str, measured: dict[str, list[list[float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, row = plt.subplots(1, len(measured), figsize=(9, 2.8), layout="constrained", sharey=True)
+    for axes, (quantity, runs) in zip(row, measured.items(), strict=True):
+        middle = [statistics.median(times) for times in runs]
+        axes.errorbar(
+            GROWTH[quantity],
+            middle,
+            yerr=[
+                [m - min(times) for m, times in zip(middle, runs, strict=True)],
+                [max(times) - m for m, times in zip(middle, runs, strict=True)],
+            ],
+            marker="o",
+            capsize=3,
+        )
+        axes.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].set_ylabel("seconds for one round")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--ffn", type=int, default=344)
+    parser.add_argument("--first", type=int, default=20, help="the lowest candidate layer")
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--growth", metavar="PNG", help="draw time against layers, candidates and windows instead")
+    args = parser.parse_args()
+    print(machine())
+    growth(args) if args.growth else compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Block Influence and perplexity, against one window at a time through the model's own forward."""
+
+import math
+
+import pytest
+import torch
+
+import lib.stream
+from lib.batching import Batcher
+from lib.bi import block_influence
+from lib.errors import RunError
+from lib.evaluate import model_window_losses, perplexity, token_losses
+from lib.model import Decoder, Plan
+from lib.stream import plan_window_losses, tail_losses
+from tests import reference
+from tests.families import FAMILIES, tiny_model, tiny_windows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_influence_is_that_of_the_hooked_model(family, batcher):
+    model, windows = tiny_model(family), tiny_windows(5)
+    assert block_influence(Decoder(model), windows, batcher) == pytest.approx(
+        reference.block_influence(model, windows), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_is_that_of_whole_forwards(family, batcher):
+    model, windows = tiny_model(family), tiny_windows(5)
+    expected = math.exp(reference.total_loss(model, windows) / windows.numel())
+    assert perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, batcher) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert perplexity(model_window_losses(model), windows, batcher) == pytest.approx(expected, rel=1e-5)
+
+
+def test_token_losses_are_taken_in_fp32():
+    logits, labels = torch.randn(2, 3, 50).bfloat16(), torch.randint(0, 50, (2, 3))
+    losses = token_losses(logits, labels)
+    assert losses.dtype == torch.float32 and losses.shape == (2, 3)
+    expected = -logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    assert torch.allclose(losses.double(), expected, atol=1e-5)
+
+
+def test_the_tail_never_sees_more_logits_than_allowed(monkeypatch):
+    decoder, ids = Decoder(tiny_model("Gemma2")), tiny_windows(4)
+    hidden_states = lib.stream.final_hidden_states(decoder, ids, Plan(4).modes)
+    whole = tail_losses(decoder, hidden_states, ids)
+    sizes, logits = [], decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda x: sizes.append(x.shape[0] * x.shape[1] * 96) or logits(x))
+    monkeypatch.setattr(lib.stream, "_LOGITS_AT_ONCE", 96 * 7)
+    assert torch.allclose(tail_losses(decoder, hidden_states, ids), whole, rtol=1e-5)
+    assert max(sizes) <= 96 * 7 and sum(sizes) == 96 * 4 * 15
+
+
+def test_a_layer_that_gives_nan_or_infinity_is_named(batcher):
+    for bad in (float("nan"), float("inf")):
+        model = tiny_model("Llama")
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = bad
+        with pytest.raises(RunError, match="layer 1;"):
+            block_influence(Decoder(model), tiny_windows(2), batcher)
+        with pytest.raises(RunError, match="layer 1;"):
+            perplexity(plan_window_losses(Decoder(model), Plan(4)), tiny_windows(2), batcher)
+
+
+def test_a_head_that_gives_nan_is_told_from_the_layers(batcher):
+    model = tiny_model("Llama")
+    model.lm_head.weight[5, 5] = float("nan")
+    with pytest.raises(RunError, match="in the loss"):
+        perplexity(plan_window_losses(Decoder(model), Plan(4)), tiny_windows(2), batcher)
+
+
+def test_the_batch_halves_when_memory_runs_out_and_results_stay():
+    windows, tried = tiny_windows(7), []
+
+    def losses(ids):
+        tried.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return ids.float().mean(dim=1) / 100
+
+    batcher = Batcher(7)
+    assert perplexity(losses, windows, batcher) == pytest.approx(math.exp(windows.float().mean() / 100), rel=1e-6)
+    assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and batcher.size == 1
+
+
+def test_out_of_memory_with_one_window_is_raised():
+    def losses(ids):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        perplexity(losses, tiny_windows(4), Batcher(4))
+
+
+def test_other_errors_are_not_taken_for_missing_memory():
+    def losses(ids):
+        raise RuntimeError("shapes do not match")
+
+    batcher = Batcher(4)
+    with pytest.raises(RuntimeError, match="shapes"):
+        perplexity(losses, tiny_windows(4), batcher)
+    assert batcher.size == 4
+
+
+def test_progress_counts_every_window_once():
+    seen = []
+    Batcher(3).map(lambda rows: torch.zeros(rows.stop - rows.start), 8, seen.append)
+    assert seen == [3, 3, 2]

@@ -1,0 +1,52 @@
+"""The bundled model is what the README says: small, well trained for its size, and pruned like a real one."""
+
+import json
+import sys
+
+import pytest
+
+import ppllms
+from lib import cli
+from lib.batching import Batcher
+from lib.bi import block_influence
+from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.demo import DEMO_MODEL
+from lib.evaluate import perplexity
+from lib.model import Decoder, Plan, load_model
+from lib.stream import plan_window_losses
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(load_model(str(DEMO_MODEL)))
+
+
+def test_the_demo_is_small_and_shaped_like_a_real_llama(decoder):
+    assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) <= 12e6
+    attention, ffn = decoder.sublayer_parameters(0)
+    assert decoder.num_layers >= 10 and 1.8 < ffn / attention < 2.2
+
+
+def test_removing_layers_of_low_influence_hurts_far_less(decoder, demo_tokenizer):
+    windows = calibration_windows(load_corpus("demo", "train"), demo_tokenizer, 16, 256, seed=0)
+    held_out = evaluation_windows(load_corpus("demo", "test"), demo_tokenizer, 256)[:32]
+    batcher, layers = Batcher(4), decoder.num_layers
+    ranked = sorted(range(layers), key=block_influence(decoder, windows, batcher).__getitem__)
+
+    def measure(removed: list[int]) -> float:
+        plan = Plan(layers, tuple(removed), tuple(removed))
+        return perplexity(plan_window_losses(decoder, plan), held_out, batcher)
+
+    dense, low, high = measure([]), measure(ranked[:2]), measure(ranked[-2:])
+    assert dense < 60  # a unigram model reaches about 560
+    assert low < 2.5 * dense
+    assert high > 5 * low
+
+
+def test_the_default_run_prunes_the_demo(tmp_path, monkeypatch):
+    flags = ["--output_dir", str(tmp_path / "run"), "--nsamples", "16", "--eval_ppl", "no"]
+    monkeypatch.setattr(sys, "argv", ["ppllms.py", *flags])
+    assert cli.run("ppllms.py", ppllms.main) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["dataset"] == "demo" and len(result["mha_removed"]) == 2 and len(result["ffn_removed"]) == 4
+    assert result["parameters"]["actual_rate"] == pytest.approx(0.25, abs=0.02)

@@ -1,0 +1,148 @@
+"""Saved models load in stock transformers and are the pruned model in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib.errors import InputError, RunError
+from lib.export import save_pruned
+from lib.model import Decoder, Plan
+from tests.families import FAMILIES, tiny_model, tiny_windows
+
+MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone
+WHOLE = Plan(4, mha_removed=(2,), ffn_removed=(2,))
+
+
+def _reload(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def _generate(model, ids, **options):
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [MIXED, WHOLE], ids=["mixed", "whole"])
+@pytest.mark.parametrize("save_format", ["hf", "masked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reloaded_models_are_the_pruned_one_and_generate_with_a_cache(family, save_format, plan, tmp_path):
+    model, ids = tiny_model(family), tiny_windows(3)
+    decoder = Decoder(model)
+    left = decoder.total_parameters - decoder.removed_parameters(plan)
+    decoder.apply(plan)
+    expected = model(input_ids=ids, use_cache=False).logits
+    save_pruned(decoder, plan, None, tmp_path / "out", save_format)
+    reloaded = _reload(tmp_path / "out")
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    assert torch.equal(reloaded(input_ids=ids).logits, expected)
+    if save_format == "hf":
+        assert sum(parameter.numel() for parameter in reloaded.parameters()) == left
+    uncached = _generate(reloaded, ids, use_cache=False)
+    for which in (reloaded, model):
+        assert torch.equal(_generate(which, ids, use_cache=True), uncached)
+
+
+def test_whole_layers_leave_a_stock_checkpoint(tmp_path):
+    save_pruned(Decoder(tiny_model("Gemma2")), WHOLE, None, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert config["architectures"] == ["Gemma2ForCausalLM"] and config["num_hidden_layers"] == 3
+    assert config["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
+    assert "per_layer_config" not in config and "auto_map" not in config
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # no remote code
+
+
+def test_partly_pruned_layers_are_listed_in_the_config(tmp_path):
+    save_pruned(Decoder(tiny_model("Llama")), MIXED, None, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    skipped = {int(layer): entry for layer, entry in config["per_layer_config"].items()}
+    assert skipped == {0: {"skip": ["attention"]}, 1: {"skip": ["mlp"]}}
+    assert config["num_hidden_layers"] == 3
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM"}
+    assert config["architectures"] == ["PrunedLlamaForCausalLM"]
+
+
+def test_a_masked_model_is_the_stock_architecture_at_full_size(tmp_path):
+    model = tiny_model("OPT")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    save_pruned(Decoder(model), MIXED, None, tmp_path / "out", "masked")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {name: parameter.shape for name, parameter in reloaded.named_parameters()} == shapes
+    layer = reloaded.model.decoder.layers[1]
+    assert not layer.fc2.weight.any() and not layer.fc2.bias.any() and layer.fc1.weight.any()
+
+
+@pytest.mark.parametrize("family", ["Llama", "LlamaTied"])
+def test_sharded_and_tied_checkpoints(family, tmp_path):
+    model, ids = tiny_model(family), tiny_windows(1)
+    save_pruned(Decoder(model), MIXED, None, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    reloaded = _reload(tmp_path / "out")
+    assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    tied = reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
+    assert tied == (family == "LlamaTied")
+
+
+def test_a_reloaded_model_can_be_saved_and_loaded_again(tmp_path):
+    model, ids = tiny_model("Qwen3"), tiny_windows(1)
+    save_pruned(Decoder(model), MIXED, None, tmp_path / "one")
+    _reload(tmp_path / "one").save_pretrained(tmp_path / "two")
+    assert torch.equal(_reload(tmp_path / "two")(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_half_precision_stays(tmp_path):
+    tiny_model("Llama").save_pretrained(tmp_path / "dense")
+    model, ids = _reload(tmp_path / "dense", dtype=torch.bfloat16), tiny_windows(1)
+    model.requires_grad_(False)
+    save_pruned(Decoder(model), MIXED, None, tmp_path / "out")
+    reloaded = _reload(tmp_path / "out", dtype="auto")
+    assert reloaded.dtype == torch.bfloat16
+    assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_tokenizer_and_generation_config_travel_along(tmp_path, demo_tokenizer):
+    model = tiny_model("Llama", vocab_size=len(demo_tokenizer))
+    model.generation_config.max_new_tokens = 7
+    save_pruned(Decoder(model), MIXED, demo_tokenizer, tmp_path / "out")
+    text = "The quick brown fox"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == demo_tokenizer(text).input_ids
+    assert _reload(tmp_path / "out").generation_config.max_new_tokens == 7
+
+
+def test_a_folder_with_content_is_kept_unless_told(tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path, overwrite=True)
+    assert not (tmp_path / "kept.txt").exists() and (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_save_that_breaks_leaves_what_was_there(tmp_path, monkeypatch, existing):
+    folder = tmp_path / "out"
+    if existing:
+        folder.mkdir()
+        (folder / "kept.txt").write_text("mine")
+    model = tiny_model("Llama")
+
+    def break_off(path, **options):
+        (Path(path) / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", break_off)
+    with pytest.raises(OSError):
+        save_pruned(Decoder(model), WHOLE, None, folder, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "kept.txt"] if existing else [])
+
+
+def test_a_model_that_a_reload_would_change_is_refused(tmp_path):
+    """GPT-2 can scale attention by the layer's number, which renumbering the layers would change."""
+    decoder = Decoder(tiny_model("GPT2", scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(RunError, match="scaling.*--save_format masked"):
+        save_pruned(decoder, WHOLE, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

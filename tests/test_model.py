@@ -1,0 +1,102 @@
+"""The decoder view agrees with the model's own forward, and refuses what does not fit."""
+
+import pytest
+import torch
+import transformers
+
+from lib.errors import InputError
+from lib.model import Decoder, Plan
+from lib.stream import final_hidden_states
+from tests.families import FAMILIES, tiny_model, tiny_windows
+from tests.reference import toggled
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_streamed_logits_are_the_models_own(family):
+    model, ids = tiny_model(family), tiny_windows(3)
+    decoder = Decoder(model)
+    streamed = decoder.logits(final_hidden_states(decoder, ids, Plan(4).modes))
+    assert torch.equal(streamed, model(input_ids=ids).logits)
+
+
+@every_family
+def test_a_plan_gives_what_removing_the_modules_gives(family):
+    model, ids, plan = tiny_model(family), tiny_windows(2), Plan(4, mha_removed=(2, 0), ffn_removed=(1, 2))
+    expected = toggled(model, plan.mha_removed, plan.ffn_removed)(input_ids=ids, use_cache=False).logits
+    decoder = Decoder(model)
+    streamed = decoder.logits(final_hidden_states(decoder, ids, plan.modes))
+    decoder.apply(plan)
+    assert torch.equal(streamed, expected)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+
+
+@every_family
+def test_switching_back_on_restores_the_model(family):
+    model, ids = tiny_model(family), tiny_windows(1)
+    dense = model(input_ids=ids).logits
+    decoder = Decoder(model)
+    decoder.apply(Plan(4, mha_removed=(0, 1, 3), ffn_removed=(0, 1, 2)))
+    assert (model(input_ids=ids, use_cache=False).logits - dense).abs().max() > 0.01
+    decoder.apply(Plan(4))
+    assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+@every_family
+def test_parameters_are_counted_once_and_whatever_is_switched_off(family):
+    model = tiny_model(family)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    decoder = Decoder(model)
+    decoder.apply(Plan(4, mha_removed=(0, 1), ffn_removed=(0, 2)))
+    assert decoder.total_parameters == total
+    attention, ffn = decoder.sublayer_parameters(3)
+    assert 0 < attention < total and 0 < ffn < total
+    whole = sum(parameter.numel() for parameter in decoder.layers[3].parameters())
+    assert decoder.removed_parameters(Plan(4, (3,), (3,))) == whole >= attention + ffn
+    assert decoder.removed_parameters(Plan(4, (3,), ())) == attention
+    assert decoder.removed_parameters(Plan(4, (), (3,))) == ffn
+
+
+def test_llama_counts_are_those_of_its_matrices():
+    assert Decoder(tiny_model("Llama")).sublayer_parameters(0) == (32 * (32 + 16 + 16 + 32), 3 * 32 * 48)
+
+
+def test_a_model_without_weights_can_be_counted():
+    model = tiny_model("Mixtral")
+    with torch.device("meta"):
+        outline = transformers.AutoModelForCausalLM.from_config(model.config)
+    counted, decoder = Decoder(outline, has_weights=False), Decoder(model)
+    assert counted.total_parameters == decoder.total_parameters
+    assert counted.sublayer_parameters(0) == decoder.sublayer_parameters(0)
+
+
+_SIZE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), "adds the input inside"),
+        (
+            transformers.OPTConfig(**_SIZE, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=False),
+            "post-norm",
+        ),
+        (transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2), "no attention"),
+    ],
+    ids=["bloom", "opt-post-norm", "mamba"],
+)
+def test_what_does_not_fit_is_refused_by_name_with_the_reason(config, reason):
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    with pytest.raises(InputError, match=reason) as error:
+        Decoder(model)
+    assert type(model).__name__ in str(error.value)
+
+
+def test_a_plan_names_layers_that_exist_once():
+    with pytest.raises(ValueError, match="below 4"):
+        Plan(4, mha_removed=(4,))
+    with pytest.raises(ValueError, match="different"):
+        Plan(4, ffn_removed=(1, 1))

@@ -1,0 +1,252 @@
+"""The command line: what it prints and writes, and what it says to wrong input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lib.depth
+import ppllms
+from lib import cli
+from lib.errors import RunError
+from tests.families import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, monkeypatch) -> int:
+    """The exit status of ppllms.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["ppllms.py", *map(str, arguments)])
+    return cli.run("ppllms.py", ppllms.main)
+
+
+@pytest.fixture
+def arguments(tiny_folder, text_file, tmp_path) -> list:
+    """A run of seconds: tiny model, little text, one attention and two FFNs."""
+    model = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
+    return [*model, "--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--output_dir", tmp_path / "run"]
+
+
+def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
+    assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    order = ["Parameters", "Block Influence by layer", "Candidates", "Counts", "round 1", "MHA removal layers"]
+    order += ["FFN removal layers", "Parameters  ", "Perplexity", "Written"]
+    places = [printed.index(order[0])]
+    for part in order[1:]:
+        places.append(printed.index(part, places[-1] + 1))
+    assert printed == (tmp_path / "run/log.txt").read_text()
+
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["tool"] == "ppllms" and result["seed"] == 0 and result["nsamples"] == 3
+    assert (
+        len(result["bi_scores"]) == 4
+        and result["candidates"] == sorted(range(4), key=result["bi_scores"].__getitem__)[:2]
+    )
+    assert sorted(result["candidates"]) == result["ffn_removed"] and len(result["mha_removed"]) == 1
+    (only,) = result["rounds"]
+    assert only["loss"] == min(only["losses"].values()) == only["losses"][str(only["selected"])]
+    assert set(result["seconds"]) == {"load", "data", "bi", "search", "evaluate", "save"}
+    assert result["peak_memory_bytes"] > 0
+    assert {"versions", "device", "command"} <= set(result["environment"])
+    parameters = result["parameters"]
+    assert parameters["actual_rate"] == pytest.approx(parameters["removed"] / parameters["total"])
+    assert f"{parameters['total']:,} -> {parameters['total'] - parameters['removed']:,}" in printed
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert sum(p.numel() for p in saved.parameters()) == parameters["total"] - parameters["removed"]
+
+
+def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_file, tmp_path, monkeypatch):
+    from lib.batching import Batcher
+    from lib.data import evaluation_windows, load_corpus
+    from lib.evaluate import model_window_losses, perplexity
+    from lib.model import load_tokenizer
+
+    assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
+    reported = json.loads((tmp_path / "run/result.json").read_text())["perplexity"][str(text_file)]
+    windows = evaluation_windows(load_corpus(str(text_file), "test"), load_tokenizer(str(tmp_path / "out")), 64)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    found = perplexity(model_window_losses(saved), windows, Batcher(1))
+    assert found == pytest.approx(reported["pruned"], rel=1e-5)
+    assert found != pytest.approx(reported["dense"], rel=1e-4)
+
+
+@pytest.mark.parametrize("value, measured", [("True", True), ("NO", False), ("0", False), ("yes", True), (None, True)])
+def test_eval_ppl_takes_every_spelling(arguments, tmp_path, monkeypatch, value, measured):
+    assert run(*arguments, "--eval_ppl", *([value] if value else []), monkeypatch=monkeypatch) == 0
+    assert bool(json.loads((tmp_path / "run/result.json").read_text())["perplexity"]) == measured
+
+
+@pytest.mark.parametrize(
+    "flags, key, value",
+    [
+        (["--bi_windows", 1], "bi_windows", 1),
+        (["--seqlen", 16], "seqlen", 16),
+        (["--seed", 5], "seed", 5),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--batch_size", 2], "batch_size", 2),
+        (["--num_blocks", 4], "num_layers", 4),
+        (["--device_map", "cpu"], "tool", "ppllms"),
+    ],
+)
+def test_flags_do_what_they_say(arguments, tmp_path, monkeypatch, flags, key, value):
+    assert run(*arguments, *flags, "--eval_ppl", "no", monkeypatch=monkeypatch) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())[key] == value
+
+
+def test_counts_follow_the_rate_and_the_ratio(arguments, tmp_path, monkeypatch, capsys):
+    at = arguments.index("--mha_remove_layers")
+    automatic = [*arguments[:at], *arguments[at + 4 :], "--eval_ppl", "no", "--prune_rate", 0.1]
+    assert run(*automatic, monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (len(result["mha_removed"]), len(result["ffn_removed"])) == (1, 2)
+    assert run(*automatic, "--mha_ffn_ratio", 3, "--overwrite", monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (len(result["mha_removed"]), len(result["ffn_removed"])) == (1, 3)
+    assert "with about 3 FFNs for each MHA" in capsys.readouterr().out
+
+
+def test_a_failed_save_keeps_the_result(arguments, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RunError("--save_format hf: no")
+
+    monkeypatch.setattr(lib.depth, "save_pruned", fail)
+    assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
+    assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
+    assert capsys.readouterr().err == "ppllms.py: failed: --save_format hf: no\n"
+
+
+def test_without_matplotlib_there_is_a_result_and_a_word_about_it(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*arguments, monkeypatch=monkeypatch) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*.png"))
+
+
+def test_running_out_of_memory_says_what_to_lower(arguments, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(lib.depth, "block_influence", fail)
+    assert run(*arguments, monkeypatch=monkeypatch) == 1
+    assert "lower --seqlen" in capsys.readouterr().err
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--prune_rate", "0"], "--prune_rate: '0' is not a number between 0 and 1"),
+        (["--prune_rate", "1.5"], "--prune_rate: '1.5' is not a number between 0 and 1"),
+        (["--mha_remove_layers", "-1"], "--mha_remove_layers: '-1' is not a whole number of at least 0"),
+        (["--nsamples", "0"], "--nsamples: '0' is not a whole number of at least 1"),
+        (["--eval_ppl", "maybe"], "--eval_ppl: 'maybe' is neither True nor False"),
+        (["--mha_ffn_ratio", "-2"], "neither a positive number nor auto"),
+        (["--save_format", "onnx"], "--save_format: invalid choice: 'onnx'"),
+        (["--model_nam", "x", "--bogus"], "--bogus"),
+        (["--mha_remove_layers", "3"], "more than --ffn_remove_layers 2"),
+        (["--mha_remove_layers", "4", "--ffn_remove_layers", "4"], "has 4 layers; one must stay"),
+        (["--ffn_remove_layers", "5"], "has only 4 layers"),
+        (["--num_blocks", "5"], "--num_blocks 5: .* has 4 decoder layers"),
+        (["--seqlen", "65"], "--seqlen 65: .* has a context of 64 tokens"),
+        (["--seqlen", "1"], "a window needs 2 tokens"),
+        (["--model_name", "no/such/model"], "model no/such/model: no such folder"),
+        (["--model_name", "nobody/nothing"], "nobody/nothing: .*without a network give the path of a local folder"),
+        (["--dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--eval_datasets", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: /dev/null is not a folder"),
+        (["--device", "cuda:9"], "--device cuda:9: not available"),
+        (["--device", "gpu"], "--device gpu: not available"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(arguments, tmp_path, monkeypatch, capsys, flags, problem):
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(run(*arguments, *flags, monkeypatch=monkeypatch))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and told.startswith("ppllms.py: error: ")
+    assert __import__("re").search(problem, told), told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "missing, problem",
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_an_incomplete_model_folder_is_told(arguments, tiny_folder, tmp_path, monkeypatch, capsys, missing, problem):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
+    assert problem in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "no JSON", "unknown type"])
+def test_a_broken_model_folder_is_told(arguments, tiny_folder, tmp_path, monkeypatch, capsys, damage):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    if damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "no JSON":
+        config.write_text("{")
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(tmp_path / "model") in told and not (tmp_path / "run").exists()
+
+
+def test_a_pruned_model_without_its_code_is_not_filled_with_random_weights(arguments, tmp_path, monkeypatch, capsys):
+    assert run(*arguments, "--save_model", tmp_path / "pruned", monkeypatch=monkeypatch) == 0
+    again = [*arguments, "--overwrite", "--model_name", tmp_path / "pruned"]
+    capsys.readouterr()
+    assert run(*again, monkeypatch=monkeypatch) == 2
+    assert "weights are not in the checkpoint" in (told := capsys.readouterr().err) and "--trust_remote_code" in told
+
+
+def test_a_family_that_does_not_fit_is_refused(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
+    import transformers
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=4, n_head=4, seq_length=64)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "model")
+    flags = ["--model_name", tmp_path / "model", "--seqlen", 32]
+    assert run(*arguments, *flags, monkeypatch=monkeypatch) == 2
+    assert "BloomForCausalLM does not fit" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_too_little_text_a_foreign_tokenizer_and_a_full_folder_are_told(
+    arguments, tiny_folder, text_file, demo_tokenizer, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert run(*arguments, "--dataset", tmp_path / "short.txt", monkeypatch=monkeypatch) == 2
+    assert "too few for one window of 64" in capsys.readouterr().err
+    tiny_model("Llama").save_pretrained(tmp_path / "model")
+    demo_tokenizer.save_pretrained(tmp_path / "model")
+    assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
+    assert "use the tokenizer that belongs to it" in capsys.readouterr().err
+    assert run(*arguments, "--save_model", text_file.parent, monkeypatch=monkeypatch) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_argument_errors_do_not_import_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for flags, status in (["--help"], 0), (["--prune_rate", "2"], 2), (["--model_name", "./no"], 2):
+        done = subprocess.run(
+            [sys.executable, ROOT / "ppllms.py", *flags], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == status and "torch was imported" not in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,121 @@
+"""The sweep and the greedy search give what toggling layers and running the whole model gives."""
+
+import json
+
+import pytest
+import torch
+
+from lib.batching import Batcher
+from lib.errors import InputError, RunError
+from lib.model import Decoder, Mode, Plan
+from lib.search import Budget, Counts, Sweep, Trial, choose_candidates, choose_counts, greedy_search
+from tests import reference
+from tests.families import FAMILIES, tiny_model, tiny_windows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_search_is_that_of_whole_forwards(family, batcher):
+    model, windows, candidates = tiny_model(family), tiny_windows(5), [2, 1, 3]
+    expected = reference.greedy(model, windows, candidates, mha_count=2)
+    plan, rounds = greedy_search(Sweep(Decoder(model), windows, batcher), candidates, mha_count=2)
+    for found, (losses, selected) in zip(rounds, expected, strict=True):
+        assert found.selected == selected
+        assert found.losses == pytest.approx(losses, rel=1e-5)
+    assert plan == Plan(4, tuple(selected for _, selected in expected), (1, 2, 3))
+
+
+def test_losses_do_not_depend_on_the_batch_size():
+    windows, candidates = tiny_windows(5), [0, 2, 3]
+    runs = [greedy_search(Sweep(Decoder(tiny_model("Gemma2")), windows, Batcher(n)), candidates, 2) for n in (1, 2, 5)]
+    assert len({plan for plan, _ in runs}) == 1
+    for _, rounds in runs[1:]:
+        assert [r.losses for r in rounds] == [pytest.approx(r.losses, rel=1e-6) for r in runs[0][1]]
+
+
+def test_the_kept_prefix_is_used_only_under_the_modes_it_was_made_with(batcher):
+    decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
+    sweep, closed = Sweep(decoder, windows, batcher), Mode(False, False)
+    for base in (Plan(4), Plan(4, ffn_removed=(1,)), Plan(4, (0,), (0,)), Plan(4)):
+        for layer in (3, 2, 3, 1):
+            fresh = Sweep(decoder, windows, batcher).losses(base, [Trial(layer, closed)])
+            assert sweep.losses(base, [Trial(layer, closed)]) == pytest.approx(fresh, rel=1e-6)
+
+
+def test_without_room_for_the_prefix_the_losses_are_the_same(batcher, monkeypatch):
+    decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
+    kept = greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2)
+    monkeypatch.setattr(Sweep, "_new_store", lambda self: None)
+    assert greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2) == kept
+
+
+def test_the_sweep_runs_far_fewer_layers_than_whole_forwards(monkeypatch, batcher):
+    decoder, calls = Decoder(tiny_model("Llama", num_hidden_layers=16)), []
+    run_layer = decoder.run_layer
+    monkeypatch.setattr(decoder, "run_layer", lambda *args: calls.append(args[0]) or run_layer(*args))
+    greedy_search(Sweep(decoder, tiny_windows(2), batcher), list(range(10, 14)), 2)
+    # Round 1: 10 layers of prefix, the base over 3 candidates, trials of 5, 4, 3 and 2 layers and 4 that are closed.
+    assert len(calls) <= 10 + 2 * 3 + (5 + 4 + 3 + 2 + 4) + (5 + 4 + 3 + 3)
+    assert len(calls) < 7 * 16 / 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_search_and_names_the_layer(batcher):
+    model = tiny_model("Llama")
+    model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RunError, match="layer 2"):
+        greedy_search(Sweep(Decoder(model), tiny_windows(2), batcher), [3], 1)
+
+
+def test_equal_losses_choose_the_lower_block_influence(batcher):
+    model = tiny_model("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    _, rounds = greedy_search(Sweep(Decoder(model), tiny_windows(2), batcher), [2, 1, 3], 1)
+    assert rounds[0].selected == 2
+
+
+def test_candidates_are_the_lowest_ascending_ties_by_index():
+    assert choose_candidates([0.5, 0.1, 0.3, 0.1, 0.2], 4) == [1, 3, 4, 2]
+
+
+# The budget
+
+
+def _llama2(hidden: int, ffn: int, layers: int, vocab: int = 32000) -> Budget:
+    mha, ffn = 4 * hidden * hidden, 3 * hidden * ffn
+    return Budget(layers, mha, ffn, 2 * vocab * hidden + layers * (mha + ffn + 2 * hidden) + hidden)
+
+
+def test_counts_are_the_references(shared):
+    models = {"llama-2-7b": _llama2(4096, 11008, 32), "llama-2-13b": _llama2(5120, 13824, 40)}
+    cases = json.loads((shared / "golden/budget.json").read_text())
+    assert len(cases) == 30
+    for case in cases:
+        budget = models[case["config"]]
+        counts = choose_counts(budget, case["prune_rate"], case["mha_ffn_ratio"] or budget.natural_ratio)
+        assert counts == (case["mha"], case["ffn"])
+        assert budget.rate(*counts) == pytest.approx(case["actual"], abs=1e-6)
+
+
+def test_llama2_7b_at_a_quarter():
+    assert choose_counts(_llama2(4096, 11008, 32), 0.25) == Counts(mha=5, ffn=10)
+
+
+def test_a_count_that_is_given_is_kept_and_the_other_is_searched():
+    budget = _llama2(4096, 11008, 32)
+    given_mha, given_ffn = choose_counts(budget, 0.25, mha=2), choose_counts(budget, 0.25, ffn=10)
+    assert given_mha.mha == 2 and given_ffn == Counts(5, 10)
+    for other in range(2, 33):
+        assert abs(budget.rate(*given_mha) - 0.25) <= abs(budget.rate(2, other) - 0.25)
+
+
+def test_a_rate_out_of_reach_names_the_nearest():
+    with pytest.raises(InputError, match=r"--prune_rate 0.9 cannot be reached: the nearest is 0\.5\d+ .*MHA"):
+        choose_counts(_llama2(4096, 11008, 32), 0.9)
+    with pytest.raises(InputError, match="no pair of counts"):
+        choose_counts(Budget(2, 10, 20, 100), 0.25, ratio=9.0)
+
+
+def test_greedy_never_chooses_more_attentions_than_candidates(batcher):
+    plan, rounds = greedy_search(Sweep(Decoder(tiny_model("Llama")), tiny_windows(1), batcher), [1, 2], 2)
+    assert sorted(plan.mha_removed) == [1, 2] and len(rounds[1].losses) == 1
+    assert torch.tensor([r.loss for r in rounds]).isfinite().all()
