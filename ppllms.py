@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib import cli
+from lib import cli, names
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save_model", type=Path, help="folder for the pruned model")
     group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
     args = parser.parse_args(arguments)
-    is_demo = cli.is_demo(args.model_name)
+    is_demo = names.is_demo(args.model_name)
     args.model_name = str(DEMO_MODEL) if is_demo else args.model_name
     args.dataset = args.dataset or ("demo" if is_demo else "c4")
     args.eval_datasets = list(dict.fromkeys(args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])))
@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
-    cli.check_model(args.model_name)
+    names.check_model(args.model_name)
     mha, ffn = args.mha_remove_layers, args.ffn_remove_layers
     if mha is not None and ffn is not None and mha > ffn:
         raise InputError(
@@ -76,14 +76,10 @@ def check(args: argparse.Namespace) -> None:
         )
     sources = [args.dataset, *args.eval_datasets]
     for source in sources:
-        if "/" in source and cli.is_path(source) and not Path(source).expanduser().exists():
-            raise InputError(f"dataset {source}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
+        names.check_text(source)
     cli.check_output(args)
-    local = [source == "demo" or Path(source).expanduser().exists() for source in sources]
-    hub_names = [] if cli.is_path(args.model_name) else [args.model_name]
-    cli.prefer_cache_without_network(
-        hub_names + [s for s, is_local in zip(sources, local, strict=True) if not is_local]
-    )
+    if names.is_hub_model(args.model_name) or any(map(names.is_hub_text, sources)):
+        cli.prefer_cache_without_network()
 
 
 def main() -> None:

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.demo import DEMO_MODEL
 from lib.errors import InputError, RunError
 from lib.files import check_folder
+from lib.names import short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,36 +96,7 @@ def default_output_dir(tool: str, model: str) -> Path:
     return base if not base.exists() else next(name for name in names if not name.exists())
 
 
-def short_name(model: str) -> str:
-    """The last part of a hub id or path, for file names; `demo` for the bundled model."""
-    return "demo" if is_demo(model) else Path(model).expanduser().resolve().name if is_path(model) else Path(model).name
-
-
 # Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def is_demo(model: str) -> bool:
-    return model == "demo" or Path(model).expanduser().resolve() == DEMO_MODEL
-
-
-def is_path(name: str) -> bool:
-    """True when a model's name can only be a path: it exists, or does not look like a hub id."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def check_model(name: str) -> None:
-    """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
-    if not is_path(name):
-        return
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {name}: no config.json in this folder; give one that save_pretrained() wrote")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -142,9 +111,9 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--save_model {args.save_model}: is --output_dir too; name another folder")
 
 
-def prefer_cache_without_network(names: list[str]) -> None:
-    """Makes the hub libraries use their cache at once when one of the names is a hub's and the hub is out of reach."""
-    if not names or "HF_HUB_OFFLINE" in os.environ or any(name.lower() == "https_proxy" for name in os.environ):
+def prefer_cache_without_network() -> None:
+    """Makes the hub libraries, imported later, use their cache at once when the hub is out of reach."""
+    if "HF_HUB_OFFLINE" in os.environ or any(name.lower() == "https_proxy" for name in os.environ):
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:

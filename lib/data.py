@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lib.errors import InputError
+from lib.names import check_text
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
@@ -20,7 +21,6 @@ WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _C4_COLUMNS = {"text", "timestamp", "url"}
 _C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
 _ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ def load_corpus(source: str, purpose: str) -> Corpus:
         from lib.demo.text import documents
 
         return Corpus("demo", ["\n\n".join(documents("train" if purpose == "train" else "held_out"))])
+    check_text(source)
     path = Path(source).expanduser()
-    if path.exists():
-        return _load_local(source, path, purpose)
-    if not _HUB_ID.fullmatch(source) or source.startswith("."):
-        raise InputError(f"dataset {source}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
-    return _load_hub(source, purpose)
+    return _load_local(source, path, purpose) if path.exists() else _load_hub(source, purpose)
 
 
 def _load_local(source: str, path: Path, purpose: str) -> Corpus:

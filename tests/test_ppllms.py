@@ -163,6 +163,8 @@ def test_running_out_of_memory_says_what_to_lower(arguments, monkeypatch, capsys
         (["--model_name", "nobody/nothing"], "nobody/nothing: .*without a network give the path of a local folder"),
         (["--dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
         (["--eval_datasets", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--dataset", "missing.jsonl"], "dataset missing.jsonl: no such file or folder"),
+        (["--dataset", "nobody/nothing"], "dataset nobody/nothing: .*without a network give the path of a local copy"),
         (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: /dev/null is not a folder"),
         (["--device", "cuda:9"], "--device cuda:9: not available"),
         (["--device", "gpu"], "--device gpu: not available"),

@@ -1,0 +1,56 @@
+"""What the names of models and texts mean, and checks of them that need no torch and no network."""
+
+import re
+from pathlib import Path
+
+from lib.demo import DEMO_MODEL
+from lib.errors import InputError
+
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".gz")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_TEXT = re.compile(_HUB_ID.pattern + r"(:[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def is_demo(model: str) -> bool:
+    """True for the bundled model, by name or by path."""
+    return model == "demo" or Path(model).expanduser().resolve() == DEMO_MODEL
+
+
+def is_hub_model(name: str) -> bool:
+    """True when a model's name can only be a hub id: nothing of that name exists here, and it looks like one."""
+    return not Path(name).expanduser().exists() and bool(_HUB_ID.fullmatch(name))
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub id or path, for file names; `demo` for the bundled model."""
+    return "demo" if is_demo(model) else Path(model).expanduser().absolute().name
+
+
+def check_model(name: str) -> None:
+    """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
+    if is_hub_model(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model {name}: no config.json in this folder; give one that save_pretrained() wrote")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
+
+
+def is_hub_text(name: str) -> bool:
+    """True when a text's name can only be one of the hub's: `c4`, `wikitext2`, an id or `id:config`."""
+    is_file_name = name.lower().endswith(TEXT_SUFFIXES)
+    is_here = name == "demo" or Path(name).expanduser().exists()
+    return not is_here and not is_file_name and bool(_HUB_TEXT.fullmatch(name))
+
+
+def check_text(name: str) -> None:
+    """Raises `InputError` for a path to text that does not exist; hub ids pass."""
+    if name != "demo" and not is_hub_text(name) and not Path(name).expanduser().exists():
+        raise InputError(f"dataset {name}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
