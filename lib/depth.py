@@ -11,7 +11,8 @@ from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import save_pruned
-from lib.model import Decoder, Plan, load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.model import Decoder, Plan
 from lib.report import Report, columns, environment, peak_memory_bytes, plot_removals, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.stream import plan_window_losses
@@ -77,17 +78,7 @@ def run(settings: DepthPruning) -> dict:
     perplexities = measure(report, decoder, plan, eval_windows, batcher)
 
     result = {
-        "tool": "ppllms",
-        "model": settings.model_name,
-        "seed": settings.seed,
-        "nsamples": settings.nsamples,
-        "seqlen": seqlen,
-        "dataset": settings.dataset,
-        "windows": len(windows),
-        "bi_windows": min(settings.bi_windows or len(windows), len(windows)),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "batch_size": batcher.size,
-        "num_layers": decoder.num_layers,
+        **describe_run(settings, decoder, windows, batcher),
         "bi_scores": bi_scores,
         "candidates": candidates,
         "rounds": [{"losses": r.losses, "selected": r.selected, "loss": r.loss} for r in rounds],
@@ -239,13 +230,34 @@ def finish(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan,
         )
 
 
+def describe_run(settings: DepthPruning, decoder: Decoder, windows: torch.Tensor, batcher: Batcher) -> dict:
+    """The fields of result.json that say what was asked for."""
+    return {
+        "tool": "ppllms",
+        "model": settings.model_name,
+        "seed": settings.seed,
+        "nsamples": settings.nsamples,
+        "seqlen": windows.shape[1],
+        "dataset": settings.dataset,
+        "windows": len(windows),
+        "bi_windows": min(settings.bi_windows or len(windows), len(windows)),
+        "dtype": dtype_name(decoder),
+        "batch_size": batcher.size,
+        "num_layers": decoder.num_layers,
+    }
+
+
+def dtype_name(decoder: Decoder) -> str:
+    return str(next(decoder.model.parameters()).dtype).removeprefix("torch.")
+
+
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
 def report_model(report: Report, settings: DepthPruning, decoder: Decoder, windows: torch.Tensor) -> None:
     mha, ffn = decoder.sublayer_parameters(0)
-    dtype = str(next(decoder.model.parameters()).dtype).removeprefix("torch.")
-    report.say(f"Model       {settings.model_name} ({decoder.family}, {dtype}, {decoder.device})")
+    name = f"{decoder.family}, {dtype_name(decoder)}, {decoder.device}"
+    report.say(f"Model       {settings.model_name} ({name})")
     report.say(f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers; a layer's attention {mha:,}")
     report.say(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")
     report.say(

@@ -33,7 +33,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_tokenizer():
-    from lib.model import load_tokenizer
+    from lib.loading import load_tokenizer
 
     return load_tokenizer(str(DEMO_MODEL))
 

@@ -150,7 +150,7 @@ def test_too_little_text_says_how_little():
 
 
 def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shared):
-    from lib.model import load_tokenizer
+    from lib.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared / "models/stories260K"))
     c4, wikitext = (load_corpus(str(shared / "data" / name), "test") for name in ("c4", "wikitext"))

@@ -12,7 +12,8 @@ from lib.bi import block_influence
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
-from lib.model import Decoder, Plan, load_model
+from lib.loading import load_model
+from lib.model import Decoder, Plan
 from lib.stream import plan_window_losses
 
 

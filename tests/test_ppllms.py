@@ -67,7 +67,7 @@ def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_fi
     from lib.batching import Batcher
     from lib.data import evaluation_windows, load_corpus
     from lib.evaluate import model_window_losses, perplexity
-    from lib.model import load_tokenizer
+    from lib.loading import load_tokenizer
 
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     reported = json.loads((tmp_path / "run/result.json").read_text())["perplexity"][str(text_file)]
