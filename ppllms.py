@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from lib import cli, names
-from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
 SAVE_FORMATS = ("hf", "masked")
@@ -59,7 +58,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
     args = parser.parse_args(arguments)
     is_demo = names.is_demo(args.model_name)
-    args.model_name = str(DEMO_MODEL) if is_demo else args.model_name
     args.dataset = args.dataset or ("demo" if is_demo else "c4")
     args.eval_datasets = list(dict.fromkeys(args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])))
     return args

@@ -13,6 +13,7 @@ from lib.evaluate import perplexity
 from lib.export import save_pruned
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder, Plan
+from lib.names import short_name
 from lib.report import Report, columns, environment, peak_memory_bytes, plot_removals, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.stream import plan_window_losses
@@ -211,8 +212,7 @@ def finish(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan,
     report.seconds["save"] = 0.0
     path = report.result(result)
     plot = report.folder / "block_influence.png"
-    name = Path(settings.model_name).name
-    title = f"{name}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
+    title = f"{short_name(settings.model_name)}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
     has_plot = plot_removals(plot, result["bi_scores"], plan.mha_removed, plan.ffn_removed, title)
     if settings.save_model:
         with report.timed("save"):

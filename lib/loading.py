@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lib.errors import InputError
+from lib.names import locate_model
 
 
 def resolve_device(device: str) -> torch.device:
@@ -28,7 +29,7 @@ def load_config(name: str, trust_remote_code: bool = False):
     from transformers import AutoConfig
 
     with _loading_errors(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(locate_model(name), trust_remote_code=trust_remote_code)
     return config.get_text_config(decoder=True)
 
 
@@ -37,7 +38,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     with _loading_errors(name, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(locate_model(name), trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -55,7 +56,7 @@ def load_model(
 
     with _loading_errors(name):
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            name,
+            locate_model(name),
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             trust_remote_code=trust_remote_code,
@@ -91,7 +92,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).expanduser().is_dir():
+        if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"
         raise InputError(f"{name}: {part} cannot be loaded from the hub; {advice} ({reason})") from error

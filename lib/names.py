@@ -18,9 +18,17 @@ def is_demo(model: str) -> bool:
     return model == "demo" or Path(model).expanduser().resolve() == DEMO_MODEL
 
 
+def locate_model(name: str) -> str:
+    """What a loading library needs for a model's name: the folder of `demo`, a path without `~`, or the hub id."""
+    if is_demo(name):
+        return str(DEMO_MODEL)
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else name
+
+
 def is_hub_model(name: str) -> bool:
     """True when a model's name can only be a hub id: nothing of that name exists here, and it looks like one."""
-    return not Path(name).expanduser().exists() and bool(_HUB_ID.fullmatch(name))
+    return name != "demo" and not Path(name).expanduser().exists() and bool(_HUB_ID.fullmatch(name))
 
 
 def short_name(model: str) -> str:
@@ -30,7 +38,7 @@ def short_name(model: str) -> str:
 
 def check_model(name: str) -> None:
     """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
-    if is_hub_model(name):
+    if is_demo(name) or is_hub_model(name):
         return
     folder = Path(name).expanduser()
     if not folder.is_dir():

@@ -1,5 +1,6 @@
 """What a run tells: lines on the console and in log.txt, times, environment, result.json, plots."""
 
+import os
 import platform
 import resource
 import shlex
@@ -45,12 +46,16 @@ class Report:
         (folder / "log.txt").write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
 
     def say(self, text: str = "") -> None:
-        """Prints a line, and keeps it."""
-        tqdm.write(text)
+        """Keeps a line, and prints it; a reader of stdout that has gone away does not end the run."""
         self._lines.append(text)
         if self.folder:
             with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(text + "\n")
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

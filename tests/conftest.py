@@ -11,7 +11,6 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 import pytest  # noqa: E402
 
 from lib.batching import Batcher  # noqa: E402
-from lib.demo import DEMO_MODEL  # noqa: E402
 from lib.report import quiet_libraries  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
 
@@ -35,7 +34,7 @@ def shared() -> Path:
 def demo_tokenizer():
     from lib.loading import load_tokenizer
 
-    return load_tokenizer(str(DEMO_MODEL))
+    return load_tokenizer("demo")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lib.stream import plan_window_losses
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(load_model(str(DEMO_MODEL)))
+    return Decoder(load_model("demo"))
 
 
 def test_the_demo_is_small_and_shaped_like_a_real_llama(decoder):

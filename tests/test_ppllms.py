@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,33 @@ def test_running_out_of_memory_says_what_to_lower(arguments, monkeypatch, capsys
     monkeypatch.setattr(lib.depth, "block_influence", fail)
     assert run(*arguments, monkeypatch=monkeypatch) == 1
     assert "lower --seqlen" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(arguments, tmp_path):
+    command = [sys.executable, ROOT / "ppllms.py", *arguments, "--eval_ppl", "no"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.wait(120), process.stderr.read()) == (0, b"")
+    assert "MHA removal layers" in (tmp_path / "run/log.txt").read_text()
+    assert (tmp_path / "run/result.json").exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp_path, kind):
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 10000]
+    flags += ["--seqlen", 4, "--batch_size", 1, "--output_dir", tmp_path / "run", "--save_model", tmp_path / "out"]
+    flags += ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
+    process = subprocess.Popen(
+        list(map(str, [sys.executable, ROOT / "ppllms.py", *flags])), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in process.stdout:
+        if b"Greedy search" in line:
+            process.send_signal(kind)
+            break
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
+    assert told == (b"ppllms.py: stopped\n" if kind == signal.SIGINT else b"")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log.txt", "run"]
 
 
 # Wrong input
