@@ -11,7 +11,6 @@ perplexity is measured, and a smaller model saved.
 
 import argparse
 import sys
-from pathlib import Path
 
 from lib import cli, names
 from lib.errors import InputError
@@ -19,21 +18,12 @@ from lib.errors import InputError
 SAVE_FORMATS = ("hf", "masked")
 
 
-def ratio(text: str) -> float | str:
-    """A positive number, or `auto`."""
-    try:
-        number = text if text == "auto" else float(text)
-    except ValueError:
-        number = 0.0
-    if number != "auto" and not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
-    return number
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("model and budget")
-    group.add_argument("--model_name", default="demo", help="hub id or local folder (default: the bundled demo model)")
+    group.add_argument(
+        "--model_name", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+    )
     group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
     group.add_argument(
         "--prune_rate", type=cli.between_0_and_1, default=0.25, help="share of all parameters to remove (default: 0.25)"
@@ -41,20 +31,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mha_remove_layers", type=cli.count, help="layers to lose attention (default: automatic)")
     group.add_argument("--ffn_remove_layers", type=cli.count, help="layers to lose their FFN (default: automatic)")
     group.add_argument(
-        "--mha_ffn_ratio", type=ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
+        "--mha_ffn_ratio", type=cli.ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
     )
     group = parser.add_argument_group("text")
     text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
     group.add_argument("--nsamples", type=cli.positive, default=128, help="calibration documents (default: 128)")
-    group.add_argument("--dataset", help=f"calibration text: {text} (default: c4; demo for the demo model)")
+    group.add_argument(
+        "--dataset", type=cli.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"
+    )
     group.add_argument("--bi_windows", type=cli.positive, help="windows that BI is averaged over (default: all)")
     group.add_argument(
         "--eval_ppl", type=cli.boolean, default=True, nargs="?", const=True, help="measure perplexity (default: True)"
     )
-    group.add_argument("--eval_datasets", nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)")
+    group.add_argument(
+        "--eval_datasets", type=cli.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
+    )
     cli.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
-    group.add_argument("--save_model", type=Path, help="folder for the pruned model")
+    group.add_argument("--save_model", type=cli.folder, help="folder for the pruned model")
     group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
     args = parser.parse_args(arguments)
     is_demo = names.is_demo(args.model_name)
@@ -72,6 +66,8 @@ def check(args: argparse.Namespace) -> None:
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
         )
+    if args.device_map and args.device != "auto":
+        raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
     sources = [args.dataset, *args.eval_datasets]
     for source in sources:
         names.check_text(source)

@@ -4,14 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-_OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises when a device or the host has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+from lib.errors import is_out_of_memory
 
 
 def automatic_batch_size(device: torch.device, seqlen: int) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.errors import InputError, RunError
-from lib.files import check_folder
-from lib.names import short_name
+from lib.errors import InputError, RunError, is_out_of_memory
+from lib.files import RESULT, check_model_folder, check_writable
+from lib.names import is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -67,6 +67,29 @@ def between_0_and_1(text: str) -> float:
     return number
 
 
+def ratio(text: str) -> float | str:
+    """A number from 0.01 to 100, or `auto`."""
+    try:
+        number = text if text == "auto" else float(text)
+    except ValueError:
+        number = 0.0
+    if number != "auto" and not 0.01 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0.01 to 100 nor auto")
+    return number
+
+
+def name(text: str) -> str:
+    """The name of a model or text: anything but nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
+
+
+def folder(text: str) -> Path:
+    """A path, `~` expanded."""
+    return Path(name(text)).expanduser()
+
+
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 
@@ -85,8 +108,10 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", type=Path, help="folder for result.json, log.txt and plots (default: runs/...)")
-    group.add_argument("--overwrite", action="store_true", help="replace folders that exist and are not empty")
+    group.add_argument(
+        "--output_dir", type=folder, help="folder for result.json, log.txt and plots (default: runs/...)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the result or the model in these folders")
 
 
 def default_output_dir(tool: str, model: str) -> Path:
@@ -100,15 +125,18 @@ def default_output_dir(tool: str, model: str) -> Path:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Raises `InputError` unless the folders that the run will write can be written."""
-    if args.output_dir:
-        check_folder(args.output_dir, args.overwrite, "--output_dir")
-    else:
-        check_folder(Path("runs"), True, "--output_dir")
-    if args.save_model:
-        check_folder(args.save_model, args.overwrite, "--save_model")
-        if args.output_dir and args.save_model.absolute() == args.output_dir.absolute():
-            raise InputError(f"--save_model {args.save_model}: is --output_dir too; name another folder")
+    """Raises `InputError` unless what the run will write can be written, without harm to what is there."""
+    check_writable(args.output_dir or Path("runs"), "--output_dir")
+    if args.output_dir and (args.output_dir / RESULT).exists() and not args.overwrite:
+        raise InputError(f"--output_dir {args.output_dir}: holds a result; name another folder or add --overwrite")
+    if not args.save_model:
+        return
+    check_model_folder(args.save_model, args.overwrite, "--save_model")
+    target, output = args.save_model.resolve(), (args.output_dir or Path("runs")).resolve()
+    if target == output or target in output.parents:
+        raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
+    if not is_hub_model(args.model_name) and target == Path(locate_model(args.model_name)).resolve():
+        raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
 
 
 def prefer_cache_without_network() -> None:
@@ -132,13 +160,11 @@ def run(program: str, main: Callable[[], None]) -> int:
         return 0
     except InputError as error:
         message, status = f"error: {_one_line(error)}", 2
-    except RunError as error:
+    except (RunError, OSError) as error:
         message, status = f"failed: {_one_line(error)}", 1
     except KeyboardInterrupt:
-        message, status = "stopped", 1
+        message, status = "stopped before the end; the same command starts again", 1
     except Exception as error:
-        from lib.batching import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         advice = "lower --seqlen, use --dtype bfloat16, or spread the model with --device_map auto"

@@ -20,6 +20,7 @@ C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-valida
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _C4_COLUMNS = {"text", "timestamp", "url"}
 _C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
+_SPLITS = ("train", "test", "validation", "valid", "val")
 _ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -53,12 +54,13 @@ def load_corpus(source: str, purpose: str) -> Corpus:
 
 
 def _load_local(source: str, path: Path, purpose: str) -> Corpus:
-    if path.is_dir():
-        files = _choose_files(_text_files(path), purpose)
-    else:
-        files = [path] if _kind(path) else []
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        raise InputError(f"dataset {source}: written by save_to_disk(); export it with to_parquet() or to_json()")
+    files = [file for file in ([path] if path.is_file() else _text_files(path)) if _kind(file)]
     if not files:
-        raise InputError(f"dataset {source}: no .txt, .json, .jsonl or .parquet file there (.gz is read too)")
+        raise InputError(f"dataset {source}: no .txt, .json, .json.gz, .jsonl, .jsonl.gz or .parquet file there")
+    if path.is_dir():
+        files = _choose_files(source, files, purpose)
     if any(file.stat().st_size == 0 for file in files):
         raise InputError(f"dataset {source}: {next(file for file in files if file.stat().st_size == 0)} is empty")
     kinds = {_kind(file) for file in files}
@@ -131,12 +133,18 @@ def _text_files(folder: Path) -> list[Path]:
     return [path for path in files if WIKITEXT_CONFIG in path.relative_to(folder).parts] or files
 
 
-def _choose_files(files: list[Path], purpose: str) -> list[Path]:
-    """The files whose names say that they are for the purpose; all of them when no name says anything."""
-    for split in ("train",) if purpose == "train" else ("test", "validation", "valid", "val"):
-        chosen = [path for path in files if split in re.split(r"[^a-z]+", path.name.lower())]
-        if chosen:
-            return chosen
+def _choose_files(source: str, files: list[Path], purpose: str) -> list[Path]:
+    """The files whose names say that they are for the purpose; all of them when no name says anything.
+
+    Raises `InputError` when all names speak of the other purpose: to use that text, its files are named.
+    """
+    by_split = {split: [f for f in files if split in re.split(r"[^a-z]+", f.name.lower())] for split in _SPLITS}
+    for split in _SPLITS[:1] if purpose == "train" else _SPLITS[1:]:
+        if by_split[split]:
+            return by_split[split]
+    if sum(map(len, by_split.values())) == len(files):
+        needed = "training" if purpose == "train" else "test or validation"
+        raise InputError(f"dataset {source}: no {needed} file in this folder; to use another split, name its file")
     return files
 
 
@@ -147,7 +155,8 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
     strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRING_TYPES]
     column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if column is None:
-        raise InputError(f"dataset {source}: no text column among {', '.join(rows.column_names)}; name one `text`")
+        found = ", ".join(rows.column_names)
+        raise InputError(f"dataset {source}: no text column among {found}; one must hold strings, and be named `text`")
     if set(rows.column_names) == _C4_COLUMNS:
         documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
@@ -171,7 +180,8 @@ def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, s
     """
     count = len(corpus.documents)
     if count == 1:
-        return cut_windows(tokenize(corpus.documents[0], tokenizer), seqlen, corpus.name)[:nsamples]
+        tokens = tokenize_start(corpus.documents[0], tokenizer, nsamples * seqlen)
+        return cut_windows(tokens, seqlen, corpus.name)[:nsamples]
     order = np.random.default_rng(seed).permutation(count)[:nsamples]  # what datasets.Dataset.shuffle does
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
     return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
@@ -186,6 +196,23 @@ def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int) -> torch.Tensor:
 def tokenize(text: str, tokenizer) -> torch.Tensor:
     """Token ids (length,) of a text, with the special tokens that the tokenizer adds by default."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def tokenize_start(text: str, tokenizer, count: int) -> torch.Tensor:
+    """At least the first `count` tokens of a text, or all: a long text is not tokenized whole for a few windows.
+
+    The text is cut at a space, and the tokens next to the cut, which it may have changed, are left out.
+    """
+    length = 8 * (count + _NEAR_THE_CUT)
+    while (end := text.find(" ", length)) != -1:
+        tokens = tokenize(text[:end], tokenizer)[:-_NEAR_THE_CUT]
+        if len(tokens) >= count:
+            return tokens
+        length *= 2
+    return tokenize(text, tokenizer)
+
+
+_NEAR_THE_CUT = 64  # tokens
 
 
 def cut_windows(tokens: torch.Tensor, seqlen: int, source: str) -> torch.Tensor:

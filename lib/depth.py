@@ -10,11 +10,12 @@ from lib.bi import block_influence
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import perplexity
-from lib.export import save_pruned
+from lib.export import check_format, save_pruned
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder, Plan
+from lib.modeling_pruned import skip_lists
 from lib.names import short_name
-from lib.report import Report, columns, environment, peak_memory_bytes, plot_removals, quiet_libraries
+from lib.report import PLOT, Report, columns, environment, peak_memory_bytes, plot_removals, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.stream import plan_window_losses
 
@@ -66,6 +67,8 @@ def run(settings: DepthPruning) -> dict:
             find_counts(settings, Decoder(outline, has_weights=False))
         model = load_model(settings.model_name, settings.dtype, device, settings.device_map, settings.trust_remote_code)
         decoder = Decoder(model)
+        if settings.save_model:
+            check_format(model, settings.save_format)
     report.open(settings.output_dir)
     report_model(report, settings, decoder, windows)
 
@@ -101,6 +104,10 @@ def run(settings: DepthPruning) -> dict:
 def check_config(settings: DepthPruning, config) -> int:
     """Checks counts and window length against a model's config; returns the window length in tokens."""
     layers, name = config.num_hidden_layers, settings.model_name
+    if layers < 2:
+        raise InputError(f"{name} has {layers} decoder layers; pruning needs at least 2")
+    if hasattr(config, "per_layer_config") and any(skip_lists(config)):
+        raise InputError(f"{name} has been pruned already; give the model that it was made from")
     if settings.num_blocks not in (None, layers):
         raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
     if (settings.mha_remove_layers or 0) >= layers:
@@ -211,7 +218,7 @@ def finish(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan,
     """Writes result.json and the plot, then the model; what was found is safe should saving fail."""
     report.seconds["save"] = 0.0
     path = report.result(result)
-    plot = report.folder / "block_influence.png"
+    plot = report.folder / PLOT
     title = f"{short_name(settings.model_name)}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
     has_plot = plot_removals(plot, result["bi_scores"], plan.mha_removed, plan.ffn_removed, title)
     if settings.save_model:

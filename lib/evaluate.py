@@ -17,21 +17,6 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.view(labels.shape)
 
 
-def model_window_losses(model: torch.nn.Module) -> WindowLosses:
-    """The loss of a causal language model by its own forward, one window at a time: (B, T) ids -> fp32 (B,).
-
-    The plain way, for models as they are reloaded by others; `lib/stream.py` has the way that is used for pruning.
-    """
-
-    @torch.no_grad()
-    def window_losses(input_ids: torch.Tensor) -> torch.Tensor:
-        rows = input_ids.to(model.device).split(1)
-        losses = [token_losses(model(input_ids=row).logits[:, :-1], row[:, 1:]).mean(dim=1) for row in rows]
-        return torch.cat(losses)
-
-    return window_losses
-
-
 def perplexity(
     window_losses: WindowLosses,
     windows: torch.Tensor,

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 import lib.modeling_pruned as modeling_pruned
-from lib.errors import RunError
+from lib.errors import InputError, RunError
 from lib.files import whole_folder
 from lib.model import Decoder, Mode, Plan
 from lib.modeling_pruned import LAYERS_NAMES, SKIP_ATTENTION, SKIP_FFN, find_name, number_layers
 
-FORMATS = ("hf", "masked")
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 
 _PRUNED_CLASS = '''
@@ -35,6 +34,15 @@ class Pruned{stock}({stock}):
 
 Pruned{stock}.register_for_auto_class("AutoModelForCausalLM")
 '''
+
+
+def check_format(model: nn.Module, save_format: str) -> None:
+    """Raises `InputError` for a model that a format cannot hold, whatever the plan will be."""
+    name = type(model).__name__
+    if save_format == "hf" and not type(model).__module__.startswith("transformers."):
+        raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
+    if save_format == "masked" and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("--save_format masked: weights that are offloaded cannot be masked; use --save_format hf")
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -70,7 +78,10 @@ def save_pruned(
 
 @torch.no_grad()
 def zero_sublayers(decoder: Decoder, plan: Plan) -> None:
-    """Switches all sublayers on, and sets to zero the output projections of those that the plan removes."""
+    """Switches all sublayers on, and sets to zero the output projections of those that the plan removes.
+
+    Raises `RunError` for weights that are offloaded, which cannot be changed in place.
+    """
     for index in range(decoder.num_layers):
         decoder.set_mode(index, Mode())
         mode = plan.mode(index)
@@ -84,6 +95,8 @@ def zero_sublayers(decoder: Decoder, plan: Plan) -> None:
                 }
                 outputs = [p for path, p in parameters.items() if OUTPUT_PROJECTIONS & set(path.split("."))]
                 for parameter in outputs or parameters.values():
+                    if parameter.is_meta:
+                        raise RunError("--save_format masked: the weights are offloaded; use --save_format hf")
                     parameter.zero_()
 
 
@@ -93,9 +106,6 @@ def compact(decoder: Decoder, plan: Plan) -> None:
     Raises `RunError` when a model built from the new config would differ from it.
     """
     model, kept = decoder.model, [index for index in range(plan.num_layers) if index not in plan.whole_layers]
-    stock = type(model).__name__
-    if _is_partial(plan) and not type(model).__module__.startswith("transformers."):
-        raise RunError(f"--save_format hf: {stock} is not a class of transformers; use --save_format masked")
     decoder.apply(plan)
     parent = model.get_decoder()
     layers = nn.ModuleList(decoder.layers[index] for index in kept)

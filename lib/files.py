@@ -10,27 +10,45 @@ from pathlib import Path
 
 from lib.errors import InputError
 
+RESULT = "result.json"
+_DRAFT, _REPLACED = ".{}.partial-", "-replaced"
 
-def check_folder(folder: Path, overwrite: bool, flag: str) -> None:
-    """Raises `InputError` unless a folder can be written: new or empty, or `overwrite`; under a writable parent."""
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"{flag} {folder}: exists and is not empty; name another folder or add --overwrite")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"{flag} {folder}: {existing} is not a folder; name another")
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises `InputError` unless a folder of that name can be made, or written when it exists."""
     try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"{flag} {folder}: {existing} is not a folder; name another")
         tempfile.TemporaryFile(dir=existing).close()
+        longest = os.pathconf(existing, "PC_NAME_MAX") - len(_DRAFT.format("") + 8 * "x" + _REPLACED)
+        if len(os.fsencode(folder.name)) > longest:
+            raise InputError(f"{flag} {folder}: the name is too long; at most {longest} bytes")
     except OSError as error:
-        raise InputError(f"{flag} {folder}: {existing} cannot be written ({error.strerror}); name another") from error
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); name another") from error
+
+
+def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
+    """Raises `InputError` unless a model may be saved there: nothing is in it, or `overwrite` and an old model."""
+    check_writable(folder, flag)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{flag} {folder}: exists and is not empty; name another folder or add --overwrite")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag} {folder}: holds no model, so --overwrite does not replace it; name another folder")
 
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is deleted otherwise."""
-    check_folder(folder, overwrite, flag)
-    folder = folder.absolute()
+    """A temporary folder beside `folder` that takes its place when the block ends well, and is deleted otherwise.
+
+    Raises `InputError` where `check_model_folder` does.
+    """
+    check_model_folder(folder, overwrite, flag)
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
     try:
         yield draft
         mask = _umask()
@@ -38,7 +56,7 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
         for file in draft.iterdir():  # some libraries write files that only their owner can read
             file.chmod(0o666 & ~mask)
         if folder.exists():
-            replaced = draft.with_name(draft.name + "-replaced")
+            replaced = draft.with_name(draft.name + _REPLACED)
             folder.rename(replaced)
             draft.rename(folder)
             shutil.rmtree(replaced)

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from lib.errors import InputError
+from lib.errors import InputError, is_out_of_memory
 from lib.names import locate_model
 
 
@@ -17,7 +16,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -88,8 +87,8 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     """Turns the errors of transformers and the hub into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # libraries raise all kinds for what is wrong with a folder
+        if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(locate_model(name)).is_dir():

@@ -6,6 +6,7 @@ import resource
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.files import write_json
+from lib.files import RESULT, write_json
 
+PLOT = "block_influence.png"
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
@@ -40,8 +42,10 @@ class Report:
         self._lines: list[str] = []
 
     def open(self, folder: Path) -> None:
-        """Creates the output folder and writes what has been said so far to its log.txt."""
+        """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
+        (folder / PLOT).unlink(missing_ok=True)
         self.folder = folder
         (folder / "log.txt").write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
 
@@ -74,7 +78,7 @@ class Report:
 
     def result(self, content: dict) -> Path:
         """Writes result.json, whole, and returns its path."""
-        path = self.folder / "result.json"
+        path = self.folder / RESULT
         write_json(path, content)
         return path
 
@@ -134,6 +138,8 @@ def plot_removals(
     axes.set_xticks(range(0, len(bi_scores), step))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font does not have
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return True

@@ -104,12 +104,37 @@ class Trial(NamedTuple):
     mode: Mode
 
 
-@dataclass(frozen=True)
 class _Prefix:
-    """The hidden states of all windows (N, T, D) before a layer, under given modes of the layers below it."""
+    """The hidden states of all windows before a layer, under given modes of the layers below it."""
 
-    modes: tuple[Mode, ...]
-    hidden_states: torch.Tensor
+    def __init__(self, modes: tuple[Mode, ...], count: int):
+        self.modes, self._count = modes, count
+        self._states: torch.Tensor | None = None  # (N, T, D)
+        self._has_room = True
+
+    @property
+    def is_kept(self) -> bool:
+        return self._states is not None
+
+    def read(self, rows: slice, device: torch.device) -> torch.Tensor:
+        return self._states[rows].to(device)
+
+    def write(self, rows: slice, hidden_states: torch.Tensor) -> None:
+        """Keeps the states (B, T, D) of some windows, on their device or else on the host, if there is room for all."""
+        if self._states is None and self._has_room:
+            shape = (self._count, *hidden_states.shape[1:])
+            device = _device_with_room(math.prod(shape) * hidden_states.element_size(), hidden_states.device)
+            self._has_room = device is not None
+            self._states = torch.empty(shape, dtype=hidden_states.dtype, device=device) if device else None
+        if self._states is not None:
+            self._states[rows] = hidden_states.to(self._states.device)
+
+
+def _device_with_room(size: int, device: torch.device) -> torch.device | None:
+    """The device, the host, or neither: the first in whose free memory `size` bytes fit four times."""
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
+        return device
+    return torch.device("cpu") if size < psutil.virtual_memory().available / 4 else None
 
 
 class Sweep:
@@ -121,7 +146,7 @@ class Sweep:
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
-        self._prefix: _Prefix | None = None
+        self._prefix = _Prefix((), 0)
 
     def losses(
         self, base: Plan, trials: Sequence[Trial], progress: Callable[[int], object] | None = None
@@ -130,57 +155,58 @@ class Sweep:
 
         Raises `RunError` naming the layer when a loss is not finite.
         """
-        modes, lowest = base.modes, min(trial.layer for trial in trials)
-        known = self._prefix if self._prefix and self._prefix.modes == modes[: len(self._prefix.modes)] else None
-        if known and len(known.modes) > lowest:
-            known = None
-        store = known.hidden_states if known else self._new_store()
+        modes, known = base.modes, self._prefix
+        below = modes[: min(trial.layer for trial in trials)]
+        if not known.is_kept or known.modes != below[: len(known.modes)]:
+            known = _Prefix((), 0)
+        new = known if known.modes == below else _Prefix(below, len(self.windows))
 
         def batch_losses(rows: slice) -> torch.Tensor:
-            return self._batch_losses(rows, modes, trials, known, store, lowest)
+            running, states_below = self._walk(rows, modes, trials, known)
+            losses = [self._trial_losses(rows, modes, trial, running.pop(trial)) for trial in trials]
+            if new is not known:
+                new.write(rows, states_below)  # last: a batch that runs out of memory is tried again from `known`
+            return torch.stack(losses, dim=1)
 
         window_losses = self.batcher.map(batch_losses, len(self.windows), progress)  # (N, trials)
-        if store is not None:
-            self._prefix = _Prefix(modes[:lowest], store)
+        if new.is_kept:
+            self._prefix = new
         return (window_losses.double().sum(dim=0) * self.windows.shape[1]).tolist()
 
-    def _batch_losses(self, rows, modes, trials, known: _Prefix | None, store, lowest: int) -> torch.Tensor:
-        """One walk of a batch of windows: the losses of all trials, (B, trials)."""
-        decoder, input_ids = self.decoder, self.windows[rows]
-        hidden_states, inputs = decoder.embed(input_ids)
-        if known:
-            hidden_states = known.hidden_states[rows].to(hidden_states.device)
-        last_fork = max(trial.layer for trial in trials)
-        running: dict[int, torch.Tensor] = {}
-        for layer in range(len(known.modes) if known else 0, decoder.num_layers):
-            if layer == lowest and store is not None:
-                store[rows] = hidden_states.to(store.device)
-            for index in running:
-                running[index] = decoder.run_layer(layer, running[index], inputs, modes[layer])
-            for index, trial in enumerate(trials):
+    def _walk(
+        self, rows: slice, modes: Sequence[Mode], trials: Sequence[Trial], known: _Prefix
+    ) -> tuple[dict[Trial, torch.Tensor], torch.Tensor]:
+        """Takes a batch up the layers: the last hidden states (B, T, D) of each trial, and those below the first."""
+        decoder = self.decoder
+        hidden_states, inputs = decoder.embed(self.windows[rows])
+        if known.is_kept:
+            hidden_states = known.read(rows, hidden_states.device)
+        first_fork, last_fork = min(trial.layer for trial in trials), max(trial.layer for trial in trials)
+        running: dict[Trial, torch.Tensor] = {}
+        states_below = hidden_states
+        for layer in range(len(known.modes), decoder.num_layers):
+            if layer == first_fork:
+                states_below = hidden_states
+            for trial in running:
+                running[trial] = decoder.run_layer(layer, running[trial], inputs, modes[layer])
+            for trial in trials:
                 if trial.layer == layer:
-                    running[index] = decoder.run_layer(layer, hidden_states, inputs, trial.mode)
+                    running[trial] = decoder.run_layer(layer, hidden_states, inputs, trial.mode)
             if layer < last_fork:
                 hidden_states = decoder.run_layer(layer, hidden_states, inputs, modes[layer])
-        columns = []
-        for index, trial in enumerate(trials):
-            losses = tail_losses(decoder, running.pop(index), input_ids).cpu()
-            if not losses.isfinite().all():
-                tried = [*modes[: trial.layer], trial.mode, *modes[trial.layer + 1 :]]
-                where = describe_nonfinite(decoder, input_ids, tried)
-                raise RunError(f"trial without layer {trial.layer}: {where}")
-            columns.append(losses)
-        return torch.stack(columns, dim=1)
+        return running, states_below
 
-    def _new_store(self) -> torch.Tensor | None:
-        """Room for the hidden states of all windows: on the device, else on the host, else None."""
-        decoder = self.decoder
-        dtype = decoder.model.get_input_embeddings().weight.dtype
-        shape = (*self.windows.shape, decoder.config.hidden_size)
-        size = math.prod(shape) * dtype.itemsize
-        if decoder.device.type == "cuda" and size < torch.cuda.mem_get_info(decoder.device)[0] / 4:
-            return torch.empty(shape, dtype=dtype, device=decoder.device)
-        return torch.empty(shape, dtype=dtype) if size < psutil.virtual_memory().available / 4 else None
+    def _trial_losses(
+        self, rows: slice, modes: Sequence[Mode], trial: Trial, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The tail of one trial: last hidden states (B, T, D) -> mean cross-entropy (B,), on the CPU."""
+        input_ids = self.windows[rows]
+        losses = tail_losses(self.decoder, hidden_states, input_ids).cpu()
+        if not losses.isfinite().all():
+            tried = [*modes[: trial.layer], trial.mode, *modes[trial.layer + 1 :]]
+            where = describe_nonfinite(self.decoder, input_ids, tried)
+            raise RunError(f"trial without layer {trial.layer}: {where}")
+        return losses
 
 
 # The search -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+FFN = ("mlp", "fc2")
 
 
 class Identity(nn.Module):
@@ -32,10 +33,10 @@ def toggled(model: nn.Module, mha_removed, ffn_removed) -> nn.Module:
         if index in mha_removed and index in ffn_removed:
             layers[index] = Identity("Falcon" in type(layer).__name__)
             continue
-        names = [name for name in ATTENTION if index in mha_removed]
-        names += ["mlp", "fc2"] if index in ffn_removed else []
-        for name in names:
-            for parameter in getattr(layer, name, nn.Module()).parameters():
+        removed = [ATTENTION] * (index in mha_removed) + [FFN] * (index in ffn_removed)
+        for names in removed:
+            (name,) = [name for name in names if hasattr(layer, name)]
+            for parameter in getattr(layer, name).parameters():
                 parameter.zero_()
     return model
 
@@ -82,3 +83,8 @@ def block_influence(model: nn.Module, windows: torch.Tensor) -> list[float]:
     for hook in hooks:
         hook.remove()
     return [1 - torch.stack(values).mean().item() for values in cosines]
+
+
+def model_window_losses(model: nn.Module):
+    """The loss of a causal language model by its own forward, one window at a time: (B, T) ids -> fp32 (B,)."""
+    return lambda windows: torch.tensor([total_loss(model, row) / windows.shape[1] for row in windows.split(1)])

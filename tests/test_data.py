@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import Corpus, calibration_windows, cut_windows, evaluation_windows, load_corpus
+from lib.data import Corpus, calibration_windows, cut_windows, evaluation_windows, load_corpus, tokenize, tokenize_start
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
 
@@ -86,6 +86,17 @@ def test_files_named_for_a_split_serve_its_purpose(tmp_path):
         (tmp_path / name).write_text(name)
     assert load_corpus(str(tmp_path), "train").documents == ["train.txt"]
     assert load_corpus(str(tmp_path), "test").documents == ["my-validation.txt"]
+    (tmp_path / "my-validation.txt").unlink()
+    (tmp_path / "contest.txt").unlink()
+    with pytest.raises(InputError, match="no test or validation file"):
+        load_corpus(str(tmp_path), "test")
+    assert load_corpus(str(tmp_path / "train.txt"), "test").documents == ["train.txt"]
+
+
+def test_what_save_to_disk_wrote_is_told(tmp_path):
+    _rows(["x"]).save_to_disk(tmp_path)
+    with pytest.raises(InputError, match="save_to_disk"):
+        load_corpus(str(tmp_path), "train")
 
 
 def test_demo_splits_do_not_overlap():
@@ -136,6 +147,30 @@ def test_calibration_is_shuffled_joined_and_cut_as_in_the_reference():
 def test_one_document_gives_its_first_windows():
     windows = calibration_windows(Corpus("x", ["abcdefghijklm"]), Letters(), nsamples=2, seqlen=4, seed=9)
     assert windows.tolist() == [[1, *map(ord, "abc")], [*map(ord, "defg")]]
+
+
+def test_a_long_text_is_tokenized_as_far_as_it_is_needed(demo_tokenizer):
+    text, seen = load_corpus("demo", "train").documents[0], []
+
+    class Tokenizer:
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return demo_tokenizer(text, **options)
+
+    whole = tokenize(text, demo_tokenizer)
+    for count in (10, 1000, 40000):
+        assert torch.equal(tokenize_start(text, Tokenizer(), count)[:count], whole[:count])
+    assert max(seen) < len(text) / 2
+    assert torch.equal(tokenize_start(text, Tokenizer(), 10**9), whole)
+
+
+def test_the_start_of_a_text_is_tokenized_alike_without_words(shared):
+    """A tokenizer of the sentencepiece kind takes a whole text as one word."""
+    from lib.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(shared / "models/stories260K"))
+    text = (shared / "data/tinystories/tinystories_2MiB.txt").read_text()[:200_000]
+    assert torch.equal(tokenize_start(text, tokenizer, 5000)[:5000], tokenize(text, tokenizer)[:5000])
 
 
 def test_evaluation_joins_all_documents_and_drops_the_remainder():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.errors import InputError, RunError
-from lib.export import save_pruned
+from lib.export import check_format, save_pruned
 from lib.model import Decoder, Plan
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
@@ -113,13 +113,23 @@ def test_tokenizer_and_generation_config_travel_along(tmp_path, demo_tokenizer):
     assert _reload(tmp_path / "out").generation_config.max_new_tokens == 7
 
 
-def test_a_folder_with_content_is_kept_unless_told(tmp_path):
+def test_a_folder_with_content_is_kept_unless_it_is_a_model_to_overwrite(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(InputError, match="--overwrite"):
-        save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    for overwrite, advice in (False, "--overwrite"), (True, "holds no model"):
+        with pytest.raises(InputError, match=advice):
+            save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path, overwrite=overwrite)
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    (tmp_path / "config.json").write_text("{}")
     save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path, overwrite=True)
-    assert not (tmp_path / "kept.txt").exists() and (tmp_path / "config.json").exists()
+    assert not (tmp_path / "kept.txt").exists() and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for _ in range(2):
+        save_pruned(Decoder(tiny_model("Llama")), WHOLE, None, tmp_path / "link", overwrite=True)
+        assert (tmp_path / "folder/model.safetensors").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -127,7 +137,7 @@ def test_a_save_that_breaks_leaves_what_was_there(tmp_path, monkeypatch, existin
     folder = tmp_path / "out"
     if existing:
         folder.mkdir()
-        (folder / "kept.txt").write_text("mine")
+        (folder / "config.json").write_text("old")
     model = tiny_model("Llama")
 
     def break_off(path, **options):
@@ -137,7 +147,44 @@ def test_a_save_that_breaks_leaves_what_was_there(tmp_path, monkeypatch, existin
     monkeypatch.setattr(model, "save_pretrained", break_off)
     with pytest.raises(OSError):
         save_pruned(Decoder(model), WHOLE, None, folder, overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == (["out", "kept.txt"] if existing else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "config.json"] if existing else [])
+    assert not existing or (folder / "config.json").read_text() == "old"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "OPT"])
+def test_padded_batches_generate_what_their_rows_do(family, tmp_path):
+    save_pruned(Decoder(tiny_model(family)), MIXED, None, tmp_path / "out")
+    model, ids = _reload(tmp_path / "out"), tiny_windows(2, 8)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids[:1, :4]], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 4, [1] * 8])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = model.generate(torch.cat([padded, ids[1:]]), attention_mask=mask, **options)
+    assert torch.equal(batch[0, 8:], _generate(model, ids[:1, :4], max_new_tokens=8)[0, 4:])
+    assert torch.equal(batch[1], _generate(model, ids[1:], max_new_tokens=8)[0])
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_saved_pruned_or_refused(tmp_path):
+    tiny_model("Llama").save_pretrained(tmp_path / "dense")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+
+    def offloaded():
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options).eval()
+
+    model, ids = offloaded(), tiny_windows(1)
+    with pytest.raises(InputError, match="offloaded"):
+        check_format(model, "masked")
+    plan = Plan(4, (3,), (1, 3))
+    save_pruned(Decoder(model), plan, None, tmp_path / "out")
+    dense = Decoder(tiny_model("Llama"))
+    dense.apply(plan)
+    assert torch.equal(_reload(tmp_path / "out")(input_ids=ids).logits, dense.model(input_ids=ids).logits)
+    with pytest.raises(RunError, match="offloaded"):
+        save_pruned(Decoder(offloaded()), plan, None, tmp_path / "masked", "masked")
+    assert not (tmp_path / "masked").exists()
 
 
 def test_a_model_that_a_reload_would_change_is_refused(tmp_path):

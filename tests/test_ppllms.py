@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lib.depth
 import ppllms
 from lib import cli
+from lib.batching import Batcher
+from lib.bi import block_influence
+from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import RunError
+from lib.evaluate import perplexity
+from lib.loading import load_model, load_tokenizer
+from lib.model import Decoder
+from tests import reference
 from tests.families import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,16 +73,11 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
 
 
 def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_file, tmp_path, monkeypatch):
-    from lib.batching import Batcher
-    from lib.data import evaluation_windows, load_corpus
-    from lib.evaluate import model_window_losses, perplexity
-    from lib.loading import load_tokenizer
-
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     reported = json.loads((tmp_path / "run/result.json").read_text())["perplexity"][str(text_file)]
     windows = evaluation_windows(load_corpus(str(text_file), "test"), load_tokenizer(str(tmp_path / "out")), 64)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    found = perplexity(model_window_losses(saved), windows, Batcher(1))
+    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
     assert found == pytest.approx(reported["pruned"], rel=1e-5)
     assert found != pytest.approx(reported["dense"], rel=1e-4)
 
@@ -85,21 +88,53 @@ def test_eval_ppl_takes_every_spelling(arguments, tmp_path, monkeypatch, value, 
     assert bool(json.loads((tmp_path / "run/result.json").read_text())["perplexity"]) == measured
 
 
-@pytest.mark.parametrize(
-    "flags, key, value",
-    [
-        (["--bi_windows", 1], "bi_windows", 1),
-        (["--seqlen", 16], "seqlen", 16),
-        (["--seed", 5], "seed", 5),
-        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
-        (["--batch_size", 2], "batch_size", 2),
-        (["--num_blocks", 4], "num_layers", 4),
-        (["--device_map", "cpu"], "tool", "ppllms"),
-    ],
-)
-def test_flags_do_what_they_say(arguments, tmp_path, monkeypatch, flags, key, value):
-    assert run(*arguments, *flags, "--eval_ppl", "no", monkeypatch=monkeypatch) == 0
-    assert json.loads((tmp_path / "run/result.json").read_text())[key] == value
+def result_of(*arguments, monkeypatch, tmp_path) -> dict:
+    """result.json of a run without evaluation."""
+    assert run(*arguments, "--eval_ppl", "no", "--overwrite", monkeypatch=monkeypatch) == 0
+    return json.loads((tmp_path / "run/result.json").read_text())
+
+
+@pytest.fixture
+def documents(tmp_path_factory) -> Path:
+    """Forty documents of different text."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [json.dumps({"text": f"Number {i}: " + " ".join(str(i * j % 97) for j in range(60))}) for i in range(40)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_text_flags_choose_the_windows(arguments, documents, tiny_folder, tmp_path, monkeypatch):
+    tokenizer, decoder = load_tokenizer(str(tiny_folder)), Decoder(load_model(str(tiny_folder)))
+    corpus = load_corpus(str(documents), "train")
+    for seed, nsamples, seqlen, used in [(0, 3, 64, None), (5, 3, 64, None), (0, 9, 64, 2), (0, 3, 16, 1)]:
+        flags = {"--seed": seed, "--nsamples": nsamples, "--seqlen": seqlen, "--dataset": documents}
+        flags |= {"--bi_windows": used} if used else {}
+        flat = [part for flag in flags.items() for part in flag]
+        result = result_of(*arguments, *flat, monkeypatch=monkeypatch, tmp_path=tmp_path)
+        windows = calibration_windows(corpus, tokenizer, nsamples, seqlen, seed)
+        assert result["windows"] == len(windows) and result["bi_windows"] == (used or len(windows))
+        assert result["bi_scores"] == pytest.approx(block_influence(decoder, windows[:used], Batcher(4)), abs=1e-6)
+
+
+def test_running_flags_reach_the_model(arguments, tmp_path, monkeypatch):
+    loaded, sizes = [], []
+    load, batch = lib.depth.load_model, lib.depth.Batcher
+    monkeypatch.setattr(lib.depth, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.depth, "Batcher", lambda size: sizes.append(size) or batch(size))
+    result = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    assert result_of(*arguments, "--dtype", "bfloat16", **result)["dtype"] == "bfloat16"
+    assert loaded[0].dtype == torch.bfloat16
+    result_of(*arguments, "--device_map", "auto", "--batch_size", 3, **result)
+    assert sizes[1] == 3
+    assert result_of(*arguments, "--num_blocks", 4, **result)["num_layers"] == 4
+
+
+def test_save_format_masked_keeps_the_architecture(arguments, tmp_path, monkeypatch):
+    flags = ["--save_model", tmp_path / "out", "--save_format", "masked"]
+    parameters = result_of(*arguments, *flags, monkeypatch=monkeypatch, tmp_path=tmp_path)["parameters"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in saved.parameters()) == parameters["total"]
+    assert not list((tmp_path / "out").glob("*.py"))
 
 
 def test_counts_follow_the_rate_and_the_ratio(arguments, tmp_path, monkeypatch, capsys):
@@ -112,6 +147,9 @@ def test_counts_follow_the_rate_and_the_ratio(arguments, tmp_path, monkeypatch, 
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (len(result["mha_removed"]), len(result["ffn_removed"])) == (1, 3)
     assert "with about 3 FFNs for each MHA" in capsys.readouterr().out
+    # Here an FFN has 1.5 times the parameters of an attention, a ratio that no pair of four layers has.
+    assert run(*automatic, "--mha_ffn_ratio", "auto", "--overwrite", monkeypatch=monkeypatch) == 2
+    assert "--mha_ffn_ratio 1.5: no pair of counts fits a model of 4 layers" in capsys.readouterr().err
 
 
 def test_a_failed_save_keeps_the_result(arguments, tmp_path, monkeypatch, capsys):
@@ -163,7 +201,9 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
             break
     _, told = process.communicate(timeout=60)
     assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
-    assert told == (b"ppllms.py: stopped\n" if kind == signal.SIGINT else b"")
+    assert told == (
+        b"ppllms.py: stopped before the end; the same command starts again\n" if kind == signal.SIGINT else b""
+    )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["log.txt", "run"]
 
 
@@ -178,7 +218,12 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
         (["--mha_remove_layers", "-1"], "--mha_remove_layers: '-1' is not a whole number of at least 0"),
         (["--nsamples", "0"], "--nsamples: '0' is not a whole number of at least 1"),
         (["--eval_ppl", "maybe"], "--eval_ppl: 'maybe' is neither True nor False"),
-        (["--mha_ffn_ratio", "-2"], "neither a positive number nor auto"),
+        (["--mha_ffn_ratio", "-2"], "neither a number from 0.01 to 100 nor auto"),
+        (["--dataset", ""], "--dataset: an empty name"),
+        (["--save_model", ""], "--save_model: an empty name"),
+        (["--device", "cpu", "--device_map", "auto"], "give one of them"),
+        (["--device_map", "nonsense"], "nonsense"),
+        (["--device", "meta"], "--device meta: not available"),
         (["--save_format", "onnx"], "--save_format: invalid choice: 'onnx'"),
         (["--model_nam", "x", "--bogus"], "--bogus"),
         (["--mha_remove_layers", "3"], "more than --ffn_remove_layers 2"),
@@ -237,12 +282,59 @@ def test_a_broken_model_folder_is_told(arguments, tiny_folder, tmp_path, monkeyp
     assert told.count("\n") == 1 and str(tmp_path / "model") in told and not (tmp_path / "run").exists()
 
 
-def test_a_pruned_model_without_its_code_is_not_filled_with_random_weights(arguments, tmp_path, monkeypatch, capsys):
+def test_a_model_that_is_pruned_already_is_refused(arguments, tmp_path, monkeypatch, capsys):
     assert run(*arguments, "--save_model", tmp_path / "pruned", monkeypatch=monkeypatch) == 0
-    again = [*arguments, "--overwrite", "--model_name", tmp_path / "pruned"]
-    capsys.readouterr()
+    again = [*arguments, "--overwrite", "--model_name", tmp_path / "pruned", "--trust_remote_code"]
     assert run(*again, monkeypatch=monkeypatch) == 2
-    assert "weights are not in the checkpoint" in (told := capsys.readouterr().err) and "--trust_remote_code" in told
+    assert "has been pruned already" in capsys.readouterr().err
+
+
+def test_weights_that_are_missing_are_not_made_up(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
+    assert "1 weights are not in the checkpoint (model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def test_folders_that_overlap_are_refused_before_the_work(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_folder, copy)
+    for flags, problem in [
+        (["--output_dir", tmp_path / "x/run", "--save_model", tmp_path / "x"], "--output_dir lies in it"),
+        (["--output_dir", tmp_path / "a/../b", "--save_model", tmp_path / "b"], "--output_dir lies in it"),
+        (["--model_name", copy, "--save_model", copy, "--overwrite"], "is the model that is pruned"),
+        (["--save_model", copy.parent, "--overwrite"], "holds no model, so --overwrite does not replace it"),
+        (["--save_model", tmp_path / ("x" * 250)], "the name is too long"),
+    ]:
+        assert run(*arguments, *flags, monkeypatch=monkeypatch) == 2
+        assert problem in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkeypatch, capsys):
+    assert run(*arguments, monkeypatch=monkeypatch) == 0
+    first = (tmp_path / "run/result.json").read_text()
+    assert run(*arguments, monkeypatch=monkeypatch) == 2
+    assert "add --overwrite" in capsys.readouterr().err and (tmp_path / "run/result.json").read_text() == first
+
+    def fail(*args):
+        raise RunError("no")
+
+    monkeypatch.setattr(lib.depth, "block_influence", fail)
+    assert run(*arguments, "--overwrite", monkeypatch=monkeypatch) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
+
+
+def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lib.depth, "save_pruned", fail)
+    assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == "ppllms.py: failed: [Errno 28] No space left on device\n"
+    assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
 
 
 def test_a_family_that_does_not_fit_is_refused(arguments, tiny_folder, tmp_path, monkeypatch, capsys):

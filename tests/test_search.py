@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import lib.search
+import lib.stream
 from lib.batching import Batcher
 from lib.errors import InputError, RunError
 from lib.model import Decoder, Mode, Plan
@@ -44,8 +46,28 @@ def test_the_kept_prefix_is_used_only_under_the_modes_it_was_made_with(batcher):
 def test_without_room_for_the_prefix_the_losses_are_the_same(batcher, monkeypatch):
     decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
     kept = greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2)
-    monkeypatch.setattr(Sweep, "_new_store", lambda self: None)
+    monkeypatch.setattr(lib.search, "_device_with_room", lambda size, device: None)
     assert greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2) == kept
+
+
+@pytest.mark.parametrize("fails_at", range(1, 7))
+def test_running_out_of_memory_anywhere_changes_no_loss(fails_at, monkeypatch):
+    """Candidates apart from each other, so that the kept prefix moves up over layers that are not closed."""
+    windows, candidates, calls = tiny_windows(4), [0, 3], []
+    _, expected = greedy_search(Sweep(Decoder(tiny_model("Llama")), windows, Batcher(2)), candidates, 2)
+
+    def tail_losses(*args):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return lib.stream.tail_losses(*args)
+
+    monkeypatch.setattr(lib.search, "tail_losses", tail_losses)
+    _, found = greedy_search(Sweep(Decoder(tiny_model("Llama")), windows, Batcher(2)), candidates, 2)
+    assert len(calls) > fails_at
+    assert [r.selected for r in found] == [r.selected for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-6)
 
 
 def test_the_sweep_runs_far_fewer_layers_than_whole_forwards(monkeypatch, batcher):
