@@ -114,9 +114,9 @@ def draw_growth(path: str, measured: dict[str, list[list[float]]]) -> None:
             marker="o",
             capsize=3,
         )
-        axes.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
+        axes.set(xlabel=quantity, xlim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-    row[0].set_ylabel("seconds for one round")
+    row[0].set(ylabel="seconds for one round", ylim=(0, None))
     figure.savefig(path, dpi=150)
 
 

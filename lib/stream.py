@@ -8,7 +8,8 @@ from lib.errors import RunError
 from lib.evaluate import WindowLosses, token_losses
 from lib.model import Decoder, Mode, Plan
 
-_LOGITS_AT_ONCE = 2**25  # elements of fp32 logits, 128 MiB
+_LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
+_TOKENS_AT_ONCE_ON_CPU = 256  # more do not fit its caches
 
 
 def layer_steps(
@@ -34,18 +35,22 @@ def final_hidden_states(decoder: Decoder, input_ids: torch.Tensor, modes: Sequen
 def tail_losses(decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of each window, in fp32: (B, T, D) and ids (B, T) -> (B,), over the T-1 predicted tokens.
 
-    The tail runs on pieces of at most 128 MiB of fp32 logits, whatever B, T and the vocabulary are.
+    The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and the vocabulary are.
     """
-    rows, tokens, width = hidden_states.shape
     labels = input_ids[:, 1:].to(hidden_states.device)
-    piece = min(tokens, max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size))
-    flat_states = hidden_states[:, :-1].reshape(-1, width).split(piece)
-    flat_labels = labels.reshape(-1).split(piece)
+    at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)  # tokens
+    if hidden_states.device.type == "cpu":
+        at_once = min(at_once, _TOKENS_AT_ONCE_ON_CPU)
+    rows = max(1, at_once // labels.shape[1])  # whole windows in a piece, or a piece of one window
+    piece = min(at_once, labels.shape[1])
     losses = []
-    for piece_states, piece_labels in zip(flat_states, flat_labels, strict=True):
-        logits = decoder.logits(piece_states[None])[0]
-        losses.append(token_losses(logits, piece_labels.to(logits.device)))
-    return torch.cat(losses).view(rows, tokens - 1).mean(dim=1)
+    for row_states, row_labels in zip(hidden_states[:, :-1].split(rows), labels.split(rows), strict=True):
+        pieces = []
+        for states, piece_labels in zip(row_states.split(piece, dim=1), row_labels.split(piece, dim=1), strict=True):
+            logits = decoder.logits(states)
+            pieces.append(token_losses(logits, piece_labels.to(logits.device)))
+        losses.append(torch.cat(pieces, dim=1).mean(dim=1))
+    return torch.cat(losses)
 
 
 def plan_window_losses(decoder: Decoder, plan: Plan) -> WindowLosses:
