@@ -19,7 +19,7 @@ SAVE_FORMATS = ("hf", "masked")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     group = parser.add_argument_group("model and budget")
     group.add_argument(
         "--model_name", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"

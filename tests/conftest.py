@@ -58,3 +58,10 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("".join(f"The layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(300)))
     return path
+
+
+@pytest.fixture
+def arguments(tiny_folder, text_file, tmp_path) -> list:
+    """A run of seconds: tiny model, little text, one attention and two FFNs."""
+    model = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
+    return [*model, "--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--output_dir", tmp_path / "run"]
