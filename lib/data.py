@@ -20,6 +20,7 @@ C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-valida
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _C4_COLUMNS = {"text", "timestamp", "url"}
 _C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
+_METADATA = ("dataset_info.json", "dataset_infos.json")  # stand in copies of public repositories
 _SPLITS = ("train", "test", "validation", "valid", "val")
 _ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -126,7 +127,7 @@ def _kind(path: Path) -> str | None:
 
 def _text_files(folder: Path) -> list[Path]:
     """The text files below a folder; of a copy of a public repository, those of the configuration that is used."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _kind(path))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _METADATA and _kind(path))
     c4 = [path for path in files if path.name in {Path(name).name for name in C4_FILES.values()}]
     if c4:
         return [path for path in c4 if path.parent.name == "en"] or c4

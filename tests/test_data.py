@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import lib.data
 from lib.data import Corpus, calibration_windows, cut_windows, evaluation_windows, load_corpus, tokenize, tokenize_start
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
@@ -86,6 +87,7 @@ def test_files_named_for_a_split_serve_its_purpose(tmp_path):
         (tmp_path / name).write_text(name)
     assert load_corpus(str(tmp_path), "train").documents == ["train.txt"]
     assert load_corpus(str(tmp_path), "test").documents == ["my-validation.txt"]
+    (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "my-validation.txt").unlink()
     (tmp_path / "contest.txt").unlink()
     with pytest.raises(InputError, match="no test or validation file"):
@@ -182,6 +184,17 @@ def test_evaluation_joins_all_documents_and_drops_the_remainder():
 def test_too_little_text_says_how_little():
     with pytest.raises(InputError, match="dataset x: 3 tokens are too few for one window of 8"):
         cut_windows(torch.arange(3), 8, "x")
+
+
+@pytest.mark.parametrize("name, folder", [("c4", "c4"), ("wikitext2", "wikitext")])
+def test_the_hubs_data_sets_are_those_of_their_local_copies(shared, monkeypatch, name, folder):
+    """The loading from the hub, pointed at folders that are laid out as the hub lays them out."""
+    path = str(shared / "data" / folder)
+    monkeypatch.setitem(lib.data.ALIASES, name, path)
+    for purpose in ("train", "test"):
+        hub, local = load_corpus(name, purpose), load_corpus(path, purpose)
+        assert list(hub.documents) == list(local.documents)
+        assert (hub.separator, hub.max_windows) == (local.separator, local.max_windows)
 
 
 def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shared):
