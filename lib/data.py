@@ -5,7 +5,8 @@ WikiText by its ` = Title = ` headings, anything else by file type. The sampling
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,19 +101,14 @@ def _hub_split(repository: str, options: dict, purpose: str) -> str:
     return next((split for split in ("test", "validation") if split in splits), "train")
 
 
-class _input_errors:
+@contextmanager
+def _input_errors(source: str, problem: str) -> Iterator[None]:
     """Turns whatever a loading library raises into one line; its own text, cut to its first line, stands behind."""
-
-    def __init__(self, source: str, problem: str):
-        self.message = f"dataset {source}: {problem}"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            first_line = (str(error.__cause__ or error) or kind.__name__).splitlines()[0]
-            raise InputError(f"{self.message} ({first_line})") from error
+    try:
+        yield
+    except Exception as error:
+        first_line = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"dataset {source}: {problem} ({first_line})") from error
 
 
 def _kind(path: Path) -> str | None:
@@ -143,7 +139,7 @@ def _choose_files(source: str, files: list[Path], purpose: str) -> list[Path]:
     for split in _SPLITS[:1] if purpose == "train" else _SPLITS[1:]:
         if by_split[split]:
             return by_split[split]
-    if sum(map(len, by_split.values())) == len(files):
+    if all(any(file in group for group in by_split.values()) for file in files):
         needed = "training" if purpose == "train" else "test or validation"
         raise InputError(f"dataset {source}: no {needed} file in this folder; to use another split, name its file")
     return files

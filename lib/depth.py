@@ -62,7 +62,7 @@ def run(settings: DepthPruning) -> dict:
     with report.timed("data"):
         windows, eval_windows = load_windows(settings, tokenizer, seqlen, config.vocab_size)
     with report.timed("load"):
-        outline = load_outline(config)
+        outline = load_outline(config, settings.trust_remote_code)
         if outline is not None:
             find_counts(settings, Decoder(outline, has_weights=False))
         model = load_model(settings.model_name, settings.dtype, device, settings.device_map, settings.trust_remote_code)

@@ -71,13 +71,13 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def load_outline(config) -> nn.Module | None:
+def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:
     """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # code that came with a model may do anything; the loaded model is checked in any case
         return None
 

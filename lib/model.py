@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from lib.errors import InputError
+from lib.errors import InputError, is_out_of_memory
 from lib.modeling_pruned import (
     ATTENTION_NAMES,
     FFN_NAMES,
@@ -140,6 +140,8 @@ class Decoder:
                 if not torch.equal(output, hidden_states.to(output.device)):
                     reason = "normalizes the sum of input and sublayer (post-norm), or adds the input inside a sublayer"
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = f"cannot run without its sublayers ({str(error).splitlines()[0]})"
             finally:
                 self.set_mode(index, Mode())
@@ -201,13 +203,10 @@ class Decoder:
                 setattr(layer, name, module)
         self._modes[index] = mode
 
-    def set_modes(self, modes: Sequence[Mode]) -> None:
-        for index, mode in enumerate(modes):
-            self.set_mode(index, mode)
-
     def apply(self, plan: Plan) -> None:
         """Switches the plan's sublayers off, and all others on, in the model itself."""
-        self.set_modes(plan.modes)
+        for index, mode in enumerate(plan.modes):
+            self.set_mode(index, mode)
 
     # Running
 

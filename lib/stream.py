@@ -1,5 +1,6 @@
 """The calibration engine: feeds hidden states through the decoder layers, layer by layer, and takes their losses."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,10 +26,8 @@ def layer_steps(
 
 def final_hidden_states(decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]) -> torch.Tensor:
     """The last layer's output (B, T, D) for token ids (B, T)."""
-    hidden_states, inputs = decoder.embed(input_ids)
-    for layer, mode in enumerate(modes):
-        hidden_states = decoder.run_layer(layer, hidden_states, inputs, mode)
-    return hidden_states
+    _, _, output = deque(layer_steps(decoder, input_ids, modes), maxlen=1).pop()
+    return output
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lib.depth
+from lib import cli
 from lib.errors import RunError
 from tests.command import ROOT, run
 from tests.families import tiny_model
@@ -94,6 +95,35 @@ def test_a_model_that_is_pruned_already_is_refused(arguments, tmp_path, monkeypa
     again = [*arguments, "--overwrite", "--model_name", tmp_path / "pruned", "--trust_remote_code"]
     assert run(*again, monkeypatch=monkeypatch) == 2
     assert "has been pruned already" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_model_runs_only_when_told(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    code = "from transformers import LlamaForCausalLM\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    (tmp_path / "model/modeling_own.py").write_text(code)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    flags = [*arguments, "--model_name", tmp_path / "model", "--eval_ppl", "no", "--overwrite"]
+    assert run(*flags, monkeypatch=monkeypatch) == 0
+    assert "(LlamaForCausalLM, " in capsys.readouterr().out
+    assert run(*flags, "--trust_remote_code", monkeypatch=monkeypatch) == 0
+    assert "(OwnForCausalLM, " in capsys.readouterr().out
+    saving = ["--trust_remote_code", "--save_model", tmp_path / "out"]
+    assert run(*flags, *saving, monkeypatch=monkeypatch) == 2
+    assert "OwnForCausalLM is not a class of transformers" in capsys.readouterr().err
+
+
+def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setattr(cli.socket, "create_connection", refuse)
+    cli.prefer_cache_without_network()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_weights_that_are_missing_are_not_made_up(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
