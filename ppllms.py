@@ -66,12 +66,11 @@ def check(args: argparse.Namespace) -> None:
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
         )
-    if args.device_map and args.device != "auto":
-        raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
+    cli.check_device(args)
     sources = [args.dataset, *args.eval_datasets]
     for source in sources:
         names.check_text(source)
-    cli.check_output(args)
+    cli.check_output(args, args.model_name)
     if names.is_hub_model(args.model_name) or any(map(names.is_hub_text, sources)):
         cli.prefer_cache_without_network()
 

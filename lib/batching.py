@@ -1,10 +1,13 @@
 """Runs a function over calibration windows in batches, halving the batch when memory runs out."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from lib.errors import is_out_of_memory
+
+Result = TypeVar("Result")
 
 
 def automatic_batch_size(device: torch.device, seqlen: int) -> int:
@@ -41,12 +44,28 @@ class Batcher:
                     raise
                 result = None  # leave the handler first: the traceback holds the tensors of the failed attempt
             if result is None:
-                self.size = max(1, min(self.size, rows.stop - start) // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self._halve(rows.stop - start)
                 continue
             results.append(result.cpu())
             if progress:
                 progress(rows.stop - start)
             start = rows.stop
         return torch.cat(results)
+
+    def whole(self, function: Callable[[], Result]) -> Result:
+        """The result of a function that goes over all windows by itself, `size` at a time, and cannot go on half-way.
+
+        When it runs out of memory the batch is halved and it begins anew; with a batch of one the error is raised.
+        """
+        while True:
+            try:
+                return function()
+            except Exception as error:
+                if self.size == 1 or not is_out_of_memory(error):
+                    raise
+            self._halve(self.size)
+
+    def _halve(self, tried: int) -> None:
+        self.size = max(1, min(self.size, tried) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

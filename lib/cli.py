@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import RESULT, check_model_folder, check_writable
+from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES, Pattern, parse_pattern
 from lib.names import is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -61,13 +62,45 @@ def _at_least(lowest: int, text: str) -> int:
 
 def between_0_and_1(text: str) -> float:
     """A number between 0 and 1, neither included."""
+    return _number(text, "a number between 0 and 1", lambda number: 0 < number < 1)
+
+
+def share(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    return _number(text, "a number of at least 0 and below 1", lambda number: 0 <= number < 1)
+
+
+def at_most_1(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, "a number from 0 to 1", lambda number: 0 <= number <= 1)
+
+
+def up_to_10(text: str) -> float:
+    """A number above 0, up to 10."""
+    return _number(text, "a number above 0, up to 10", lambda number: 0 < number <= 10)
+
+
+def _number(text: str, what: str, is_fine: Callable[[float], bool]) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = -1.0
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+        number = float("nan")
+    if not is_fine(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return number
+
+
+def pattern(text: str) -> Pattern:
+    """`unstructured` or `n:m`."""
+    try:
+        return parse_pattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def group_size(text: str) -> int | None:
+    """A whole number above 0, or -1 for none."""
+    return None if text.strip() == "-1" else positive(text)
 
 
 def ratio(text: str) -> float | str:
@@ -96,6 +129,14 @@ def folder(text: str) -> Path:
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 
+def add_device_flags(group) -> None:
+    """How a model is loaded, and where it runs."""
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
+    group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+
+
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the pruning scripts have in common: how to run, and where to write."""
     group = parser.add_argument_group("running")
@@ -106,15 +147,30 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch_size", type=positive, help="windows at once (default: large, halved when memory runs out)"
     )
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
-    group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    add_device_flags(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_dir", type=folder, help="folder for result.json, log.txt and plots (default: runs/...)"
     )
     group.add_argument("--overwrite", action="store_true", help="replace the result or the model in these folders")
+
+
+def add_gradient_flags(group, ngrad: str) -> None:
+    """How ALP's gradients are taken; `ngrad` is what the number of their windows is called."""
+    group.add_argument(ngrad, type=positive, default=10, help="windows of text for the gradients (default: 10)")
+    group.add_argument("--grad_seqlen", type=positive, default=64, help="tokens in such a window (default: 64)")
+    group.add_argument(
+        "--grad_loss", choices=GRADIENT_LOSSES, default="last", help="the loss of the last token, or of all"
+    )
+    group.add_argument(
+        "--grad_type", choices=GRADIENT_TYPES, default="l2", help="how gradients are summed (default: l2)"
+    )
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a device and a device map at once."""
+    if args.device_map and args.device != "auto":
+        raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
 
 
 def default_output_dir(tool: str, model: str) -> Path:
@@ -127,8 +183,8 @@ def default_output_dir(tool: str, model: str) -> Path:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Raises `InputError` unless what the run will write can be written, without harm to what is there."""
+def check_output(args: argparse.Namespace, model: str) -> None:
+    """Raises `InputError` unless what a run on `model` will write can be written, without harm to what is there."""
     check_writable(args.output_dir or Path("runs"), "--output_dir")
     if args.output_dir and (args.output_dir / RESULT).exists() and not args.overwrite:
         raise InputError(f"--output_dir {args.output_dir}: holds a result; name another folder or add --overwrite")
@@ -138,7 +194,7 @@ def check_output(args: argparse.Namespace) -> None:
     target, output = args.save_model.resolve(), (args.output_dir or Path("runs")).resolve()
     if target == output or target in output.parents:
         raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
-    if not is_hub_model(args.model_name) and target == Path(locate_model(args.model_name)).resolve():
+    if not is_hub_model(model) and target == Path(locate_model(model)).resolve():
         raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
 
 

@@ -4,6 +4,7 @@ A source is told by what it contains, not by its path: C4 by the file names and 
 WikiText by its ` = Title = ` headings, anything else by file type. The sampling is that of the reference code.
 """
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -182,6 +183,35 @@ def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, s
     order = np.random.default_rng(seed).permutation(count)[:nsamples]  # what datasets.Dataset.shuffle does
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
     return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
+
+
+def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Windows (nsamples, seqlen) for ALP, as in the Wanda and GPTQ code: a random stretch of a random document each.
+
+    Documents of `seqlen` tokens or fewer are drawn again. Of a corpus of one document only the start is drawn. Raises
+    `InputError` when no document is long enough.
+    """
+    draw = random.Random(seed)
+    count = len(corpus.documents)
+    tokens: dict[int, torch.Tensor | None] = {}  # by document; None: too short
+    longest, windows = 0, []
+    for _ in range(nsamples):
+        while True:
+            index = draw.randint(0, count - 1) if count > 1 else 0
+            if index not in tokens:
+                found = tokenize(corpus.documents[index] or "", tokenizer)
+                longest = max(longest, len(found))
+                tokens[index] = found if len(found) > seqlen else None
+            if tokens[index] is not None:
+                break
+            if len(tokens) == count and not any(found is not None for found in tokens.values()):
+                raise InputError(
+                    f"dataset {corpus.name}: no document has more than {seqlen} tokens, the longest {longest}; "
+                    "give longer text, or smaller windows"
+                )
+        start = draw.randint(0, len(tokens[index]) - seqlen - 1)
+        windows.append(tokens[index][start : start + seqlen])
+    return torch.stack(windows)
 
 
 def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int) -> torch.Tensor:

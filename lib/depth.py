@@ -11,15 +11,14 @@ from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import check_format, save_pruned
+from lib.inputs import check_tokens, check_whole, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder, Plan
-from lib.modeling_pruned import skip_lists
 from lib.names import short_name
-from lib.report import PLOT, Report, columns, environment, peak_memory_bytes, plot_removals, quiet_libraries
+from lib.plots import REMOVALS, plot_removals
+from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.stream import plan_window_losses
-
-LONGEST_DEFAULT_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -106,21 +105,14 @@ def check_config(settings: DepthPruning, config) -> int:
     layers, name = config.num_hidden_layers, settings.model_name
     if layers < 2:
         raise InputError(f"{name} has {layers} decoder layers; pruning needs at least 2")
-    if hasattr(config, "per_layer_config") and any(skip_lists(config)):
-        raise InputError(f"{name} has been pruned already; give the model that it was made from")
+    check_whole(name, config)
     if settings.num_blocks not in (None, layers):
         raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
     if (settings.mha_remove_layers or 0) >= layers:
         raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {name} has {layers} layers; one must stay")
     if (settings.ffn_remove_layers or 0) > layers:
         raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {name} has only {layers} layers")
-    context = getattr(config, "max_position_embeddings", None) or settings.seqlen or LONGEST_DEFAULT_WINDOW
-    seqlen = settings.seqlen or min(LONGEST_DEFAULT_WINDOW, context)
-    if seqlen > context:
-        raise InputError(f"--seqlen {seqlen}: {name} has a context of {context} tokens")
-    if seqlen < 2:
-        raise InputError(f"--seqlen {seqlen}: a window needs 2 tokens, one to predict the other")
-    return seqlen
+    return window_length(name, config, settings.seqlen)
 
 
 def load_windows(
@@ -132,11 +124,7 @@ def load_windows(
     sources = settings.eval_datasets if settings.eval_ppl else []
     eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen) for s in sources}
     for tokens in (windows, *eval_windows.values()):
-        if tokens.max() >= vocab_size:
-            raise InputError(
-                f"model {settings.model_name}: its tokenizer gives token {int(tokens.max())}, but the model has only "
-                f"{vocab_size}; use the tokenizer that belongs to it"
-            )
+        check_tokens(settings.model_name, tokens, vocab_size)
     return windows, eval_windows
 
 
@@ -218,7 +206,7 @@ def finish(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan,
     """Writes result.json and the plot, then the model; what was found is safe should saving fail."""
     report.seconds["save"] = 0.0
     path = report.result(result)
-    plot = report.folder / PLOT
+    plot = report.folder / REMOVALS
     title = f"{short_name(settings.model_name)}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
     has_plot = plot_removals(plot, result["bi_scores"], plan.mha_removed, plan.ffn_removed, title)
     if settings.save_model:
@@ -248,14 +236,10 @@ def describe_run(settings: DepthPruning, decoder: Decoder, windows: torch.Tensor
         "dataset": settings.dataset,
         "windows": len(windows),
         "bi_windows": min(settings.bi_windows or len(windows), len(windows)),
-        "dtype": dtype_name(decoder),
+        "dtype": dtype_name(decoder.model),
         "batch_size": batcher.size,
         "num_layers": decoder.num_layers,
     }
-
-
-def dtype_name(decoder: Decoder) -> str:
-    return str(next(decoder.model.parameters()).dtype).removeprefix("torch.")
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
@@ -263,7 +247,7 @@ def dtype_name(decoder: Decoder) -> str:
 
 def report_model(report: Report, settings: DepthPruning, decoder: Decoder, windows: torch.Tensor) -> None:
     mha, ffn = decoder.sublayer_parameters(0)
-    name = f"{decoder.family}, {dtype_name(decoder)}, {decoder.device}"
+    name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
     report.say(f"Model       {settings.model_name} ({name})")
     report.say(f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers; a layer's attention {mha:,}")
     report.say(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")

@@ -76,6 +76,15 @@ def save_pruned(
             _add_modeling_file(decoder.model, draft)
 
 
+def save_weights(
+    model: nn.Module, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str = "5GB"
+) -> None:
+    """Saves a model whose weights were changed in place as the stock checkpoint that it is, with its tokenizer."""
+    with whole_folder(folder, overwrite, "--save_model") as draft:
+        model.save_pretrained(draft, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(draft)
+
+
 @torch.no_grad()
 def zero_sublayers(decoder: Decoder, plan: Plan) -> None:
     """Switches all sublayers on, and sets to zero the output projections of those that the plan removes.

@@ -23,21 +23,25 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str, trust_remote_code: bool = False, cache_dir: Path | None = None):
     """The text model's configuration behind a hub id or a local folder."""
     from transformers import AutoConfig
 
     with _loading_errors(name):
-        config = AutoConfig.from_pretrained(locate_model(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            locate_model(name), trust_remote_code=trust_remote_code, cache_dir=cache_dir
+        )
     return config.get_text_config(decoder=True)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str, trust_remote_code: bool = False, cache_dir: Path | None = None):
     """The tokenizer behind a hub id or a local folder."""
     from transformers import AutoTokenizer
 
     with _loading_errors(name, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(locate_model(name), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            locate_model(name), trust_remote_code=trust_remote_code, cache_dir=cache_dir
+        )
 
 
 def load_model(
@@ -46,10 +50,12 @@ def load_model(
     device: torch.device | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
 ) -> nn.Module:
     """A causal language model in eval mode, without gradients, on `device` or spread by `device_map`.
 
-    `dtype` is a torch dtype's name, or `auto` for that of the checkpoint. Raises `InputError` when it cannot be loaded.
+    `dtype` is a torch dtype's name, or `auto` for that of the checkpoint; `cache_dir` is where the hub's files are.
+    Raises `InputError` when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,6 +65,7 @@ def load_model(
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            cache_dir=cache_dir,
             output_loading_info=True,
         )
     missing = sorted(loaded["missing_keys"])

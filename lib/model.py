@@ -249,16 +249,17 @@ class Decoder:
             return first[0], inputs
         raise InputError(f"{self.family} does not fit: its forward does not call each decoder layer once")
 
-    @torch.no_grad()
     def run_layer(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs, mode: Mode) -> torch.Tensor:
-        """The output (B, T, D) of one layer in a mode, for inputs from `embed` of the same (B, T)."""
+        """The output (B, T, D) of one layer in a mode, for inputs from `embed` of the same (B, T).
+
+        Autograd follows it, as it follows `logits`, where it is on and something asks for gradients.
+        """
         if not mode.attention and not mode.ffn:
             return hidden_states
         self.set_mode(index, mode)
         output = self.layers[index](hidden_states, *inputs.args[index], **inputs.kwargs[index])
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The model's tail: the last layer's output (B, T, D) -> logits (B, T, V), in the model's dtype.
 

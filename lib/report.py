@@ -1,4 +1,4 @@
-"""What a run tells: lines on the console and in log.txt, times, environment, result.json, plots."""
+"""What a run tells: lines on the console and in log.txt, times, environment, result.json."""
 
 import os
 import platform
@@ -6,9 +6,8 @@ import resource
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from lib.files import RESULT, write_json
+from lib.plots import REMOVALS, SPARSITY
 
-PLOT = "block_influence.png"
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
@@ -33,6 +32,18 @@ def quiet_libraries() -> None:
         transformers.logging.disable_progress_bar()
 
 
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that the block takes, an accelerator's work included, to `seconds[name]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
 class Report:
     """Collects a run's lines and times; from `open` on they are also kept in the output folder."""
 
@@ -44,8 +55,8 @@ class Report:
     def open(self, folder: Path) -> None:
         """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULT).unlink(missing_ok=True)
-        (folder / PLOT).unlink(missing_ok=True)
+        for name in (RESULT, REMOVALS, SPARSITY):
+            (folder / name).unlink(missing_ok=True)
         self.folder = folder
         (folder / "log.txt").write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
 
@@ -61,14 +72,9 @@ class Report:
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds that the block takes to `seconds[name]`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+    def timed(self, name: str) -> AbstractContextManager:
+        """Adds the seconds that a block takes to `seconds[name]`."""
+        return timed(self.seconds, name)
 
     @contextmanager
     def progress(self, total: int, label: str) -> Iterator[Callable[[int], object]]:
@@ -109,37 +115,3 @@ def columns(cells: Sequence[str], per_row: int) -> list[str]:
     width = max(map(len, cells), default=0)
     rows = [cells[start : start + per_row] for start in range(0, len(cells), per_row)]
     return ["  ".join(cell.rjust(width) for cell in row) for row in rows]
-
-
-def plot_removals(
-    path: Path, bi_scores: Sequence[float], mha_removed: Sequence[int], ffn_removed: Sequence[int], title: str
-) -> bool:
-    """Draws Block Influence by layer, coloured by what was removed; False when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kinds = {  # label, colour, is it of the kind
-        "kept": ("#4477aa", lambda layer: layer not in mha_removed and layer not in ffn_removed),
-        "FFN removed": ("#ddaa33", lambda layer: layer in ffn_removed and layer not in mha_removed),
-        "attention removed": ("#228833", lambda layer: layer in mha_removed and layer not in ffn_removed),
-        "removed whole": ("#bb5566", lambda layer: layer in mha_removed and layer in ffn_removed),
-    }
-    figure, axes = plt.subplots(figsize=(max(5.0, 0.28 * len(bi_scores) + 2), 3.4), layout="constrained")
-    for label, (colour, is_kind) in kinds.items():
-        layers = [layer for layer in range(len(bi_scores)) if is_kind(layer)]
-        if layers:
-            axes.bar(layers, [bi_scores[layer] for layer in layers], color=colour, label=label)
-    step = max(1, len(bi_scores) // 20)
-    axes.set(xlabel="decoder layer", ylabel="Block Influence", title=title, yscale="log")
-    axes.set_xticks(range(0, len(bi_scores), step))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font does not have
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True

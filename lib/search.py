@@ -173,6 +173,7 @@ class Sweep:
             self._prefix = new
         return (window_losses.double().sum(dim=0) * self.windows.shape[1]).tolist()
 
+    @torch.no_grad()
     def _walk(
         self, rows: slice, modes: Sequence[Mode], trials: Sequence[Trial], known: _Prefix
     ) -> tuple[dict[Trial, torch.Tensor], torch.Tensor]:

@@ -2,17 +2,20 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
-from lib.errors import RunError
+from lib.batching import Batcher
+from lib.errors import InputError, RunError
 from lib.evaluate import WindowLosses, token_losses
-from lib.model import Decoder, Mode, Plan
+from lib.model import Decoder, LayerInputs, Mode, Plan, StopForward
 
 _LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
 _TOKENS_AT_ONCE_ON_CPU = 256  # more do not fit its caches
 
 
+@torch.no_grad()
 def layer_steps(
     decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -76,3 +79,78 @@ def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequenc
         if not output.isfinite().all():
             return f"NaN or infinity in the output of layer {layer}; {advice}"
     return f"NaN or infinity in the loss, with finite outputs of all {len(modes)} layers; {advice}"
+
+
+class Activations:
+    """The hidden states (N, T, D) of all calibration windows (N, T) before one decoder layer, moved on layer by layer.
+
+    They stay on the device of the embedding, in the model's dtype. What the model hands to its layers besides (masks,
+    positions, rotary tables) is taken once for each number of windows in a batch, since it is the same for all windows;
+    raises `InputError` for a model where it is not.
+    """
+
+    def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
+        self.decoder, self.windows, self.batcher = decoder, windows, batcher
+        self.layer = 0
+        self._inputs: dict[int, LayerInputs] = {}
+        first, inputs = decoder.embed(windows[:1])
+        _check_same(decoder, inputs, decoder.embed(windows[-1:])[1])
+        self.hidden_states = first.new_empty(len(windows), *first.shape[1:])
+        batcher.map(self._embed, len(windows))
+
+    def _embed(self, rows: slice) -> torch.Tensor:
+        self.hidden_states[rows], self._inputs[rows.stop - rows.start] = self.decoder.embed(self.windows[rows])
+        return torch.zeros(rows.stop - rows.start)
+
+    def _inputs_of(self, rows: slice) -> LayerInputs:
+        count = rows.stop - rows.start
+        if count not in self._inputs:
+            self._inputs[count] = self.decoder.embed(self.windows[rows])[1]
+        return self._inputs[count]
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Runs the layer over all windows and drops what comes out; hooks see what they want to see.
+
+        They may leave the layer's forward by `StopForward`. When memory runs out nothing is tried again here, for hooks
+        would see the same windows twice: see `Batcher.whole`.
+        """
+        for start in range(0, len(self.windows), self.batcher.size):
+            with suppress(StopForward):
+                self._run(slice(start, min(start + self.batcher.size, len(self.windows))))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replaces the hidden states by what the layer makes of them. Raises `RunError` when that is not finite."""
+
+        def step(rows: slice) -> torch.Tensor:
+            output = self._run(rows)
+            self.hidden_states[rows] = output
+            return output.isfinite().flatten(1).all(dim=1)
+
+        is_finite = self.batcher.map(step, len(self.windows))
+        if not is_finite.all():
+            window = int((~is_finite).nonzero()[0])
+            raise RunError(
+                f"NaN or infinity in the output of layer {self.layer} on calibration window {window}; "
+                "try --dtype float32 or bfloat16, and check the checkpoint"
+            )
+        self.layer += 1
+
+    def _run(self, rows: slice) -> torch.Tensor:
+        return self.decoder.run_layer(self.layer, self.hidden_states[rows], self._inputs_of(rows), Mode())
+
+
+def _check_same(decoder: Decoder, one: LayerInputs, other: LayerInputs) -> None:
+    """Raises `InputError` when layers are handed something that depends on the tokens."""
+    for left, right in zip(_tensors([one.args, one.kwargs]), _tensors([other.args, other.kwargs]), strict=True):
+        if not torch.equal(left, right):
+            raise InputError(f"{decoder.family} does not fit: what its layers are given depends on the tokens")
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for inner in values for tensor in _tensors(inner)]

@@ -1,0 +1,318 @@
+"""The ALP run, from settings to result.json: load, measure, allocate, prune, measure again, save."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from lib import artefact, log, sensitivity
+from lib.allocators import alp_densities, importance, uniform_densities
+from lib.batching import Batcher, automatic_batch_size
+from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.evaluate import perplexity
+from lib.export import save_weights
+from lib.inputs import check_tokens, check_whole, dtype_name, window_length
+from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
+from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.methods import DENSE, UNIFORM
+from lib.model import Decoder, Plan
+from lib.plots import SPARSITY, plot_sparsity
+from lib.prune import count_zeros, prune_layers
+from lib.pruners import Pruner
+from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries, timed
+from lib.settings import SparsityPruning
+from lib.stream import plan_window_losses
+from lib.zero_shot import ZeroShot
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The windows (N, T) of a run; None where the run needs none."""
+
+    calibration: torch.Tensor | None
+    gradients: torch.Tensor | None
+    evaluation: dict[str, torch.Tensor]
+
+
+def run(settings: SparsityPruning) -> dict:
+    """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
+    quiet_libraries()
+    report = Report()
+    path, gradients = sensitivity.find(settings.model, settings.gradients, settings.gradient_file)
+    with report.timed("load"):
+        device = resolve_device(settings.device)
+        config = load_config(settings.model, settings.trust_remote_code, settings.cache_dir)
+        seqlen = check_config(settings, config)
+        tokenizer = load_tokenizer(settings.model, settings.trust_remote_code, settings.cache_dir)
+    with report.timed("data"):
+        zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
+        texts = load_texts(settings, tokenizer, seqlen, config.vocab_size, gradients is None)
+    with report.timed("load"):
+        decoder = load_decoder(settings, device)
+        if settings.is_allocated and gradients:
+            artefact.check_model(gradients, path, settings.model, decoder)
+        groups = input_groups(decoder)
+    report.open(settings.output_dir)
+    report_model(report, settings, decoder, groups, seqlen)
+
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
+    perplexities = {"dense": measure(report, decoder, texts.evaluation, batcher)}
+    with report.timed("allocate"):
+        if settings.is_allocated and gradients is None:
+            report.say(f"            not in {path} yet: computing, and keeping them there")
+            gradients = sensitivity.compute(report, decoder, settings.model, settings.gradients, texts.gradients)
+            artefact.write(path, gradients)
+        scores = importance(gradients.layers) if settings.is_allocated else None
+        densities = allocate(settings, scores, groups)
+    report_densities(report, scores, densities)
+    parts: dict[str, float] = {}
+    for stage, pruner in stages(settings, groups):
+        with report.timed("prune"), report.progress(decoder.num_layers, stage) as progress:
+            sparsities = [1 - density for density in densities]
+            windows = texts.calibration
+            prune_layers(
+                decoder, groups, pruner, sparsities, windows, batcher, report.say, progress, partial(timed, parts)
+            )
+        perplexities[stage] = measure(report, decoder, texts.evaluation, batcher)
+    perplexities.setdefault("pruned", perplexities["dense"])
+
+    zeros, sizes = zip(*count_zeros(groups), strict=True)
+    result = {
+        **describe_run(settings, decoder, seqlen, batcher),
+        "importance": scores,
+        "layer_density": densities,
+        "sparsity": sum(zeros) / sum(sizes),
+        "layer_sparsity": [zero / size for zero, size in zip(zeros, sizes, strict=True)],
+        "perplexity": {
+            text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
+        },
+        "seconds": report.seconds,
+        "prune_seconds": parts,
+        "peak_memory_bytes": peak_memory_bytes(decoder.device),
+        "environment": environment(decoder.device),
+    }
+    report_result(report, result)
+    finish(report, settings, decoder, tokenizer, zero_shot, batcher, result)
+    return result
+
+
+# Before the model -----------------------------------------------------------------------------------------------------
+
+
+def check_config(settings: SparsityPruning, config) -> int:
+    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    check_whole(settings.model, config)
+    seqlen = window_length(settings.model, config, settings.seqlen)
+    if settings.is_allocated:
+        window_length(settings.model, config, settings.gradients.seqlen, "--grad_seqlen")
+    outline = load_outline(config, settings.trust_remote_code)
+    if outline is not None:
+        check_linears(settings, Decoder(outline, has_weights=False))
+    return seqlen
+
+
+def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
+    """The linears of a model, when all can be pruned and rounded as asked for. Raises `InputError`."""
+    linears = find_linears(decoder)
+    if settings.pattern.is_structured and settings.method.pruner != DENSE:
+        check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
+    if settings.quantization and settings.quantization.group_size:
+        check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
+    return linears
+
+
+def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: int, need_gradients: bool) -> Texts:
+    """All the text of a run, tokenized; only what the run needs is read."""
+    calibration, gradients = None, None
+    need_gradients = need_gradients and settings.is_allocated
+    if settings.needs_inputs or need_gradients:
+        corpus = load_corpus(settings.calibration_dataset, "train")
+        if settings.needs_inputs:
+            calibration = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
+        if need_gradients:
+            wanted = settings.gradients
+            gradients = sampled_windows(corpus, tokenizer, wanted.nsamples, wanted.seqlen, wanted.seed)
+    evaluation = {text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen) for text in settings.dataset}
+    for windows in (calibration, gradients, *evaluation.values()):
+        if windows is not None:
+            check_tokens(settings.model, windows, vocab_size)
+    return Texts(calibration, gradients, evaluation)
+
+
+def load_decoder(settings: SparsityPruning, device: torch.device) -> Decoder:
+    """The model, checked to be one that can be pruned as asked for."""
+    remote_code, cache_dir = settings.trust_remote_code, settings.cache_dir
+    decoder = Decoder(load_model(settings.model, settings.dtype, device, settings.device_map, remote_code, cache_dir))
+    check_not_offloaded(check_linears(settings, decoder))
+    return decoder
+
+
+# The stages -----------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    report: Report, decoder: Decoder, eval_windows: dict[str, torch.Tensor], batcher: Batcher
+) -> dict[str, float]:
+    """Perplexity of the model as it is on every evaluation text."""
+    losses = plan_window_losses(decoder, Plan(decoder.num_layers))
+    perplexities = {}
+    for text, windows in eval_windows.items():
+        with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
+            perplexities[text] = perplexity(losses, windows, batcher, progress)
+    return perplexities
+
+
+def allocate(
+    settings: SparsityPruning, scores: Sequence[float] | None, groups: Sequence[Sequence[InputGroup]]
+) -> list[float]:
+    """The density of every layer."""
+    if scores is None:
+        return uniform_densities(len(groups), settings.sparsity_ratio)
+    sizes = [size for _, size in count_zeros(groups)]
+    return alp_densities(scores, sizes, settings.sparsity_ratio, settings.alpha)
+
+
+def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) -> Iterator[tuple[str, Pruner]]:
+    """(name of the model that comes out, what makes it): `pruned`, then `quantized`, as far as they are asked for.
+
+    SparseGPT rounds while it prunes, so that its second stage begins with the dense weights again, of which a copy is
+    kept in host memory meanwhile.
+    """
+    pruner, rounder = settings.pruner, settings.rounder
+    linears = [linear for layer in groups for group in layer for linear in group.linears]
+    begins_anew = rounder is not None and settings.method.pruner == "sparsegpt"
+    dense = [linear.weight.detach().to("cpu", copy=True) for linear in linears] if begins_anew else []
+    if settings.method.pruner != DENSE:
+        yield "pruned", pruner
+    if rounder:
+        for linear, weight in zip(linears, dense, strict=False):
+            linear.weight.data.copy_(weight)
+        yield "quantized", rounder
+
+
+def finish(
+    report: Report,
+    settings: SparsityPruning,
+    decoder: Decoder,
+    tokenizer,
+    zero_shot: ZeroShot | None,
+    batcher: Batcher,
+    result: dict,
+) -> None:
+    """Writes result.json and the plot, saves the model, evaluates its tasks; what was found is safe if one fails."""
+    report.seconds["save"] = 0.0
+    path = report.result(result)
+    plot = report.folder / SPARSITY
+    title = f"{settings.model_name}: {settings.method.name}, {settings.sparsity_ratio:g} {settings.pattern}"
+    target = 0.0 if settings.method.pruner == DENSE else settings.sparsity_ratio
+    has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title)
+    if settings.save_model:
+        with report.timed("save"):
+            save_weights(decoder.model, tokenizer, settings.save_model, settings.overwrite)
+        report.result(result)
+    if zero_shot:
+        with report.timed("zero_shot"):
+            result["zero_shot"] = zero_shot.accuracy(decoder.model, tokenizer, batcher.size)
+        report.result(result)
+        report_zero_shot(report, result["zero_shot"])
+    report.say()
+    report.say("Written")
+    report.say(f"  result  {path}")
+    report.say(f"  plot    {plot if has_plot else 'none: matplotlib is not installed (pip install matplotlib)'}")
+    if settings.save_model:
+        report.say(f'  model   {settings.save_model}: AutoModelForCausalLM.from_pretrained("{settings.save_model}")')
+    if settings.log:
+        report.say(f"  log     {log.append(settings.log, result, settings.output_dir)}: a row for each text")
+
+
+def describe_run(settings: SparsityPruning, decoder: Decoder, seqlen: int, batcher: Batcher) -> dict:
+    """The fields of result.json that say what was asked for."""
+    allocated = settings.is_allocated
+    return {
+        "tool": "alp_prune",
+        "model": settings.model,
+        "model_name": settings.model_name,
+        "prune_method": settings.method.name,
+        "sparsity_ratio": 0.0 if settings.method.pruner == DENSE else settings.sparsity_ratio,
+        "sparsity_type": str(settings.pattern),
+        "alpha": settings.alpha,
+        "grad_type": settings.gradients.gradient_type if allocated else None,
+        "grad_nsamples": settings.gradients.nsamples if allocated else None,
+        "gradients": asdict(settings.gradients) if allocated else None,
+        "use_variant": settings.use_variant,
+        "a": settings.a,
+        **({"quantization": str(settings.quantization)} if settings.quantization else {}),
+        "dataset": settings.calibration_dataset,
+        "nsamples": settings.nsamples,
+        "seqlen": seqlen,
+        "seed": settings.seed,
+        "dtype": dtype_name(decoder.model),
+        "batch_size": batcher.size,
+        "num_layers": decoder.num_layers,
+    }
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def report_model(
+    report: Report, settings: SparsityPruning, decoder: Decoder, groups: Sequence[Sequence[InputGroup]], seqlen: int
+) -> None:
+    name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
+    weights = sum(size for _, size in count_zeros(groups))
+    report.say(f"Model       {settings.model} ({name})")
+    report.say(f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {len(groups)} layers")
+    report.say(f"Method      {describe_method(settings)}")
+    if settings.needs_inputs:
+        windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
+        report.say(f"Calibration {settings.calibration_dataset}: {windows}")
+    if settings.is_allocated:
+        report.say(f"Gradients   {sensitivity.describe(settings.gradients)}")
+    elif settings.method.allocator != UNIFORM:
+        allocator = settings.method.allocator
+        report.say(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
+
+
+def describe_method(settings: SparsityPruning) -> str:
+    if settings.method.pruner == DENSE:
+        what = "dense: nothing is pruned"
+    else:
+        allocation = f"{settings.method.allocator} densities, alpha {settings.alpha:g}"
+        how = allocation if settings.is_allocated else "the same in every layer"
+        variant = " (variant)" if settings.use_variant else ""
+        what = f"{settings.method.pruner}{variant}, {settings.sparsity_ratio:g} {settings.pattern}, {how}"
+    return what + (f"; then {settings.quantization}" if settings.quantization else "")
+
+
+def report_densities(report: Report, scores: Sequence[float] | None, densities: Sequence[float]) -> None:
+    if scores is None:
+        return
+    report.say()
+    report.say("Importance and density by layer")
+    cells = [
+        f"{layer}: {score:.4f} {density:.3f}"
+        for layer, (score, density) in enumerate(zip(scores, densities, strict=True))
+    ]
+    for row in columns(cells, 4):
+        report.say("  " + row)
+
+
+def report_result(report: Report, result: dict) -> None:
+    report.say()
+    report.say("Sparsity measured by layer")
+    for row in columns([f"{layer}: {found:.4f}" for layer, found in enumerate(result["layer_sparsity"])], 6):
+        report.say("  " + row)
+    report.say(f"  all: {result['sparsity']:.4f}")
+    report.say()
+    report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))})")
+    for text, found in result["perplexity"].items():
+        report.say(f"  {text}: {' -> '.join(f'{value:.3f}' for value in found.values())}")
+
+
+def report_zero_shot(report: Report, zero_shot: dict) -> None:
+    report.say()
+    report.say("Zero-shot accuracy in percent (acc_norm where a task has it)")
+    for task, value in zero_shot["shown"].items():
+        report.say(f"  {task}: {value:.2f}")
+    report.say(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")

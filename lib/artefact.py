@@ -1,0 +1,103 @@
+"""The file that keeps a model's connection sensitivities: small, JSON, and bound to the weights it was made from."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lib.errors import InputError
+from lib.files import write_json
+from lib.gradients import LayerSensitivity, Spread
+from lib.linears import find_linears
+from lib.methods import GradientSettings
+from lib.model import Decoder
+
+_FORMAT = "connection-sensitivity/1"
+_SAMPLED = 256  # elements of each weight in a fingerprint
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The sensitivities of a model's layers, and what they were made from."""
+
+    model: str
+    fingerprint: str
+    settings: GradientSettings
+    layers: list[LayerSensitivity]
+    environment: dict
+
+
+@torch.no_grad()
+def fingerprint(decoder: Decoder) -> str:
+    """A digest of the model's shapes, dtypes and of some elements of every linear's weight, spread over all of it."""
+    digest = hashlib.sha256(decoder.family.encode())
+    embedding = {"embedding": decoder.model.get_input_embeddings()}
+    for linears in (embedding, *find_linears(decoder)):
+        for name, module in linears.items():
+            weight = module.weight
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            places = torch.linspace(0, weight.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
+            rows, columns = (places // weight.shape[1]).to(weight.device), (places % weight.shape[1]).to(weight.device)
+            digest.update(weight[rows, columns].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, artefact: Artefact) -> None:
+    """Writes the file, whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format": _FORMAT, **asdict(artefact)})
+
+
+def read(path: Path) -> Artefact:
+    """Reads the file. Raises `InputError` for one that is not there, broken, or no artefact."""
+    advice = "make it again with save_gradient.py --overwrite, or delete it"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"gradients {path}: no such file; make it with save_gradient.py") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"gradients {path}: broken, or no artefact ({str(error).splitlines()[0]}); {advice}"
+        ) from error
+    try:
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        layers = [
+            LayerSensitivity(
+                _spread(layer["layer"]), {name: _spread(values) for name, values in layer["linears"].items()}
+            )
+            for layer in content["layers"]
+        ]
+        settings = GradientSettings(**content["settings"])
+        return Artefact(content["model"], content["fingerprint"], settings, layers, content["environment"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"gradients {path}: broken, or no artefact ({error!r}); {advice}") from error
+
+
+def _spread(values: dict) -> Spread:
+    spread = Spread(**values)
+    if not all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in asdict(spread).values()):
+        raise ValueError(f"numbers that cannot be: {values}")
+    return spread
+
+
+def check_settings(artefact: Artefact, path: Path, settings: GradientSettings) -> None:
+    """Raises `InputError` unless the artefact was made with these settings."""
+    for name, value in asdict(settings).items():
+        if (found := getattr(artefact.settings, name)) != value:
+            raise InputError(f"gradients {path}: made with {name} {found}, not {value}; make another")
+
+
+def check_model(artefact: Artefact, path: Path, model: str, decoder: Decoder) -> None:
+    """Raises `InputError` unless the artefact was made from these very weights."""
+    linears = find_linears(decoder)
+    sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
+    found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artefact.layers]
+    if artefact.fingerprint != fingerprint(decoder) or found != sizes:
+        raise InputError(
+            f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); "
+            "make it again with save_gradient.py --overwrite, or delete it"
+        )

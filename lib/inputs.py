@@ -1,0 +1,40 @@
+"""What every run checks and takes from its model's config before work starts."""
+
+import torch
+from torch import nn
+
+from lib.errors import InputError
+from lib.modeling_pruned import skip_lists
+
+LONGEST_DEFAULT_WINDOW = 2048
+
+
+def check_whole(name: str, config) -> None:
+    """Raises `InputError` for a model that has lost some of its sublayers already."""
+    if hasattr(config, "per_layer_config") and any(skip_lists(config)):
+        raise InputError(f"{name} has been pruned already; give the model that it was made from")
+
+
+def window_length(name: str, config, given: int | None, flag: str = "--seqlen") -> int:
+    """Tokens in a window: as given, or the model's context up to 2048. Raises `InputError` for what cannot be."""
+    context = getattr(config, "max_position_embeddings", None) or given or LONGEST_DEFAULT_WINDOW
+    seqlen = given or min(LONGEST_DEFAULT_WINDOW, context)
+    if seqlen > context:
+        raise InputError(f"{flag} {seqlen}: {name} has a context of {context} tokens")
+    if seqlen < 2:
+        raise InputError(f"{flag} {seqlen}: a window needs 2 tokens, one to predict the other")
+    return seqlen
+
+
+def check_tokens(name: str, windows: torch.Tensor, vocab_size: int) -> None:
+    """Raises `InputError` for token ids (N, T) that the model's embedding does not have."""
+    if windows.max() >= vocab_size:
+        raise InputError(
+            f"model {name}: its tokenizer gives token {int(windows.max())}, but the model has only {vocab_size}; "
+            "use the tokenizer that belongs to it"
+        )
+
+
+def dtype_name(model: nn.Module) -> str:
+    """`float32`, `bfloat16`, ..."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -1,0 +1,89 @@
+"""The table of runs that `--save_log` appends to: tab-separated, one row for each evaluation text. Imports no torch."""
+
+import fcntl
+import os
+import re
+import time
+from pathlib import Path
+
+from lib.errors import InputError
+
+FILE = "log.tsv"
+COLUMNS = (
+    *("method", "actual_sparsity", "ppl_test"),  # those of the reference
+    *("dataset", "ppl_dense", "ppl_quantized", "zero_shot_mean", "model", "sparsity_ratio", "sparsity_type", "alpha"),
+    *(
+        "grad_type",
+        "grad_nsamples",
+        "nsamples",
+        "seqlen",
+        "seed",
+        "quantization",
+        "prune_seconds",
+        "output_dir",
+        "time",
+    ),
+)
+
+
+def check(folder: Path) -> None:
+    """Raises `InputError` when the folder has a log with other columns."""
+    path = folder / FILE
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            _check_header(path, file.readline())
+
+
+def append(folder: Path, result: dict, output_dir: Path) -> Path:
+    """Appends the rows of one result.json, and a header should the file be new; safe when several runs do so at once.
+
+    Returns the file's path. Raises `InputError` for a file with other columns.
+    """
+    path = folder / FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(_line([row[column] for column in COLUMNS]) for row in _rows(result, output_dir))
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = file.readline()
+        _check_header(path, header)
+        file.write(("" if header else _line(COLUMNS)) + lines)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _rows(result: dict, output_dir: Path) -> list[dict]:
+    shared = {
+        "method": result["prune_method"],
+        "actual_sparsity": f"{result['sparsity']:.6f}",
+        "zero_shot_mean": f"{result['zero_shot']['mean']:.2f}" if "zero_shot" in result else "",
+        "model": result["model_name"],
+        "alpha": result["alpha"] if result["grad_type"] else "",
+        "grad_type": result["grad_type"] or "",
+        "grad_nsamples": result["grad_nsamples"] or "",
+        "quantization": result.get("quantization", ""),
+        "prune_seconds": result["seconds"]["prune"],
+        "output_dir": output_dir,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **{name: result[name] for name in ("sparsity_ratio", "sparsity_type", "nsamples", "seqlen", "seed")},
+    }
+    return [
+        {
+            **shared,
+            "dataset": dataset,
+            "ppl_test": f"{perplexity['pruned']:.4f}",
+            "ppl_dense": f"{perplexity['dense']:.4f}",
+            "ppl_quantized": f"{perplexity['quantized']:.4f}" if "quantized" in perplexity else "",
+        }
+        for dataset, perplexity in result["perplexity"].items()
+    ]
+
+
+def _line(cells) -> str:
+    return "\t".join(re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in cells) + "\n"
+
+
+def _check_header(path: Path, header: str) -> None:
+    if header and header != _line(COLUMNS):
+        raise InputError(f"--save: {path} has other columns than this version writes; move it, or name another folder")

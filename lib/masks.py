@@ -1,0 +1,69 @@
+"""Scores -> masks of the weights that go: True is pruned. Scores are (out, in), lower goes first."""
+
+import torch
+
+
+def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Prunes all scores up to the one at place `int(count * sparsity)` in ascending order, ties included.
+
+    As in the magnitude pruning of the Wanda repository and in SparseGPT, that score itself goes too. Nothing is pruned
+    when the place is 0, so that no sparsity means none.
+    """
+    place = int(scores.numel() * sparsity)
+    if place == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    if flat.device.type == "cpu":
+        threshold = flat.kthvalue(place + 1).values
+    else:  # an accelerator's kthvalue works on one row with a single block
+        threshold = flat.sort().values[place]
+    return scores <= threshold
+
+
+def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Prunes the `int(in * sparsity)` smallest scores of every row; of equal scores, those of lower index."""
+    count = int(scores.shape[1] * sparsity)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    mask = scores <= scores.kthvalue(count, dim=1, keepdim=True).values
+    has_ties = (mask.sum(dim=1) > count).nonzero().flatten()
+    if len(has_ties):
+        places = scores[has_ties].sort(dim=1, stable=True).indices[:, :count]
+        mask[has_ties] = torch.zeros_like(mask[has_ties]).scatter_(1, places, True)
+    return mask
+
+
+def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Prunes the n smallest scores of every m neighbours in a row; of equal scores, those of lower index.
+
+    Raises `ValueError` unless m divides the number of columns.
+    """
+    rows, columns = scores.shape
+    if columns % m:
+        raise ValueError(f"{columns} columns cannot be cut into groups of {m}")
+    places = scores.view(rows, columns // m, m).sort(dim=-1, stable=True).indices[..., :n]
+    mask = torch.zeros(rows, columns // m, m, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(-1, places, True).view(rows, columns)
+
+
+def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: float = 0.001) -> torch.Tensor:
+    """Prunes of every row the smallest scores that together make up a share `alpha` of the row's sum.
+
+    The share, one for all rows, is found by bisection (from 0.4 in [0, 0.8]) so that `sparsity` of all scores goes: the
+    `use_variant` of the Wanda repository. Where 0.8 is not enough, the bisection goes on in [0.8, 1].
+    """
+    ascending, order = scores.double().sort(dim=1, stable=True)
+    cumulative = ascending.cumsum(dim=1)
+    total = cumulative[:, -1:]
+
+    def pruned(alpha: float) -> torch.Tensor:  # in ascending order
+        return cumulative <= total * alpha
+
+    low, high = (0.0, 0.8) if pruned(0.8).double().mean() >= sparsity else (0.8, 1.0)
+    while True:
+        alpha = (low + high) / 2
+        share = pruned(alpha).double().mean().item()
+        if abs(share - sparsity) <= tolerance or high - low < tolerance:
+            break
+        low, high = (low, alpha) if share > sparsity else (alpha, high)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, pruned(alpha))

@@ -1,0 +1,91 @@
+"""Plots of what a run found, by layer; matplotlib is optional, and each function says whether it drew."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+REMOVALS, SPARSITY = "block_influence.png", "sparsity.png"
+_BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
+
+
+def plot_removals(
+    path: Path, bi_scores: Sequence[float], mha_removed: Sequence[int], ffn_removed: Sequence[int], title: str
+) -> bool:
+    """Block Influence by layer, coloured by what was removed; False when matplotlib is not installed."""
+    if not has_matplotlib():
+        return False
+    kinds: dict[str, tuple[str, Callable[[int], bool]]] = {
+        "kept": (_BLUE, lambda layer: layer not in mha_removed and layer not in ffn_removed),
+        "FFN removed": (_YELLOW, lambda layer: layer in ffn_removed and layer not in mha_removed),
+        "attention removed": (_GREEN, lambda layer: layer in mha_removed and layer not in ffn_removed),
+        "removed whole": (_RED, lambda layer: layer in mha_removed and layer in ffn_removed),
+    }
+    with _figure(path, len(bi_scores), 1, title) as (axes,):
+        for label, (colour, is_kind) in kinds.items():
+            layers = [layer for layer in range(len(bi_scores)) if is_kind(layer)]
+            if layers:
+                axes.bar(layers, [bi_scores[layer] for layer in layers], color=colour, label=label)
+        axes.set(ylabel="Block Influence", yscale="log")
+        axes.legend(frameon=False)
+    return True
+
+
+def plot_sensitivity(path: Path, importance: Sequence[float], title: str) -> bool:
+    """ALP's importance by layer; False when matplotlib is not installed."""
+    if not has_matplotlib():
+        return False
+    with _figure(path, len(importance), 1, title) as (axes,):
+        _importance_bars(axes, importance)
+    return True
+
+
+def plot_sparsity(
+    path: Path, sparsity: Sequence[float], importance: Sequence[float] | None, target: float, title: str
+) -> bool:
+    """Measured sparsity by layer, below the importance it comes from if any; False without matplotlib."""
+    if not has_matplotlib():
+        return False
+    with _figure(path, len(sparsity), 2 if importance else 1, title) as rows:
+        if importance:
+            _importance_bars(rows[0], importance)
+        rows[-1].bar(range(len(sparsity)), sparsity, color=_YELLOW)
+        rows[-1].axhline(target, color=_RED, linewidth=1, label=f"target {target:g}")
+        rows[-1].set(ylabel="sparsity", ylim=(0, 1))
+        rows[-1].legend(frameon=False, loc="lower right")
+    return True
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _importance_bars(axes, importance: Sequence[float]) -> None:
+    axes.bar(range(len(importance)), importance, color=_BLUE)
+    least, most = min(importance), max(importance)
+    margin = (most - least or 1) / 10
+    axes.set(ylabel="importance", ylim=(least - margin, most + margin))
+
+
+@contextmanager
+def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence]:
+    """Axes in rows over the decoder layers; the figure is written when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = max(5.0, 0.28 * layers + 2)
+    figure, grid = plt.subplots(rows, 1, figsize=(width, 1.0 + 2.4 * rows), layout="constrained", sharex=True)
+    axes = [grid] if rows == 1 else list(grid)
+    yield axes
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("decoder layer")
+    axes[-1].set_xticks(range(0, layers, max(1, layers // 20)))
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font does not have
+        figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,217 @@
+"""Which weights of a matrix go: magnitude, Wanda, RIA, SparseGPT; and the rounding of what is left.
+
+A pruner works on the weights that share one input, each (out, in): `statistic` makes what it has to know about the
+input, once for all of them, and `prune` gives the new weights. Nothing here knows of layers or models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lib.errors import RunError
+from lib.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
+from lib.methods import UNSTRUCTURED, Pattern, Quantization
+from lib.quantize import round_to_nearest
+from lib.sparsegpt import Hessian, Rounding, obs_update
+
+Weights = Sequence[torch.Tensor]
+
+
+class InputNorms:
+    """Norms of an input's features over calibration windows: sqrt(mean over windows of sum over tokens of x^2)."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._windows = 0
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """Adds the inputs (B, T, in) of B windows; the sums do not depend on how windows are cut into batches."""
+        norms = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32)  # (B, in)
+        self._squares += norms.double().square().sum(dim=0)
+        self._windows += len(inputs)
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """(in,), fp32. Raises `RunError` when they are not finite."""
+        norms = (self._squares / self._windows).sqrt().float()
+        if not norms.isfinite().all():
+            raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
+        return norms
+
+
+class Pruner:
+    """What all pruners have; this one leaves every weight as it is."""
+
+    needs_inputs = False
+
+    def statistic(self, in_features: int, device: torch.device) -> InputNorms | Hessian | None:
+        """What is collected about the input that several weights share; None when that is nothing."""
+        return None
+
+    def prune(self, weights: Weights, statistic, sparsity: float) -> list[torch.Tensor]:
+        """The pruned weights, for weights (out, in) that share the input of `statistic`."""
+        return list(weights)
+
+    def remark(self, statistic) -> str | None:
+        """What the user should know about what `prune` did."""
+        return None
+
+
+# By score -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """|W|, the smallest of the whole matrix."""
+
+    pattern: Pattern = UNSTRUCTURED
+
+    def prune(self, weights: Weights, statistic, sparsity: float) -> list[torch.Tensor]:
+        select = selection(self.pattern, smallest_overall)
+        return [weight.masked_fill(select(weight.abs().float(), sparsity), 0) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Wanda(Pruner):
+    """|W| times the norm of the input feature, the smallest of every row (arXiv:2306.11695, equation 1)."""
+
+    pattern: Pattern = UNSTRUCTURED
+    use_variant: bool = False
+    needs_inputs = True
+
+    def statistic(self, in_features: int, device: torch.device) -> InputNorms:
+        return InputNorms(in_features, device)
+
+    def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
+        norms = statistic.norms
+        select = selection(self.pattern, smallest_share_of_row_sum if self.use_variant else smallest_per_row)
+        return [weight.masked_fill(select(weight.abs().float() * norms, sparsity), 0) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Ria(Pruner):
+    """Relative importance and activations: (|W| / column sum + |W| / row sum) * norm^a (ICLR 2024, Tr0PEHxcM8).
+
+    The smallest of every row go.
+    """
+
+    pattern: Pattern = UNSTRUCTURED
+    power: float = 0.5
+    needs_inputs = True
+
+    def statistic(self, in_features: int, device: torch.device) -> InputNorms:
+        return InputNorms(in_features, device)
+
+    def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
+        scale = statistic.norms**self.power
+        select = selection(self.pattern, smallest_per_row)
+        return [weight.masked_fill(select(relative_importance(weight) * scale, sparsity), 0) for weight in weights]
+
+
+def relative_importance(weight: torch.Tensor) -> torch.Tensor:
+    """|W| / sum of its column + |W| / sum of its row, for (out, in); 0 where such a sum is 0."""
+    size = weight.abs().float()
+    tiny = torch.finfo(torch.float32).tiny
+    return size / size.sum(dim=0).clamp(min=tiny) + size / size.sum(dim=1, keepdim=True).clamp(min=tiny)
+
+
+def selection(pattern: Pattern, unstructured: Callable) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """(scores (out, in), sparsity) -> mask: n:m has the sparsity in its pattern."""
+    if not pattern.is_structured:
+        return unstructured
+    return lambda scores, sparsity: smallest_of_groups(scores, pattern.n, pattern.m)
+
+
+# By reconstruction ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseGpt(Pruner):
+    """SparseGPT: prunes columns one after the other, and lets the weights that stay make up for what went.
+
+    Weights that share an input are one stacked matrix in the pass, each with a threshold of its own. `quantization`
+    rounds them in the same pass.
+    """
+
+    pattern: Pattern = UNSTRUCTURED
+    damping: float = 0.01
+    quantization: Quantization | None = None
+    needs_inputs = True
+
+    def statistic(self, in_features: int, device: torch.device) -> Hessian:
+        return Hessian(in_features, device)
+
+    def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
+        rows = [len(weight) for weight in weights]
+        stacked = torch.cat([weight.float() for weight in weights])
+        stacked[:, statistic.diagonal == 0] = 0.0
+
+        def choose(scores: torch.Tensor, column: int) -> torch.Tensor:
+            if self.pattern.is_structured:
+                return smallest_of_groups(scores, self.pattern.n, self.pattern.m)
+            return torch.cat([smallest_overall(part, sparsity) for part in scores.split(rows)])
+
+        step = self.pattern.m if self.pattern.is_structured else None
+        new = compensated(stacked, statistic, choose, step, self.damping, self.quantization)
+        return [part.to(weight.dtype) for part, weight in zip(new.split(rows), weights, strict=True)]
+
+    def remark(self, statistic: Hessian | None) -> str | None:
+        return describe_damping(statistic, self.damping)
+
+
+@dataclass(frozen=True)
+class Rounded(Pruner):
+    """Quantizes weights and keeps their zeros: by GPTQ where `quantization` compensates, else to the nearest."""
+
+    quantization: Quantization
+    damping: float = 0.01
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.quantization.is_compensated
+
+    def statistic(self, in_features: int, device: torch.device) -> Hessian | None:
+        return Hessian(in_features, device) if self.needs_inputs else None
+
+    def prune(self, weights: Weights, statistic: Hessian | None, sparsity: float) -> list[torch.Tensor]:
+        if not self.needs_inputs:
+            return [round_to_nearest(weight, self.quantization).to(weight.dtype) for weight in weights]
+        rows = [len(weight) for weight in weights]
+        stacked = torch.cat([weight.float() for weight in weights])
+        _, order = statistic.inverse_factor(self.damping, self.quantization.by_activation)
+        held = stacked == 0 if order is None else stacked[:, order] == 0
+
+        def choose(scores: torch.Tensor, column: int) -> torch.Tensor:
+            return held[:, column : column + scores.shape[1]]
+
+        new = compensated(stacked, statistic, choose, None, self.damping, self.quantization)
+        return [part.to(weight.dtype) for part, weight in zip(new.split(rows), weights, strict=True)]
+
+    def remark(self, statistic: Hessian | None) -> str | None:
+        return describe_damping(statistic, self.damping)
+
+
+def describe_damping(hessian: Hessian | None, damping: float) -> str | None:
+    """A remark when more damping was needed than asked for."""
+    if hessian is None or hessian.damping in (None, damping):
+        return None
+    return f"the Hessian was not positive definite; damped by {hessian.damping:g} in place of {damping:g}"
+
+
+def compensated(
+    weight: torch.Tensor,
+    hessian: Hessian,
+    choose: Callable[[torch.Tensor, int], torch.Tensor],
+    step: int | None,
+    damping: float,
+    quantization: Quantization | None,
+) -> torch.Tensor:
+    """`obs_update` of a weight (out, in) fp32, in the order of columns that the quantization asks for."""
+    by_activation = quantization is not None and quantization.by_activation
+    factor, order = hessian.inverse_factor(damping, by_activation)
+    rounding = Rounding.prepare(weight, quantization, order) if quantization else None
+    if order is None:
+        return obs_update(weight, factor, choose, step, rounding)
+    new = obs_update(weight[:, order], factor, choose, step, rounding)
+    return new[:, order.argsort()]

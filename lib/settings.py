@@ -1,0 +1,72 @@
+"""The settings of an ALP run, and which pruners they mean."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.methods import DENSE, UNIFORM, GradientSettings, Method, Pattern, Quantization
+from lib.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+
+
+@dataclass(frozen=True)
+class SparsityPruning:
+    """The settings of a run of `alp_prune.py`."""
+
+    model: str
+    model_name: str
+    method: Method
+    pattern: Pattern
+    sparsity_ratio: float
+    gradients: GradientSettings
+    calibration_dataset: str
+    dataset: Sequence[str]
+    output_dir: Path
+    nsamples: int = 128
+    seed: int = 0
+    alpha: float = 0.15
+    use_variant: bool = False
+    a: float = 0.5
+    percdamp: float = 0.01
+    quantization: Quantization | None = None
+    gradient_file: Path | None = None
+    seqlen: int | None = None
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    cache_dir: Path | None = None
+    overwrite: bool = False
+    save_model: Path | None = None
+    log: Path | None = None
+    tasks: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def pruner(self) -> Pruner:
+        """What prunes, without quantization."""
+        return {
+            DENSE: Pruner(),
+            "magnitude": Magnitude(self.pattern),
+            "wanda": Wanda(self.pattern, self.use_variant),
+            "ria": Ria(self.pattern, self.a),
+            "sparsegpt": SparseGpt(self.pattern, self.percdamp),
+        }[self.method.pruner]
+
+    @property
+    def rounder(self) -> Pruner | None:
+        """What quantizes: SparseGPT while it prunes, from the dense weights; others what was pruned before."""
+        if not self.quantization:
+            return None
+        if self.method.pruner == "sparsegpt":
+            return SparseGpt(self.pattern, self.percdamp, self.quantization)
+        return Rounded(self.quantization, self.percdamp)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """True when calibration text is needed."""
+        return any(pruner.needs_inputs for pruner in (self.pruner, self.rounder) if pruner)
+
+    @property
+    def is_allocated(self) -> bool:
+        """True when layers get sparsities of their own; n:m gives all the same."""
+        return self.method.allocator != UNIFORM and not self.pattern.is_structured

@@ -1,0 +1,151 @@
+"""Optimal Brain Surgeon, column by column: SparseGPT (arXiv:2301.00774) and GPTQ (arXiv:2210.17323) in one pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from lib.errors import RunError
+from lib.methods import Quantization
+from lib.quantize import Grid
+
+BLOCK = 128  # columns
+_LARGEST_DAMPING = 1.0
+
+Choose = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Hessian:
+    """H = (2/n) sum over windows of X^T X (in, in), in fp32, for the n windows seen, X (T, in)."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.windows = 0
+        self.damping: float | None = None  # what the factor took, as a share of the mean diagonal
+        self._factors: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """Adds the inputs (B, T, in) of B windows; one at a time, so that the sum does not depend on the batch."""
+        self._factors.clear()
+        for window in inputs:
+            window = window.float()
+            self.total.addmm_(window.T, window)
+        self.windows += len(inputs)
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """(in,)"""
+        return self.total.diagonal() * (2 / self.windows)
+
+    def inverse_factor(self, damping: float, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The upper triangular R (in, in) with R^T R = (H + damping * mean(diag H) * I)^-1, and the columns' order.
+
+        Inputs that were always zero count as if of unit size. The order is None, or, `by_activation`, that of falling
+        diagonal. Where the matrix is not positive definite, ten times the damping is tried, up to the mean diagonal
+        itself. Made once, for all weights that share the inputs. Raises `RunError` when H is not finite.
+        """
+        if by_activation not in self._factors:
+            order = self.diagonal.argsort(descending=True, stable=True) if by_activation else None
+            self._factors[by_activation] = (self._factorize(damping, order), order)
+        return self._factors[by_activation]
+
+    def _factorize(self, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+        hessian = self.total * (2 / self.windows)
+        if not hessian.diagonal().isfinite().all():
+            raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
+        hessian.diagonal()[hessian.diagonal() == 0] = 1.0
+        if order is not None:
+            hessian = hessian[order][:, order]
+        mean = hessian.diagonal().mean()
+        diagonal = hessian.diagonal().clone()
+        while True:
+            hessian.diagonal().copy_(diagonal + damping * mean)
+            # With J the reversal of rows: J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J, which is upper triangular.
+            lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            if not failed:
+                break
+            if damping >= _LARGEST_DAMPING:
+                raise RunError(f"the Hessian is not positive definite, even with damping {damping:g}; see --percdamp")
+            damping = min(max(damping, 1e-3) * 10, _LARGEST_DAMPING)
+        self.damping = damping
+        identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Quantization inside the pass: grids of the whole weight, or made when the pass reaches a group of columns."""
+
+    quantization: Quantization
+    grids: tuple[Grid, ...]  # for the columns' groups in their own order; one for a whole row; () made on the way
+    group_of: tuple[int, ...] | None  # the group of each column, in the order of the pass
+
+    @classmethod
+    def prepare(cls, weight: torch.Tensor, quantization: Quantization, order: torch.Tensor | None) -> "Rounding":
+        """For a weight (out, in) whose columns are in their own order, and the order of the pass."""
+        size = quantization.group_size
+        if size is None:
+            return cls(quantization, (Grid.of(weight, quantization),), None)
+        if not quantization.static_groups:
+            return cls(quantization, (), None)
+        grids = tuple(Grid.of(group, quantization) for group in weight.split(size, dim=1))
+        columns = range(weight.shape[1]) if order is None else order.tolist()
+        return cls(quantization, grids, tuple(column // size for column in columns))
+
+    def starts_group(self, column: int) -> bool:
+        """True when a grid must be made at this column of the pass."""
+        size = self.quantization.group_size
+        return not self.grids and size is not None and column % size == 0
+
+    def grid(self, column: int) -> Grid:
+        """The grid of a column of the pass, where it was made beforehand."""
+        return self.grids[0 if self.group_of is None else self.group_of[column]]
+
+
+def obs_update(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    choose: Choose,
+    step: int | None = None,
+    rounding: Rounding | None = None,
+    block: int = BLOCK,
+) -> torch.Tensor:
+    """Prunes, and rounds, a weight column by column; what a column loses, the columns that follow make up for.
+
+    `weight` (out, in) fp32, its columns in the order of `factor` (in, in), the upper R of `Hessian.inverse_factor`.
+    Every `step` columns (default: a block) `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, step) of the
+    weights as they are by then, and returns the mask of those that go. Returns the new weight.
+    """
+    columns = weight.shape[1]
+    step = step or block
+    block = max(step, block // step * step)
+    diagonal = factor.diagonal()
+    new = weight.T.contiguous()  # (in, out): columns of the weight are rows here, and contiguous
+    grid, mask = None, None
+    for first, last in pairwise([*range(0, columns, block), columns]):
+        inner = factor[first:last, first:last]
+        errors = torch.zeros_like(new[first:last])
+
+        def current(start: int, stop: int, inner=inner, errors=errors, first=first) -> torch.Tensor:
+            """The weights of columns `start` to `stop` of the block after what the columns before them lost."""
+            return new[first + start : first + stop] - inner[:start, start:stop].T @ errors[:start]
+
+        for i in range(last - first):
+            column = first + i
+            if i % step == 0:
+                stop = min(i + step, last - first)
+                scores = (current(i, stop) / diagonal[column : first + stop, None]).square()
+                mask = choose(scores.T, column).T
+            if rounding is not None and rounding.starts_group(column):
+                ahead = min(i + rounding.quantization.group_size, last - first)
+                later = new[last : column + rounding.quantization.group_size]
+                grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
+            before = current(i, i + 1)[0]
+            after = before.masked_fill(mask[i % step], 0.0)
+            if rounding is not None:
+                after = (rounding.grid(column) if rounding.grids else grid).round(after[:, None])[:, 0]
+            errors[i] = (before - after) / diagonal[column]
+            new[column] = after
+        new[last:] -= factor[first:last, last:].T @ errors
+    return new.T.contiguous()

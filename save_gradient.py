@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""ALP, first step: the connection sensitivity of every layer, from gradients on a few short windows of text.
+
+What is kept is a small JSON file, which alp_prune.py finds by the model and these settings.
+
+    python save_gradient.py                                              # bundled demo model and text
+    python save_gradient.py --model Enoch/llama-7b-hf --ngrad 10
+    python save_gradient.py --model PATH --dataset PATH --grad_type l2_hundred_total
+"""
+
+import argparse
+import sys
+
+from lib import cli, names
+from lib.errors import InputError
+from lib.files import check_writable
+from lib.methods import GradientSettings
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__)
+    group = parser.add_argument_group("model and text")
+    group.add_argument(
+        "--model", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+    )
+    group.add_argument("--cache_dir", type=cli.folder, help="folder for the hub's files (default: the hub's own)")
+    group.add_argument(
+        "--dataset",
+        type=cli.name,
+        help="c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder "
+        "(default: c4; demo for the demo model)",
+    )
+    group.add_argument("--seed", type=cli.count, default=0, help="seed of the windows (default: 0)")
+    cli.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
+    cli.add_device_flags(parser.add_argument_group("running"))
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=cli.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
+    group.add_argument("--overwrite", action="store_true", help="replace that file")
+    args = parser.parse_args(arguments)
+    dataset = args.dataset or ("demo" if names.is_demo(args.model) else "c4")
+    args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
+    args.output = args.output or args.gradients.path(args.model)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """All that can be checked before torch is imported."""
+    names.check_model(args.model)
+    names.check_text(args.gradients.dataset)
+    cli.check_device(args)
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output}: is a folder; name a file in it")
+    if args.output.exists() and not args.overwrite:
+        raise InputError(f"--output {args.output}: exists; name another file or add --overwrite")
+    check_writable(args.output.parent, "--output")
+    if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
+        cli.prefer_cache_without_network()
+
+
+def main() -> None:
+    args = parse()
+    check(args)
+    from lib.sensitivity import SaveGradient, run  # imports torch
+
+    run(
+        SaveGradient(**{name: value for name, value in vars(args).items() if name in SaveGradient.__dataclass_fields__})
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("save_gradient.py", main))
