@@ -63,7 +63,7 @@ def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: 
     while True:
         alpha = (low + high) / 2
         share = pruned(alpha).double().mean().item()
-        if abs(share - sparsity) <= tolerance or high - low < tolerance:
+        if abs(share - sparsity) <= tolerance or high - low < 1e-9:
             break
         low, high = (low, alpha) if share > sparsity else (alpha, high)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, pruned(alpha))

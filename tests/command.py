@@ -3,13 +3,24 @@
 import sys
 from pathlib import Path
 
+import alp_prune
 import ppllms
+import save_gradient
 from lib import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments, monkeypatch) -> int:
-    """The exit status of ppllms.py, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["ppllms.py", *map(str, arguments)])
-    return cli.run("ppllms.py", ppllms.main)
+def run(*arguments, monkeypatch, script=ppllms) -> int:
+    """The exit status of a script, ppllms.py unless another is given, run in this process."""
+    program = Path(script.__file__).name
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    return cli.run(program, script.main)
+
+
+def run_alp(*arguments, monkeypatch) -> int:
+    return run(*arguments, monkeypatch=monkeypatch, script=alp_prune)
+
+
+def run_gradient(*arguments, monkeypatch) -> int:
+    return run(*arguments, monkeypatch=monkeypatch, script=save_gradient)

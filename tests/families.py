@@ -54,3 +54,8 @@ def tiny_model(family: str, **changes) -> torch.nn.Module:
 def tiny_windows(count: int = 5, seqlen: int = 16) -> torch.Tensor:
     """(count, seqlen) random token ids without the special ones."""
     return torch.randint(3, 96, (count, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+# Their weights are not those of nn.Linear: refused by weight pruning.
+NOT_LINEAR = {"GPT2": "Conv1D", "Mixtral": "MixtralTopKRouter"}
+LINEAR_FAMILIES = [family for family in FAMILIES if family not in NOT_LINEAR]

@@ -88,3 +88,106 @@ def block_influence(model: nn.Module, windows: torch.Tensor) -> list[float]:
 def model_window_losses(model: nn.Module):
     """The loss of a causal language model by its own forward, one window at a time: (B, T) ids -> fp32 (B,)."""
     return lambda windows: torch.tensor([total_loss(model, row) / windows.shape[1] for row in windows.split(1)])
+
+
+# ALP ------------------------------------------------------------------------------------------------------------------
+
+
+def layer_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
+    return [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in decoder_layers(model)]
+
+
+def sensitivities(model: nn.Module, windows: torch.Tensor, gradient_type: str, loss: str) -> list[dict]:
+    """G of every linear by autograd through the whole model, one backward a window: [{linear: (out, in)}] by layer."""
+    model = copy.deepcopy(model).float().requires_grad_(True)
+    linears = layer_linears(model)
+    totals = [{name: torch.zeros_like(linear.weight) for name, linear in layer.items()} for layer in linears]
+    for number, window in enumerate(windows):
+        labels = window[None].clone()
+        if loss == "last":
+            labels[:, :-1] = -100
+        model.zero_grad()
+        model(input_ids=window[None], labels=labels, use_cache=False).loss.backward()
+        for layer, total in zip(linears, totals, strict=True):
+            for name, linear in layer.items():
+                gradient = linear.weight.grad.detach()
+                total[name] += gradient.abs() if gradient_type == "l1" else gradient**2
+                if gradient_type == "l2_hundred_total" and number == len(windows) - 1:
+                    total[name] += (100 * gradient) ** 2
+    return totals
+
+
+def redundancy(sensitivity: dict[str, torch.Tensor]) -> float:
+    """R of a layer: sum of |z| over all its sensitivities, z by their mean and unbiased std."""
+    flat = torch.cat([values.flatten() for values in sensitivity.values()]).double()
+    return ((flat - flat.mean()) / flat.std()).abs().sum().item()
+
+
+@torch.no_grad()
+def prune_with_hooks(model: nn.Module, windows: torch.Tensor, sparsities: list[float], prune) -> nn.Module:
+    """A pruned copy: for each layer in turn the whole model runs on one window after the other, and a hook on each
+    linear keeps all its inputs; then `prune(weight, inputs (N, T, in), sparsity)` gives the new weight."""
+    model = copy.deepcopy(model)
+    for layer, sparsity in zip(layer_linears(model), sparsities, strict=True):
+        inputs = {name: [] for name in layer}
+        hooks = [
+            linear.register_forward_pre_hook(lambda module, args, seen=inputs[name]: seen.append(args[0]))
+            for name, linear in layer.items()
+        ]
+        for window in windows:
+            model(input_ids=window[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in layer.items():
+            seen = torch.stack([x.reshape(windows.shape[1], -1) for x in inputs[name]])
+            linear.weight.copy_(prune(linear.weight.clone(), seen, sparsity))
+    return model
+
+
+def magnitude(weight, inputs, sparsity):
+    threshold = weight.abs().flatten().sort().values[int(weight.numel() * sparsity)]
+    return weight * (weight.abs() > threshold)
+
+
+def smallest_of_each_row(weight, scores, count):
+    for row in range(len(weight)):
+        weight[row, scores[row].sort(stable=True).indices[:count]] = 0
+    return weight
+
+
+def wanda(weight, inputs, sparsity):
+    norms = (inputs.double() ** 2).sum(dim=1).mean(dim=0).sqrt()
+    return smallest_of_each_row(weight, weight.abs() * norms, int(weight.shape[1] * sparsity))
+
+
+def ria(weight, inputs, sparsity, a=0.5):
+    norms = (inputs.double() ** 2).sum(dim=1).mean(dim=0).sqrt()
+    size = weight.abs()
+    scores = (size / size.sum(dim=0) + size / size.sum(dim=1, keepdim=True)) * norms**a
+    return smallest_of_each_row(weight, scores, int(weight.shape[1] * sparsity))
+
+
+def sparsegpt(weight, inputs, sparsity, block=128, damping=0.01, pattern=None):
+    """SparseGPT in fp64: after each column, what it lost is spread at once over all columns that follow."""
+    w = weight.double().clone()
+    hessian = 2 / len(inputs) * sum(x.double().T @ x.double() for x in inputs)
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    w[:, dead] = 0
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian)).T  # upper
+    d = inverse.diagonal()
+    columns = w.shape[1]
+    mask = torch.zeros_like(w, dtype=torch.bool)
+    for j in range(columns):
+        if pattern is None and j % block == 0:
+            scores = (w[:, j : j + block] / d[j : j + block]) ** 2
+            mask[:, j : j + block] = scores <= scores.flatten().sort().values[int(scores.numel() * sparsity)]
+        elif pattern is not None and j % pattern[1] == 0:
+            n, m = pattern
+            scores = (w[:, j : j + m] / d[j : j + m]) ** 2
+            mask[:, j : j + m] = scores.argsort(dim=1, stable=True).argsort(dim=1) < n
+        lost = w[:, j] * mask[:, j]
+        w[:, j:] -= (lost / d[j])[:, None] * inverse[j, j:]
+        w[mask[:, j], j] = 0
+    return w.to(weight.dtype)

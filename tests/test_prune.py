@@ -1,0 +1,201 @@
+"""The engine prunes as the obvious loops do: whole forwards, one window at a time, one statistic for each linear."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lib.batching import Batcher
+from lib.errors import RunError
+from lib.linears import input_groups
+from lib.methods import Pattern, Quantization
+from lib.model import Decoder
+from lib.prune import count_zeros, prune_layers
+from lib.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+from tests import reference
+from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
+
+SPARSITIES = [0.3, 0.5, 0.6, 0.7]
+METHODS = {
+    "magnitude": (Magnitude(), reference.magnitude),
+    "wanda": (Wanda(), reference.wanda),
+    "ria": (Ria(), reference.ria),
+    "sparsegpt": (SparseGpt(), reference.sparsegpt),
+}
+
+
+def pruned(model: nn.Module, pruner: Pruner, sparsities=SPARSITIES, batch_size=2, windows=None, **options) -> nn.Module:
+    """A pruned copy of a model."""
+    decoder = Decoder(copy.deepcopy(model))
+    windows = tiny_windows() if windows is None else windows
+    prune_layers(decoder, input_groups(decoder), pruner, sparsities, windows, Batcher(batch_size), **options)
+    return decoder.model
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = enumerate(reference.layer_linears(model))
+    return {f"{index}.{name}": linear.weight for index, layer in layers for name, linear in layer.items()}
+
+
+def check_same(found: nn.Module, expected: nn.Module, bits: float = 1.0) -> None:
+    """Masks equal but for a share of the bits, and weights equal where both stay."""
+    found, expected = weights(found), weights(expected)
+    assert found.keys() == expected.keys()
+    same = {name: (weight == 0) == (expected[name] == 0) for name, weight in found.items()}
+    assert sum(s.sum() for s in same.values()) >= bits * sum(s.numel() for s in same.values())
+    for name, weight in found.items():
+        assert torch.allclose(weight[same[name]], expected[name][same[name]], rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_is_that_of_the_obvious_loops(family, method):
+    model = tiny_model(family)
+    pruner, prune = METHODS[method]
+    expected = reference.prune_with_hooks(model, tiny_windows(), SPARSITIES, prune)
+    check_same(pruned(model, pruner), expected, bits=0.995 if method == "sparsegpt" else 1.0)
+    others = {n: p for n, p in model.named_parameters() if not any(n.endswith(f"{w}.weight") for w in weights(model))}
+    after = dict(pruned(model, pruner).named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in others.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=str)
+def test_masks_are_the_same_at_any_batch_size(method, pattern):
+    kind = type(METHODS[method][0])
+    masks = [
+        {
+            name: weight == 0
+            for name, weight in weights(pruned(tiny_model("Gemma2"), kind(pattern), batch_size=n)).items()
+        }
+        for n in (1, 2, 3, 5, 64)
+    ]
+    assert all(torch.equal(mask[name], masks[0][name]) for mask in masks[1:] for name in mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (1, 16)])
+def test_n_of_m_holds_in_every_group(method, n, m):
+    found = weights(pruned(tiny_model("Qwen3"), type(METHODS[method][0])(Pattern(n, m))))
+    for name, weight in found.items():
+        assert ((weight == 0).view(len(weight), -1, m).sum(dim=-1) == n).all(), name
+
+
+def test_the_variant_of_wanda_prunes_to_the_ratio_by_other_masks():
+    model = tiny_model("Llama")
+    found, plain = (weights(pruned(model, Wanda(use_variant=v), [0.5] * 4)) for v in (True, False))
+    for name, weight in found.items():
+        zeros = weight == 0
+        assert zeros.float().mean() == pytest.approx(0.5, abs=0.02)
+        assert zeros.sum(dim=1).unique().numel() > 1 and not torch.equal(zeros, plain[name] == 0)
+
+
+def test_the_power_of_ria_counts():
+    model = tiny_model("Llama")
+    check_same(
+        pruned(model, Ria(power=2.0)),
+        reference.prune_with_hooks(model, tiny_windows(), SPARSITIES, lambda *args: reference.ria(*args, a=2.0)),
+    )
+    assert any(
+        not torch.equal(weight == 0, other == 0)
+        for weight, other in zip(
+            weights(pruned(model, Ria(power=2.0))).values(), weights(pruned(model, Ria())).values(), strict=True
+        )
+    )
+
+
+def test_features_that_are_never_on_and_empty_columns_are_no_obstacle():
+    model = tiny_model("Llama")
+    model.model.layers[1].input_layernorm.weight[:4] = 0
+    model.model.layers[2].mlp.up_proj.weight[:, 3] = 0
+    model.model.layers[2].mlp.up_proj.weight[5] = 0
+    for pruner, _ in METHODS.values():
+        assert all(weight.isfinite().all() for weight in weights(pruned(model, pruner)).values())
+
+
+def test_quantizing_afterwards_looks_at_what_quantized_layers_give_and_holds_the_zeros():
+    sparse = pruned(tiny_model("Llama"), Wanda())
+    for quantization in (Quantization(4), Quantization(4, is_compensated=True)):
+        found = pruned(sparse, Rounded(quantization))
+        for name, weight in weights(found).items():
+            assert ((weights(sparse)[name] == 0) <= (weight == 0)).all()
+            assert all(len(row.unique()) <= 16 for row in weight)
+    changed = copy.deepcopy(sparse)
+    changed.model.layers[0].mlp.down_proj.weight.mul_(3)
+    later = "3.mlp.down_proj"  # another first layer gives the last one other inputs, and so other roundings
+    of_changed = weights(pruned(changed, Rounded(Quantization(4, is_compensated=True))))[later]
+    assert not torch.equal(of_changed, weights(found)[later])
+
+
+def test_half_precision_models_are_pruned_in_their_dtype():
+    model = tiny_model("Llama").to(torch.bfloat16)
+    for pruner, _ in METHODS.values():
+        found = weights(pruned(model, pruner))
+        assert all(weight.dtype == torch.bfloat16 for weight in found.values())
+        assert 0.4 < sum((w == 0).float().mean() for w in found.values()) / len(found) < 0.6
+
+
+def test_running_out_of_memory_halves_the_batch_and_counts_no_window_twice(monkeypatch):
+    expected = pruned(tiny_model("Llama"), Wanda(), batch_size=1)
+    run_layer, batches = Decoder.run_layer, []
+
+    def sometimes(self, index, hidden_states, inputs, mode):
+        batches.append(len(hidden_states))
+        if index in (1, 2) and len(hidden_states) > index:
+            run_layer(self, index, hidden_states, inputs, mode)  # hooks have seen these windows
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_layer(self, index, hidden_states, inputs, mode)
+
+    decoder = Decoder(copy.deepcopy(tiny_model("Llama")))
+    groups, batcher = input_groups(decoder), Batcher(5)
+    monkeypatch.setattr(Decoder, "run_layer", sometimes)
+    prune_layers(decoder, groups, Wanda(), SPARSITIES, tiny_windows(), batcher)
+    assert batcher.size == 1 and 5 in batches
+    check_same(decoder.model, expected)
+
+
+def test_numbers_that_are_not_finite_name_the_layer():
+    for pruner in (Wanda(), SparseGpt()):
+        model = tiny_model("Llama")
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+        with pytest.raises(RunError, match="NaN or infinity in the output of layer 1 on calibration window 0"):
+            pruned(model, pruner, [0.0] * 4)
+        model = tiny_model("Llama")
+        model.model.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
+        with pytest.raises(RunError, match=r"layer 2 self_attn.o_proj: NaN or infinity in the layer's inputs"):
+            pruned(model, pruner)
+
+
+def test_what_a_pruner_remarks_is_said_with_its_place(monkeypatch):
+    said = []
+    monkeypatch.setattr(SparseGpt, "remark", lambda self, statistic: "look here")
+    pruned(tiny_model("Llama"), SparseGpt(), say=said.append)
+    assert said[:2] == [
+        "layer 0 self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: look here",
+        "layer 0 self_attn.o_proj: look here",
+    ]
+
+
+def test_the_last_linear_is_not_run_for_its_statistics_and_inputs_are_seen_once(monkeypatch):
+    """The observing pass ends before `down_proj`, and collects four statistics in a Llama layer, not seven."""
+    calls, statistics = [], []
+    model = tiny_model("Llama")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "layers.0." in name:
+            module.register_forward_hook(lambda module, args, output, name=name: calls.append(name.split(".")[-1]))
+    make = Wanda.statistic
+    monkeypatch.setattr(Wanda, "statistic", lambda self, *args: statistics.append(args) or make(self, *args))
+    pruned(model, Wanda(), windows=tiny_windows()[:1])
+    assert len(statistics) == 4 * 4
+    in_checks = 2  # the first check of the model, and the search for shared inputs
+    assert calls.count("up_proj") - calls.count("down_proj") == 1
+    assert calls.count("down_proj") - 1 <= in_checks
+
+
+def test_zeros_are_counted_by_layer():
+    decoder = Decoder(pruned(tiny_model("Llama"), Magnitude(), [0.0, 0.5, 0.25, 0.9]))
+    counts = count_zeros(input_groups(decoder))
+    size = sum(linear.weight.numel() for linear in reference.layer_linears(decoder.model)[0].values())
+    assert [n for _, n in counts] == [size] * 4
+    assert [zeros / n for zeros, n in counts] == pytest.approx([0.0, 0.5, 0.25, 0.9], abs=0.002)
