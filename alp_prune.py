@@ -10,16 +10,16 @@ SparseGPT or RIA say which weights. Then perplexity is measured, and the model s
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 from lib import cli, log, names
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import UNIFORM, GradientSettings, Quantization, parse_method
+from lib.methods import UNIFORM, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
 
 WBITS = (*range(2, 9), 16)
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -113,6 +113,8 @@ def check(args: argparse.Namespace) -> dict:
     quantization = check_quantization(args, method)
     if args.tasks and not args.eval_zero_shot:
         raise InputError("--tasks: needs --eval_zero_shot")
+    if args.eval_zero_shot and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--eval_zero_shot: lm_eval is not installed; pip install lm-eval")
     if "/" in args.model_name or args.model_name in (".", ".."):
         raise InputError(f"--model_name {args.model_name}: is used in file names; give one without slashes")
     cli.check_device(args)
@@ -124,7 +126,7 @@ def check(args: argparse.Namespace) -> dict:
         args.calibration_dataset, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed
     )
     if method.allocator != UNIFORM and not args.gradients:
-        check_writable(gradients.path(args.model).parent, "gradients")
+        check_writable(gradients.path(args.model, args.dtype).parent, "gradients")
     log_folder = (args.save or Path("results")) if args.save or args.save_log else None
     if log_folder:
         check_writable(log_folder, "--save")

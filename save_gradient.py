@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     dataset = args.dataset or ("demo" if names.is_demo(args.model) else "c4")
     args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
-    args.output = args.output or args.gradients.path(args.model)
+    args.output = args.output or args.gradients.path(args.model, args.dtype)
     return args
 
 

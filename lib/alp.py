@@ -39,7 +39,9 @@ def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
-    path, gradients = sensitivity.find(settings.model, settings.gradients, settings.gradient_file)
+    gradients = None
+    if settings.is_allocated:
+        gradients = sensitivity.find(settings.gradient_path, settings.gradients, settings.gradient_file is not None)
     with report.timed("load"):
         device = resolve_device(settings.device)
         config = load_config(settings.model, settings.trust_remote_code, settings.cache_dir)
@@ -50,8 +52,8 @@ def run(settings: SparsityPruning) -> dict:
         texts = load_texts(settings, tokenizer, seqlen, config.vocab_size, gradients is None)
     with report.timed("load"):
         decoder = load_decoder(settings, device)
-        if settings.is_allocated and gradients:
-            artefact.check_model(gradients, path, settings.model, decoder)
+        if gradients:
+            artefact.check_model(gradients, settings.gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
     report.open(settings.output_dir)
     report_model(report, settings, decoder, groups, seqlen)
@@ -59,10 +61,12 @@ def run(settings: SparsityPruning) -> dict:
     batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
     perplexities = {"dense": measure(report, decoder, texts.evaluation, batcher)}
     with report.timed("allocate"):
-        if settings.is_allocated and gradients is None:
-            report.say(f"            not in {path} yet: computing, and keeping them there")
+        if gradients is not None:
+            report.say(f"            found in {settings.gradient_path}")
+        elif settings.is_allocated:
+            report.say(f"            not in {settings.gradient_path} yet: computing, and keeping them there")
             gradients = sensitivity.compute(report, decoder, settings.model, settings.gradients, texts.gradients)
-            artefact.write(path, gradients)
+            artefact.write(settings.gradient_path, gradients)
         scores = importance(gradients.layers) if settings.is_allocated else None
         densities = allocate(settings, scores, groups)
     report_densities(report, scores, densities)

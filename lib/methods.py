@@ -18,6 +18,7 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt", "ria")
 ALLOCATORS = ("alp",)
 GRADIENT_TYPES = ("l2", "l1", "l2_hundred_total")
 GRADIENT_LOSSES = ("last", "all")
+ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")  # those of ALP's table
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ class GradientSettings:
     gradient_type: str = "l2"
     seed: int = 0
 
-    def path(self, model: str) -> Path:
-        """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by both."""
+    def path(self, model: str, dtype: str = "auto") -> Path:
+        """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by them."""
         name = model.replace("/", "--") if is_hub_model(model) else short_name(model)
         text = short_name(self.dataset) if Path(self.dataset).expanduser().exists() else self.dataset
         windows = f"{self.nsamples}x{self.seqlen}"
-        file = "-".join((name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"))
+        parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
+        file = "-".join(parts + [dtype] * (dtype != "auto"))
         return Path("gradients") / (re.sub(r"[/:]+", "--", file) + ".json")

@@ -101,17 +101,16 @@ def compute(
     return Artefact(model, artefact.fingerprint(decoder), settings, layers, environment(decoder.device))
 
 
-def find(model: str, settings: GradientSettings, given: Path | None) -> tuple[Path, Artefact | None]:
-    """Where the artefact of a model and settings stands, or is given, and what is in it; None when it must be made.
+def find(path: Path, settings: GradientSettings, must_exist: bool) -> Artefact | None:
+    """The artefact in a file; None when it is not there and need not be.
 
     Raises `InputError` for a file that is broken, or was made with other settings.
     """
-    path = given or settings.path(model)
-    if not given and not path.exists():
-        return path, None
+    if not must_exist and not path.exists():
+        return None
     found = artefact.read(path)
     artefact.check_settings(found, path, settings)
-    return path, found
+    return found
 
 
 def describe(settings: GradientSettings) -> str:

@@ -67,6 +67,11 @@ class SparsityPruning:
         return any(pruner.needs_inputs for pruner in (self.pruner, self.rounder) if pruner)
 
     @property
+    def gradient_path(self) -> Path:
+        """The file of sensitivities: as given, or where those of this model and these settings are kept."""
+        return self.gradient_file or self.gradients.path(self.model, self.dtype)
+
+    @property
     def is_allocated(self) -> bool:
         """True when layers get sparsities of their own; n:m gives all the same."""
         return self.method.allocator != UNIFORM and not self.pattern.is_structured

@@ -1,6 +1,5 @@
 """Zero-shot accuracy of a model in memory, by the Language Model Evaluation Harness (`pip install lm-eval`)."""
 
-import importlib.util
 import logging
 import re
 from collections.abc import Sequence
@@ -11,14 +10,7 @@ from torch import nn
 
 from lib.errors import InputError
 
-DEFAULT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")
 _METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
-
-
-def check_installed() -> None:
-    """Raises `InputError` without lm_eval."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--eval_zero_shot: lm_eval is not installed; pip install lm-eval")
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,8 @@ class ZeroShot:
 
     def __init__(self, given: Sequence[str]):
         """Raises `InputError` for a task that lm_eval does not know, or whose data cannot be loaded."""
-        check_installed()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        from lm_eval.tasks import TaskManager, get_task_dict
+        from lm_eval.tasks import TaskManager
 
         self.tasks = Tasks.find(given)
         self._manager = TaskManager(
@@ -66,7 +57,7 @@ class ZeroShot:
             raise InputError(f"--tasks {unknown[0]}: lm_eval knows no such task; `lm_eval ls tasks` lists them")
         for name in self.tasks.names:
             try:
-                get_task_dict([name], self._manager)
+                self._manager.load([name])
             except Exception as error:  # whatever a task's own code and data raise
                 reason = (str(error) or type(error).__name__).strip().splitlines()[0]
                 raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from error

@@ -65,3 +65,12 @@ def arguments(tiny_folder, text_file, tmp_path) -> list:
     """A run of seconds: tiny model, little text, one attention and two FFNs."""
     model = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
     return [*model, "--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--output_dir", tmp_path / "run"]
+
+
+@pytest.fixture
+def alp_arguments(tiny_folder, text_file, tmp_path, monkeypatch) -> list:
+    """An ALP run of seconds: tiny model, little text; in a folder of its own, where gradients and logs are kept."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 4, "--grad_nsamples", 3]
+    return ["--model", tiny_folder, *text, "--grad_seqlen", 16, "--output_dir", tmp_path / "run"]

@@ -1,0 +1,351 @@
+"""The command lines of ALP: what they print and write, and that every flag does what it says."""
+
+import json
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lib.alp
+from lib import artefact, log
+from lib.batching import Batcher
+from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.evaluate import perplexity
+from lib.gradients import connection_sensitivity
+from lib.loading import load_model, load_tokenizer
+from lib.methods import METHODS, GradientSettings
+from lib.model import Decoder
+from tests import reference
+from tests.command import ROOT, run_alp, run_gradient
+
+
+@pytest.fixture
+def prune(alp_arguments, tmp_path, monkeypatch):
+    """Runs alp_prune.py with more flags; gives result.json."""
+
+    def run(*flags, status=0) -> dict:
+        assert run_alp(*alp_arguments, "--overwrite", *flags, monkeypatch=monkeypatch) == status
+        return json.loads((tmp_path / "run/result.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def gradient(tiny_folder, text_file, alp_arguments, monkeypatch):
+    """Runs save_gradient.py with more flags, in the folder where `prune` runs."""
+
+    def run(*flags, status=0) -> None:
+        arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
+        assert run_gradient(*arguments, *flags, monkeypatch=monkeypatch) == status
+
+    return run
+
+
+def saved_linears(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = enumerate(reference.layer_linears(model))
+    return {f"{index}.{name}": linear.weight.detach() for index, layer in layers for name, linear in layer.items()}
+
+
+# What a run writes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_prints(prune, alp_arguments, tmp_path, monkeypatch, capsys):
+    result = prune("--sparsity_ratio", 0.6)
+    printed = capsys.readouterr().out
+    order = ["Model ", "Parameters ", "Method ", "Calibration", "Gradients", "Importance", "Sparsity measured"]
+    places = [printed.index(part) for part in (*order, "Perplexity (dense -> pruned)", "Written")]
+    assert places == sorted(places) and printed == (tmp_path / "run/log.txt").read_text()
+    assert (result["tool"], result["prune_method"], result["sparsity_ratio"]) == ("alp_prune", "wanda_alp", 0.6)
+    assert (result["sparsity_type"], result["alpha"], result["grad_type"]) == ("unstructured", 0.15, "l2")
+    assert (result["seed"], result["nsamples"], result["seqlen"]) == (0, 4, 64)
+    expected = {"load", "data", "allocate", "prune", "evaluate", "save"}
+    assert set(result["seconds"]) == expected and set(result["prune_seconds"]) == {"observe", "select", "advance"}
+    assert {"versions", "device", "command"} <= set(result["environment"]) and result["peak_memory_bytes"] > 0
+    assert sum(result["layer_density"]) / 4 == pytest.approx(0.4, abs=1e-9)
+    assert max(result["layer_density"]) - min(result["layer_density"]) == pytest.approx(0.3)
+    for density, sparsity in zip(result["layer_density"], result["layer_sparsity"], strict=True):
+        assert 1 - density - 1 / 32 <= sparsity <= 1 - density  # whole weights of rows of 32 and 48
+    ((found,),) = [list(result["perplexity"].values())]
+    assert set(found) == {"dense", "pruned"} and found["dense"] != found["pruned"]
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "run/sparsity.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "ria_alp"])
+def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path, method):
+    result = prune("--prune_method", method, "--save_model", tmp_path / "out", "--sparsity_ratio", 0.5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(saved).__name__ == "LlamaForCausalLM" and not list((tmp_path / "out").glob("*.py"))
+    windows = evaluation_windows(load_corpus(str(text_file), "test"), load_tokenizer(str(tmp_path / "out")), 64)
+    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
+    assert found == pytest.approx(result["perplexity"][str(text_file)]["pruned"], rel=1e-5)
+    linears = saved_linears(tmp_path / "out").values()
+    assert sum((w == 0).sum() for w in linears) / sum(w.numel() for w in linears) == pytest.approx(result["sparsity"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes_to_the_ratio(prune, method):
+    result = prune("--prune_method", method, "--sparsity_ratio", 0.5)
+    assert result["prune_method"] == method
+    if method == "dense":
+        assert result["sparsity"] == result["sparsity_ratio"] == 0
+        ((found,),) = [list(result["perplexity"].values())]
+        assert found["dense"] == found["pruned"]
+    else:
+        assert result["sparsity"] == pytest.approx(0.5, abs=0.03)
+        assert (len(set(result["layer_density"])) > 1) == method.endswith("_alp") == (result["grad_type"] is not None)
+
+
+def test_n_of_m_sets_every_layers_sparsity(prune, tmp_path, capsys):
+    result = prune("--sparsity_type", "4:8", "--save_model", tmp_path / "out")
+    assert result["layer_sparsity"] == [0.5] * 4 and result["sparsity_ratio"] == 0.5
+    assert "4:8 sets the sparsity of every layer, so alp is not used" in capsys.readouterr().out
+    assert result["grad_type"] is None and not Path("gradients").exists()
+    assert all(((w == 0).view(-1, 8).sum(dim=1) == 4).all() for w in saved_linears(tmp_path / "out").values())
+    assert prune("--sparsity_type", "1:16", "--sparsity_ratio", 0.0625, "--prune_method", "wanda")["sparsity"] == 1 / 16
+
+
+def test_text_flags_choose_the_windows(prune, tiny_folder, text_file, tmp_path, monkeypatch):
+    seen = []
+    loop = lib.alp.prune_layers
+    monkeypatch.setattr(lib.alp, "prune_layers", lambda *args: seen.append(args[4]) or loop(*args))
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"Number {i}: " + " ".join(str(i * j % 97) for j in range(60))}) for i in range(20)]
+    rows.write_text("\n".join(lines))
+    tokenizer = load_tokenizer(str(tiny_folder))
+    for dataset, nsamples, seqlen, seed in [(text_file, 4, 64, 0), (rows, 5, 32, 3)]:
+        flags = ["--calibration_dataset", dataset, "--nsamples", nsamples, "--seqlen", seqlen, "--seed", seed]
+        prune("--prune_method", "wanda", *flags)
+        expected = sampled_windows(load_corpus(str(dataset), "train"), tokenizer, nsamples, seqlen, seed)
+        assert torch.equal(seen[-1], expected)
+    assert list(prune("--dataset", text_file, rows)["perplexity"]) == [str(text_file), str(rows)]
+
+
+def test_magnitude_reads_no_calibration_text(prune, monkeypatch):
+    read = []
+    load = lib.alp.load_corpus
+    monkeypatch.setattr(lib.alp, "load_corpus", lambda *args: read.append(args[1]) or load(*args))
+    prune("--prune_method", "magnitude")
+    assert read == ["test"]
+
+
+def test_alpha_variant_and_power_change_what_goes(prune):
+    plain = prune("--prune_method", "wanda_alp")
+    assert prune("--alpha", 0)["layer_density"] == pytest.approx([0.3] * 4)
+    assert len(set(prune("--alpha", 0.3)["layer_density"])) == 4 and len(set(plain["layer_density"])) == 4
+    perplexities = [
+        prune("--prune_method", *flags)["perplexity"]
+        for flags in (["wanda"], ["wanda", "--use_variant"], ["ria"], ["ria", "--a", 2], ["sparsegpt"])
+    ]
+    perplexities.append(prune("--prune_method", "sparsegpt", "--percdamp", 5)["perplexity"])
+    assert len({str(p) for p in perplexities}) == 6
+
+
+def test_running_flags_reach_the_model(prune, monkeypatch):
+    loaded, sizes = [], []
+    load, batch = lib.alp.load_model, lib.alp.Batcher
+    monkeypatch.setattr(lib.alp, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.alp, "Batcher", lambda size: sizes.append(size) or batch(size))
+    assert prune("--dtype", "bfloat16")["dtype"] == "bfloat16" and loaded[0].dtype == torch.bfloat16
+    prune("--device_map", "auto", "--batch_size", 3)
+    assert sizes[1] == 3 and loaded[1].dtype == torch.float32
+    assert len(list(Path("gradients").iterdir())) == 2  # one for each dtype
+
+
+def test_a_hub_model_is_found_in_the_folder_of_cache_dir(prune, tiny_folder, tmp_path):
+    """Laid out as the hub's client keeps its files."""
+    repository, commit = tmp_path / "cache/models--someone--tiny-llama", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    flags = ["--model", "someone/tiny-llama", "--cache_dir", tmp_path / "cache"]
+    result = prune(*flags)
+    assert (result["model"], result["model_name"]) == ("someone/tiny-llama", "tiny-llama")
+    assert [path.name for path in Path("gradients").iterdir()] == [
+        "someone--tiny-llama-l2-3x16-last-words.txt-seed0.json"
+    ]
+
+
+def test_model_name_names_the_output(tiny_folder, alp_arguments, monkeypatch):
+    at = alp_arguments.index("--output_dir")
+    flags = [*alp_arguments[:at], "--prune_method", "magnitude", "--model_name", "my-llama", "--save_log"]
+    assert run_alp(*flags, monkeypatch=monkeypatch) == 0
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("alp_prune-my-llama-")
+    assert "my-llama" in Path("results/log.tsv").read_text()
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+DEFAULT = "gradients/tiny-llama-l2-3x16-last-words.txt-seed0.json"
+
+
+def test_gradients_are_computed_once_kept_and_found(prune, gradient, monkeypatch, capsys):
+    first = prune()
+    assert f"not in {DEFAULT} yet: computing" in capsys.readouterr().out and Path(DEFAULT).is_file()
+    kept = Path(DEFAULT).read_bytes()
+    monkeypatch.setattr("lib.sensitivity.connection_sensitivity", None)
+    second = prune()
+    assert f"found in {DEFAULT}" in capsys.readouterr().out
+    assert second["layer_density"] == first["layer_density"] and Path(DEFAULT).read_bytes() == kept
+
+
+def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder, text_file, monkeypatch, capsys):
+    gradient()
+    printed = capsys.readouterr().out
+    assert DEFAULT in printed and "Importance by layer" in printed
+    kept = artefact.read(Path(DEFAULT))
+    tokenizer = load_tokenizer(str(tiny_folder))
+    windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)
+    assert kept.layers == connection_sensitivity(Decoder(load_model(str(tiny_folder))), windows)
+    assert kept.settings == GradientSettings(str(text_file), 3, 16) and kept.model == str(tiny_folder)
+    monkeypatch.setattr("lib.sensitivity.connection_sensitivity", None)
+    assert prune()["gradients"]["nsamples"] == 3
+
+
+def test_every_gradient_flag_counts(prune, gradient):
+    found = set()
+    variants = [[], ["--grad_type", "l1"], ["--grad_type", "l2_hundred_total"], ["--grad_loss", "all"], ["--seed", 4]]
+    variants += [["--grad_seqlen", 20]]
+    for flags in variants:
+        gradient(*flags)
+        found.add(str(prune(*flags)["layer_density"]))
+    assert len(found) == len(list(Path("gradients").glob("*.json"))) == len(variants)
+    gradient("--ngrad", 5, "--output", "other/five.json")
+    assert prune("--gradients", "other/five.json", "--grad_nsamples", 5)["grad_nsamples"] == 5
+    assert not list(Path("gradients").glob("*5x16*"))
+
+
+# The log --------------------------------------------------------------------------------------------------------------
+
+
+def read_log(folder="results") -> list[dict]:
+    lines = [line.split("\t") for line in (Path(folder) / log.FILE).read_text().splitlines()]
+    assert lines[0] == list(log.COLUMNS) and all(len(line) == len(lines[0]) for line in lines)
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def test_the_log_gets_a_row_for_each_run(prune, text_file, capsys):
+    first = prune("--save_log")
+    prune("--save_log", "--prune_method", "dense", "--wbits", 4)
+    prune("--save", "elsewhere", "--prune_method", "wanda")
+    one, two = read_log()
+    assert list(one)[:3] == ["method", "actual_sparsity", "ppl_test"]
+    assert (one["method"], one["alpha"], one["grad_type"], one["dataset"]) == (
+        "wanda_alp",
+        "0.15",
+        "l2",
+        str(text_file),
+    )
+    assert float(one["ppl_test"]) == pytest.approx(first["perplexity"][str(text_file)]["pruned"], abs=1e-4)
+    assert float(one["actual_sparsity"]) == pytest.approx(first["sparsity"], abs=1e-6)
+    assert two["method"] == "dense" and two["alpha"] == "" and float(two["ppl_quantized"]) > 0
+    (three,) = read_log("elsewhere")
+    assert three["method"] == "wanda"
+
+
+def _append(folder: Path, result: dict, count: int) -> None:
+    for _ in range(count):
+        log.append(folder, result, Path("a\tb"))
+
+
+def test_runs_that_append_at_once_lose_no_row(prune, tmp_path):
+    result = prune()
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_append, args=(tmp_path / "log", result, 25)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    rows = read_log(tmp_path / "log")
+    assert len(rows) == 100 and {row["output_dir"] for row in rows} == {"a b"}
+
+
+# Quantization ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["wanda", "--wbits", 4],
+        ["wanda", "--wbits", 4, "--gptq"],
+        ["ria_alp", "--wbits", 3, "--gptq", "--sym"],
+        ["magnitude", "--wbits", 4, "--groupsize", 16],
+        ["sparsegpt", "--wbits", 4],
+        ["sparsegpt", "--wbits", 4, "--gptq", "--act-order"],
+        ["sparsegpt", "--wbits", 3, "--gptq", "--groupsize", 16, "--static-groups", "--act-order"],
+        ["sparsegpt", "--wbits", 2, "--sparsity_type", "2:4"],
+        ["dense", "--wbits", 4, "--gptq"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_quantized_models_keep_their_zeros_and_have_few_values(prune, tmp_path, flags):
+    ratio = [] if "--sparsity_type" in flags else ["--sparsity_ratio", 0.5]
+    result = prune("--prune_method", *flags, *ratio, "--save_model", tmp_path / "out")
+    plain = prune("--prune_method", flags[0], *ratio, *(flags[3:5] if "--sparsity_type" in flags else []))
+    ((found,), (without,)) = (list(r["perplexity"].values()) for r in (result, plain))
+    assert list(found) == (
+        ["dense", "quantized", "pruned"] if flags[0] == "dense" else ["dense", "pruned", "quantized"]
+    )
+    assert found["pruned"] == pytest.approx(without["pruned"]) and found["quantized"] != found["pruned"]
+    assert result["sparsity"] >= plain["sparsity"] - 0.001
+    bits, columns = flags[2], 16 if "--groupsize" in flags else None
+    if columns and "--act-order" in flags and "--static-groups" not in flags:
+        return
+    for weight in saved_linears(tmp_path / "out").values():
+        for group in weight.split(columns or weight.shape[1], dim=1):
+            assert max(len(row.unique()) for row in group) <= 2**bits
+
+
+def test_each_quantization_flag_changes_the_outcome(prune):
+    flags = ["--prune_method", "wanda", "--wbits", 3, "--sparsity_ratio", 0.5]
+    variants = [[], ["--sym"], ["--gptq"], ["--gptq", "--act-order"], ["--groupsize", 8], ["--gptq", "--groupsize", 8]]
+    variants += [["--gptq", "--groupsize", 8, "--static-groups"], ["--gptq", "--percdamp", 1]]
+    found = [prune(*flags, *more)["perplexity"] for more in variants]
+    assert len({str(perplexity) for perplexity in found}) == len(variants)
+
+
+# When things go wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_keeps_the_result(prune, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(lib.alp, "save_weights", fail)
+    assert prune("--save_model", tmp_path / "out", status=1)["sparsity"] > 0.6
+    assert capsys.readouterr().err == "alp_prune.py: failed: no space left on device\n"
+
+
+def test_without_matplotlib_there_is_a_result_and_a_word_about_it(prune, gradient, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("lib.plots.has_matplotlib", lambda: False)
+    gradient()
+    prune()
+    assert capsys.readouterr().out.count("matplotlib is not installed") == 2
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, kind):
+    flags = [*alp_arguments, "--nsamples", 100000, "--seqlen", 4, "--batch_size", 1, "--save_model", tmp_path / "out"]
+    command = list(map(str, [sys.executable, ROOT / "alp_prune.py", *flags, "--save_log"]))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if b"Importance" in line:
+            process.send_signal(kind)
+            break
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
+    assert told == (
+        b"alp_prune.py: stopped before the end; the same command starts again\n" if kind == signal.SIGINT else b""
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
+    assert not (tmp_path / "out").exists() and not Path("results").exists()
+    artefact.read(Path(DEFAULT))  # what was done is kept, and whole

@@ -1,0 +1,195 @@
+"""What the ALP command lines say to wrong input: one line, exit status 2, and nothing is written."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import run_alp, run_gradient
+from tests.families import tiny_model
+
+BOTH = [
+    (["--model", "no/such/model"], "model no/such/model: no such folder"),
+    (["--model", "nobody/nothing"], "nobody/nothing: .*without a network give the path of a local folder"),
+    (["--device", "cpu", "--device_map", "auto"], "--device cpu and --device_map auto: give one of them"),
+    (["--device", "gpu"], "--device gpu: not available"),
+    (["--grad_type", "l3"], "--grad_type: invalid choice: 'l3'"),
+    (["--grad_seqlen", "65"], "--grad_seqlen 65: .* has a context of 64 tokens"),
+    (["--grad_seqlen", "1"], "--grad_seqlen 1: a window needs 2 tokens"),
+    (["--seed", "-1"], "--seed: '-1' is not a whole number of at least 0"),
+]
+
+
+def check_refused(run, arguments, problem, tmp_path, capsys) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(run(*arguments))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and re.search(": error: (argument )?" + problem, told), told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def refuse(alp_arguments, tmp_path, monkeypatch, capsys):
+    """Runs alp_prune.py with more flags, which must be refused before anything is written."""
+
+    def run(*flags, problem: str) -> None:
+        check_refused(
+            lambda *a: run_alp(*a, monkeypatch=monkeypatch), [*alp_arguments, *flags], problem, tmp_path, capsys
+        )
+
+    return run
+
+
+@pytest.fixture
+def refuse_gradient(tiny_folder, text_file, tmp_path, alp_arguments, monkeypatch, capsys):
+    def run(*flags, problem: str) -> None:
+        arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16, *flags]
+        check_refused(lambda *a: run_gradient(*a, monkeypatch=monkeypatch), arguments, problem, tmp_path, capsys)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        *BOTH,
+        (["--prune_method", "wanda_apl"], "--prune_method wanda_apl: no such method; did you mean wanda_alp?"),
+        (["--prune_method", "WANDA"], "--prune_method WANDA: no such method; did you mean wanda?"),
+        (["--prune_method", "xyz"], "--prune_method xyz: no such method; choose from dense, magnitude, magnitude_alp"),
+        (["--sparsity_ratio", "1"], "--sparsity_ratio: '1' is not a number of at least 0 and below 1"),
+        (["--sparsity_ratio", "-0.1"], "--sparsity_ratio: '-0.1' is not a number of at least 0 and below 1"),
+        (["--sparsity_ratio", "nan"], "--sparsity_ratio: 'nan' is not"),
+        (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "--sparsity_ratio 0.7: --sparsity_type 2:4 prunes 0.5"),
+        (["--sparsity_type", "4:2"], "--sparsity_type: '4:2' is neither unstructured nor n:m"),
+        (["--sparsity_type", "0:4"], "--sparsity_type: '0:4' is neither"),
+        (["--sparsity_type", "structured"], "--sparsity_type: 'structured' is neither"),
+        (
+            ["--sparsity_type", "2:5"],
+            "--sparsity_type 2:5 does not fit: layer 0 self_attn.q_proj has 32 columns, no mul",
+        ),
+        (["--groupsize", "10", "--wbits", "4"], "--groupsize 10 does not fit: layer 0 self_attn.q_proj has 32 columns"),
+        (["--wbits", "1"], "--wbits: invalid choice: 1"),
+        (["--wbits", "9"], "--wbits: invalid choice: 9"),
+        (["--gptq"], "--gptq: nothing is quantized without --wbits 2 to 8"),
+        (["--sym", "--wbits", "16"], "--sym: nothing is quantized without --wbits 2 to 8"),
+        (["--act-order", "--wbits", "4"], "--act-order: needs --gptq"),
+        (["--static-groups", "--wbits", "4", "--gptq"], "--static-groups: needs --groupsize"),
+        (
+            ["--prune_method", "sparsegpt", "--sparsity_type", "2:4", "--wbits", "4", "--act-order"],
+            "--act-order: takes apart the neighbours of 2:4",
+        ),
+        (["--use_variant", "--prune_method", "ria"], "--use_variant: is a way of wanda"),
+        (["--use_variant", "--sparsity_type", "2:4"], "--use_variant: is a way of wanda to prune unstructured"),
+        (["--alpha", "-1"], "--alpha: '-1' is not a number from 0 to 1"),
+        (["--a", "0"], "--a: '0' is not a number above 0"),
+        (["--tasks", "boolq"], "--tasks: needs --eval_zero_shot"),
+        (["--model_name", "a/b"], "--model_name a/b: is used in file names"),
+        (["--seqlen", "65"], "--seqlen 65: .* has a context of 64 tokens"),
+        (["--dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--calibration_dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--save", "/dev/null/log"], "--save /dev/null/log: /dev/null is not a folder"),
+        (["--gradients", "no.json"], "gradients no.json: no such file; make it with save_gradient.py"),
+        (["--nsample", "4"], "unrecognized arguments: --nsample 4"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_nothing_is_written(refuse, flags, problem):
+    refuse(*flags, problem=problem)
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        *BOTH,
+        (["--output", "/dev/null/x.json"], "--output /dev/null: /dev/null is not a folder"),
+        (["--output", "."], "--output .: is a folder; name a file in it"),
+        (["--ngrad", "0"], "--ngrad: '0' is not a whole number of at least 1"),
+        (["--dataset", "missing.jsonl"], "dataset missing.jsonl: no such file or folder"),
+    ],
+)
+def test_wrong_flags_of_save_gradient(refuse_gradient, flags, problem):
+    refuse_gradient(*flags, problem=problem)
+
+
+def test_an_artefact_is_replaced_only_when_told(refuse_gradient, tiny_folder, text_file, monkeypatch):
+    arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
+    assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
+    refuse_gradient(problem="--output gradients/.*json: exists; name another file or add --overwrite")
+    assert run_gradient(*arguments, "--overwrite", monkeypatch=monkeypatch) == 0
+
+
+def test_documents_that_are_too_short(refuse, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"only {i} words"}) for i in range(9)))
+    refuse(
+        "--calibration_dataset", rows, problem=f"dataset {rows}: no document has more than 64 tokens, the longest \\d+;"
+    )
+
+
+@pytest.mark.parametrize("family, kind", [("GPT2", "Conv1D"), ("Mixtral", "TopKRouter")])
+def test_models_whose_weights_are_no_linears(refuse, refuse_gradient, family, kind, demo_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd") / family
+    tiny_model(family, vocab_size=len(demo_tokenizer), eos_token_id=0, bos_token_id=0).save_pretrained(folder)
+    demo_tokenizer.save_pretrained(folder)
+    problem = f".* does not fit weight pruning: layer 0 keeps weights in .*{kind}.*only nn.Linear can be pruned"
+    refuse("--model", folder, problem=problem)
+    refuse_gradient("--model", folder, problem=problem)
+
+
+# Artefacts ------------------------------------------------------------------------------------------------------------
+
+FOUND = Path("gradients/tiny-llama-l2-3x16-last-words.txt-seed0.json")
+
+
+@pytest.fixture
+def made(tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
+    """The content of an artefact that stands where alp_prune.py looks for it."""
+    arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
+    assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
+    return json.loads(FOUND.read_text())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: "",
+        lambda c: json.dumps(c)[:500],
+        lambda c: "[]",
+        lambda c: json.dumps({**c, "format": "other/1"}),
+        lambda c: json.dumps({k: v for k, v in c.items() if k != "layers"}),
+        lambda c: json.dumps({**c, "layers": [{"layer": {"count": 1}}]}),
+        lambda c: json.dumps(c).replace('"mean": ', '"mean": -'),
+        lambda c: json.dumps(c).replace('"redundancy": ', '"redundancy": "x", "std": '),
+        lambda c: "\udcff\x00",
+    ],
+    ids=["empty", "cut", "list", "format", "no layers", "fields", "negative", "text", "binary"],
+)
+def test_a_broken_artefact_is_refused(refuse, made, damage):
+    FOUND.write_bytes(damage(made).encode("utf-8", "surrogateescape"))
+    refuse(problem=f"gradients {FOUND}: broken, or no artefact .*make it again with save_gradient.py --overwrite")
+
+
+def test_an_artefact_of_another_model_is_refused(refuse, made, tiny_folder, tmp_path_factory, demo_tokenizer):
+    """Another model of the same shape and name, and one with fewer layers' numbers."""
+    folder = tmp_path_factory.mktemp("other") / "tiny-llama"
+    model = tiny_model("Llama", vocab_size=len(demo_tokenizer))
+    model.model.layers[3].mlp.down_proj.weight.mul_(1.01)
+    model.save_pretrained(folder)
+    demo_tokenizer.save_pretrained(folder)
+    refuse("--model", folder, problem=f"gradients {FOUND}: made for another model than {folder}")
+    refuse("--model", folder, "--gradients", FOUND, problem=f"gradients {FOUND}: made for another model")
+    FOUND.write_text(json.dumps({**made, "layers": made["layers"][:3]}))
+    refuse(problem=f"gradients {FOUND}: made for another model than {tiny_folder}")
+
+
+def test_an_artefact_of_other_settings_is_refused(refuse, made):
+    refuse("--gradients", FOUND, "--grad_type", "l1", problem=f"gradients {FOUND}: made with gradient_type l2, not l1")
+    refuse("--gradients", FOUND, "--seed", 3, problem=f"gradients {FOUND}: made with seed 0, not 3")
+
+
+def test_a_log_with_other_columns_is_refused(refuse):
+    Path("results").mkdir()
+    Path("results/log.tsv").write_text("method\tppl\n")
+    refuse("--save_log", problem="--save: results/log.tsv has other columns than this version writes")

@@ -1,0 +1,117 @@
+"""Zero-shot accuracy by lm_eval, offline, on a small task of our own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.zero_shot import Tasks, ZeroShot
+from tests.command import run_alp
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+NORMALIZED = "  - metric: acc_norm\n"
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Writes a task of lm_eval about layers, with what is right chosen by the caller."""
+    pytest.importorskip("lm_eval")
+
+    def write(name="layers", answers=(0, 1, 0, 1, 1, 0, 0), metrics="") -> Path:
+        questions = [f"The layer {i} was" for i in range(len(answers))]
+        choices = [["removed", "of 31"] if i % 2 else ["changed.", "layer"] for i in range(len(answers))]
+        rows = [{"question": q, "choices": c, "answer": a} for q, c, a in zip(questions, choices, answers, strict=True)]
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        path = tmp_path / "tasks" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(TASK.format(name=name, data=data) + metrics)
+        return path
+
+    return write
+
+
+def likelier(model, tokenizer, question: str, choices: list[str]) -> int:
+    """The choice with the higher log-likelihood after the question, by the model's own forward."""
+    sums = []
+    for choice in choices:
+        context, whole = tokenizer(question)["input_ids"], tokenizer(f"{question} {choice}")["input_ids"]
+        logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        sums.append(sum(logits[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
+    return max(range(len(choices)), key=sums.__getitem__)
+
+
+def test_accuracy_is_that_of_the_models_own_likelihoods(task, demo_tokenizer):
+    from lib.loading import load_model
+
+    path = task()
+    model = load_model("demo")
+    found = ZeroShot([str(path)]).accuracy(model, demo_tokenizer, 4)
+    rows = [json.loads(line) for line in (path.parents[1] / "layers.jsonl").read_text().splitlines()]
+    right = [likelier(model, demo_tokenizer, row["question"], row["choices"]) == row["answer"] for row in rows]
+    assert 0 < sum(right) < len(right)
+    assert found["shown"] == {"layers": pytest.approx(100 * sum(right) / len(right))}
+    assert found["mean"] == found["shown"]["layers"] and "acc,none" in found["tasks"]["layers"]
+
+
+def test_the_mean_is_over_the_tasks_and_normalized_accuracy_is_shown(task, demo_tokenizer):
+    from lib.loading import load_model
+
+    paths = [task(), task("others", (1, 1, 1, 0), NORMALIZED)]
+    found = ZeroShot(list(map(str, paths))).accuracy(load_model("demo"), demo_tokenizer, 4)
+    assert found["mean"] == pytest.approx(sum(found["shown"].values()) / 2)
+    assert found["shown"]["others"] == 100 * found["tasks"]["others"]["acc_norm,none"]
+
+
+def test_a_run_measures_the_pruned_model(task, alp_arguments, tmp_path, monkeypatch, capsys):
+    flags = [*alp_arguments, "--prune_method", "magnitude", "--save_log", "--eval_zero_shot", "--tasks", task()]
+    assert run_alp(*flags, monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert set(result["zero_shot"]["shown"]) == {"layers"} and result["seconds"]["zero_shot"] > 0
+    assert f"mean of 1: {result['zero_shot']['mean']:.2f}" in capsys.readouterr().out
+    header, row = (line.split("\t") for line in Path("results/log.tsv").read_text().splitlines())
+    assert float(row[header.index("zero_shot_mean")]) == pytest.approx(result["zero_shot"]["mean"], abs=0.01)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_work_starts(task, alp_arguments, tmp_path, monkeypatch, capsys):
+    def told(*tasks) -> str:
+        assert run_alp(*alp_arguments, "--eval_zero_shot", "--tasks", *tasks, monkeypatch=monkeypatch) == 2
+        assert not (tmp_path / "run").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "--tasks /no/such.yaml: no such file" in told("/no/such.yaml")
+    broken = task()
+    (tmp_path / "layers.jsonl").unlink()
+    assert "--tasks layers: cannot be loaded" in told(broken)
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("dataset_path: json\n")
+    assert "no `task: NAME` in this file" in told(empty)
+    assert "--tasks no_such_task: lm_eval knows no such task" in told("no_such_task")
+
+
+def test_without_lm_eval_the_flag_is_refused(alp_arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run_alp(*alp_arguments, "--eval_zero_shot", monkeypatch=monkeypatch) == 2
+    assert "--eval_zero_shot: lm_eval is not installed; pip install lm-eval" in capsys.readouterr().err
+
+
+def test_names_and_files_may_be_mixed(task):
+    path = task()
+    tasks = Tasks.find(["boolq", str(path), "boolq"])
+    assert tasks == Tasks(("boolq", "layers"), (str(path.parent),), False)
