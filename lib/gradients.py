@@ -21,7 +21,7 @@ from lib.linears import find_linears
 from lib.model import Decoder, LayerInputs, Mode, Plan
 from lib.stream import layer_steps
 
-_TOKENS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = 512
 _ON = Mode()
 
 
