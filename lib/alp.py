@@ -35,10 +35,63 @@ class Texts:
     evaluation: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run works on, all of it checked."""
+
+    tokenizer: object
+    decoder: Decoder
+    groups: list[list[InputGroup]]
+    texts: Texts
+    gradients: artefact.Artefact | None  # those that were found
+    zero_shot: ZeroShot | None
+    batcher: Batcher
+    seqlen: int  # tokens of a window
+
+
 def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
+    job = prepare(report, settings)
+    report.seconds.update(dict.fromkeys(("allocate", "prune", "evaluate", "save"), 0.0))
+    report.open(settings.output_dir)
+    report_model(report, settings, job)
+
+    perplexities = {"dense": measure(report, job)}
+    scores, densities = allocate(report, settings, job)
+    parts = {}
+    if settings.method.pruner == DENSE:
+        perplexities["pruned"] = perplexities["dense"]
+    for stage, pruner in stages(settings, job.groups):
+        parts[stage] = prune(report, job, stage, pruner, densities)
+        perplexities[stage] = measure(report, job)
+
+    zeros, sizes = zip(*count_zeros(job.groups), strict=True)
+    result = {
+        **describe_run(settings, job),
+        "importance": scores,
+        "layer_density": densities,
+        "sparsity": sum(zeros) / sum(sizes),
+        "layer_sparsity": [zero / size for zero, size in zip(zeros, sizes, strict=True)],
+        "perplexity": {
+            text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
+        },
+        "seconds": report.seconds,
+        "prune_seconds": parts,
+        "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
+        "environment": environment(job.decoder.device),
+    }
+    report_result(report, result)
+    finish(report, settings, job, result)
+    return result
+
+
+# Before work starts ---------------------------------------------------------------------------------------------------
+
+
+def prepare(report: Report, settings: SparsityPruning) -> Job:
+    """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
     gradients = None
     if settings.is_allocated:
         gradients = sensitivity.find(settings.gradient_path, settings.gradients, settings.gradient_file is not None)
@@ -55,53 +108,8 @@ def run(settings: SparsityPruning) -> dict:
         if gradients:
             artefact.check_model(gradients, settings.gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
-    report.open(settings.output_dir)
-    report_model(report, settings, decoder, groups, seqlen)
-
     batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
-    perplexities = {"dense": measure(report, decoder, texts.evaluation, batcher)}
-    with report.timed("allocate"):
-        if gradients is not None:
-            report.say(f"            found in {settings.gradient_path}")
-        elif settings.is_allocated:
-            report.say(f"            not in {settings.gradient_path} yet: computing, and keeping them there")
-            gradients = sensitivity.compute(report, decoder, settings.model, settings.gradients, texts.gradients)
-            artefact.write(settings.gradient_path, gradients)
-        scores = importance(gradients.layers) if settings.is_allocated else None
-        densities = allocate(settings, scores, groups)
-    report_densities(report, scores, densities)
-    parts: dict[str, float] = {}
-    for stage, pruner in stages(settings, groups):
-        with report.timed("prune"), report.progress(decoder.num_layers, stage) as progress:
-            sparsities = [1 - density for density in densities]
-            windows = texts.calibration
-            prune_layers(
-                decoder, groups, pruner, sparsities, windows, batcher, report.say, progress, partial(timed, parts)
-            )
-        perplexities[stage] = measure(report, decoder, texts.evaluation, batcher)
-    perplexities.setdefault("pruned", perplexities["dense"])
-
-    zeros, sizes = zip(*count_zeros(groups), strict=True)
-    result = {
-        **describe_run(settings, decoder, seqlen, batcher),
-        "importance": scores,
-        "layer_density": densities,
-        "sparsity": sum(zeros) / sum(sizes),
-        "layer_sparsity": [zero / size for zero, size in zip(zeros, sizes, strict=True)],
-        "perplexity": {
-            text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
-        },
-        "seconds": report.seconds,
-        "prune_seconds": parts,
-        "peak_memory_bytes": peak_memory_bytes(decoder.device),
-        "environment": environment(decoder.device),
-    }
-    report_result(report, result)
-    finish(report, settings, decoder, tokenizer, zero_shot, batcher, result)
-    return result
-
-
-# Before the model -----------------------------------------------------------------------------------------------------
+    return Job(tokenizer, decoder, groups, texts, gradients, zero_shot, batcher, seqlen)
 
 
 def check_config(settings: SparsityPruning, config) -> int:
@@ -155,26 +163,54 @@ def load_decoder(settings: SparsityPruning, device: torch.device) -> Decoder:
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-def measure(
-    report: Report, decoder: Decoder, eval_windows: dict[str, torch.Tensor], batcher: Batcher
-) -> dict[str, float]:
+def measure(report: Report, job: Job) -> dict[str, float]:
     """Perplexity of the model as it is on every evaluation text."""
-    losses = plan_window_losses(decoder, Plan(decoder.num_layers))
+    losses = plan_window_losses(job.decoder, Plan(job.decoder.num_layers))
     perplexities = {}
-    for text, windows in eval_windows.items():
+    for text, windows in job.texts.evaluation.items():
         with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
-            perplexities[text] = perplexity(losses, windows, batcher, progress)
+            perplexities[text] = perplexity(losses, windows, job.batcher, progress)
     return perplexities
 
 
-def allocate(
-    settings: SparsityPruning, scores: Sequence[float] | None, groups: Sequence[Sequence[InputGroup]]
-) -> list[float]:
-    """The density of every layer."""
-    if scores is None:
-        return uniform_densities(len(groups), settings.sparsity_ratio)
-    sizes = [size for _, size in count_zeros(groups)]
-    return alp_densities(scores, sizes, settings.sparsity_ratio, settings.alpha)
+def allocate(report: Report, settings: SparsityPruning, job: Job) -> tuple[list[float] | None, list[float]]:
+    """The importance (None where all layers are treated alike) and the density of every layer."""
+    if not settings.is_allocated:
+        return None, uniform_densities(job.decoder.num_layers, settings.sparsity_ratio)
+    path, gradients = settings.gradient_path, job.gradients
+    with report.timed("allocate"):
+        if gradients:
+            report.say(f"            found in {path}")
+        else:
+            report.say(f"            not in {path} yet: computing, and keeping them there")
+            gradients = sensitivity.compute(
+                report, job.decoder, settings.model, settings.gradients, job.texts.gradients
+            )
+            artefact.write(path, gradients)
+        scores = importance(gradients.layers)
+        sizes = [size for _, size in count_zeros(job.groups)]
+        densities = alp_densities(scores, sizes, settings.sparsity_ratio, settings.alpha)
+    report_densities(report, scores, densities)
+    return scores, densities
+
+
+def prune(report: Report, job: Job, stage: str, pruner: Pruner, densities: Sequence[float]) -> dict[str, float]:
+    """Runs one pruner over the model; the seconds of its parts."""
+    parts: dict[str, float] = {}
+    sparsities = [1 - density for density in densities]
+    with report.timed("prune"), report.progress(job.decoder.num_layers, stage) as progress:
+        prune_layers(
+            job.decoder,
+            job.groups,
+            pruner,
+            sparsities,
+            job.texts.calibration,
+            job.batcher,
+            report.say,
+            progress,
+            partial(timed, parts),
+        )
+    return parts
 
 
 def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) -> Iterator[tuple[str, Pruner]]:
@@ -195,17 +231,8 @@ def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) ->
         yield "quantized", rounder
 
 
-def finish(
-    report: Report,
-    settings: SparsityPruning,
-    decoder: Decoder,
-    tokenizer,
-    zero_shot: ZeroShot | None,
-    batcher: Batcher,
-    result: dict,
-) -> None:
+def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) -> None:
     """Writes result.json and the plot, saves the model, evaluates its tasks; what was found is safe if one fails."""
-    report.seconds["save"] = 0.0
     path = report.result(result)
     plot = report.folder / SPARSITY
     title = f"{settings.model_name}: {settings.method.name}, {settings.sparsity_ratio:g} {settings.pattern}"
@@ -213,11 +240,11 @@ def finish(
     has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title)
     if settings.save_model:
         with report.timed("save"):
-            save_weights(decoder.model, tokenizer, settings.save_model, settings.overwrite)
+            save_weights(job.decoder.model, job.tokenizer, settings.save_model, settings.overwrite)
         report.result(result)
-    if zero_shot:
+    if job.zero_shot:
         with report.timed("zero_shot"):
-            result["zero_shot"] = zero_shot.accuracy(decoder.model, tokenizer, batcher.size)
+            result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
         report.result(result)
         report_zero_shot(report, result["zero_shot"])
     report.say()
@@ -230,7 +257,7 @@ def finish(
         report.say(f"  log     {log.append(settings.log, result, settings.output_dir)}: a row for each text")
 
 
-def describe_run(settings: SparsityPruning, decoder: Decoder, seqlen: int, batcher: Batcher) -> dict:
+def describe_run(settings: SparsityPruning, job: Job) -> dict:
     """The fields of result.json that say what was asked for."""
     allocated = settings.is_allocated
     return {
@@ -249,27 +276,28 @@ def describe_run(settings: SparsityPruning, decoder: Decoder, seqlen: int, batch
         **({"quantization": str(settings.quantization)} if settings.quantization else {}),
         "dataset": settings.calibration_dataset,
         "nsamples": settings.nsamples,
-        "seqlen": seqlen,
+        "seqlen": job.seqlen,
         "seed": settings.seed,
-        "dtype": dtype_name(decoder.model),
-        "batch_size": batcher.size,
-        "num_layers": decoder.num_layers,
+        "dtype": dtype_name(job.decoder.model),
+        "batch_size": job.batcher.size,
+        "num_layers": job.decoder.num_layers,
     }
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
-def report_model(
-    report: Report, settings: SparsityPruning, decoder: Decoder, groups: Sequence[Sequence[InputGroup]], seqlen: int
-) -> None:
+def report_model(report: Report, settings: SparsityPruning, job: Job) -> None:
+    decoder = job.decoder
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
-    weights = sum(size for _, size in count_zeros(groups))
+    weights = sum(size for _, size in count_zeros(job.groups))
     report.say(f"Model       {settings.model} ({name})")
-    report.say(f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {len(groups)} layers")
+    report.say(
+        f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {len(job.groups)} layers"
+    )
     report.say(f"Method      {describe_method(settings)}")
     if settings.needs_inputs:
-        windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
+        windows = f"{settings.nsamples} windows of {job.seqlen} tokens, seed {settings.seed}"
         report.say(f"Calibration {settings.calibration_dataset}: {windows}")
     if settings.is_allocated:
         report.say(f"Gradients   {sensitivity.describe(settings.gradients)}")

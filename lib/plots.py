@@ -53,7 +53,7 @@ def plot_sparsity(
         rows[-1].bar(range(len(sparsity)), sparsity, color=_YELLOW)
         rows[-1].axhline(target, color=_RED, linewidth=1, label=f"target {target:g}")
         rows[-1].set(ylabel="sparsity", ylim=(0, 1))
-        rows[-1].legend(frameon=False, loc="lower right")
+        rows[-1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return True
 
 
