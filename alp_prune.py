@@ -127,11 +127,13 @@ def check(args: argparse.Namespace) -> dict:
     )
     if method.allocator != UNIFORM and not args.gradients:
         check_writable(gradients.path(args.model, args.dtype).parent, "gradients")
+    if args.gradients and (method.allocator == UNIFORM or args.sparsity_type.is_structured):
+        raise InputError(f"--gradients: {args.prune_method} {args.sparsity_type} gives every layer the same sparsity")
     log_folder = (args.save or Path("results")) if args.save or args.save_log else None
     if log_folder:
         check_writable(log_folder, "--save")
         log.check(log_folder)
-    if names.is_hub_model(args.model) or any(map(names.is_hub_text, sources)):
+    if names.is_hub_model(args.model) or any(map(names.is_hub_text, sources)) or args.eval_zero_shot:
         cli.prefer_cache_without_network()
     return {
         "method": method,

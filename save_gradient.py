@@ -48,10 +48,13 @@ def check(args: argparse.Namespace) -> None:
     names.check_model(args.model)
     names.check_text(args.gradients.dataset)
     cli.check_device(args)
-    if args.output.is_dir():
-        raise InputError(f"--output {args.output}: is a folder; name a file in it")
-    if args.output.exists() and not args.overwrite:
-        raise InputError(f"--output {args.output}: exists; name another file or add --overwrite")
+    if args.output.suffix != ".json":
+        raise InputError(f"--output {args.output}: name a file that ends in .json")
+    for path in (args.output, args.output.with_suffix(".png")):  # the plot stands beside it
+        if path.is_dir():
+            raise InputError(f"--output {path}: is a folder; name a file in it")
+        if path.exists() and not args.overwrite:
+            raise InputError(f"--output {path}: exists; name another file or add --overwrite")
     check_writable(args.output.parent, "--output")
     if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
         cli.prefer_cache_without_network()

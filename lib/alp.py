@@ -60,20 +60,20 @@ def run(settings: SparsityPruning) -> dict:
 
     perplexities = {"dense": measure(report, job)}
     scores, densities = allocate(report, settings, job)
-    parts = {}
+    parts, zeros = {}, {}
     if settings.method.pruner == DENSE:
-        perplexities["pruned"] = perplexities["dense"]
+        perplexities["pruned"], zeros["pruned"] = perplexities["dense"], count_zeros(job.groups)
     for stage, pruner in stages(settings, job.groups):
         parts[stage] = prune(report, job, stage, pruner, densities)
-        perplexities[stage] = measure(report, job)
+        perplexities[stage], zeros[stage] = measure(report, job), count_zeros(job.groups)
 
-    zeros, sizes = zip(*count_zeros(job.groups), strict=True)
     result = {
         **describe_run(settings, job),
         "importance": scores,
         "layer_density": densities,
-        "sparsity": sum(zeros) / sum(sizes),
-        "layer_sparsity": [zero / size for zero, size in zip(zeros, sizes, strict=True)],
+        "sparsity": share(zeros["pruned"]),
+        "layer_sparsity": [share([layer]) for layer in zeros["pruned"]],
+        **({"quantized_sparsity": share(zeros["quantized"])} if settings.quantization else {}),
         "perplexity": {
             text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
         },
@@ -94,7 +94,7 @@ def prepare(report: Report, settings: SparsityPruning) -> Job:
     """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
     gradients = None
     if settings.is_allocated:
-        gradients = sensitivity.find(settings.gradient_path, settings.gradients, settings.gradient_file is not None)
+        gradients = sensitivity.find(settings.gradient_path, must_exist=settings.gradient_file is not None)
     with report.timed("load"):
         device = resolve_device(settings.device)
         config = load_config(settings.model, settings.trust_remote_code, settings.cache_dir)
@@ -102,7 +102,9 @@ def prepare(report: Report, settings: SparsityPruning) -> Job:
         tokenizer = load_tokenizer(settings.model, settings.trust_remote_code, settings.cache_dir)
     with report.timed("data"):
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
-        texts = load_texts(settings, tokenizer, seqlen, config.vocab_size, gradients is None)
+        texts = load_texts(settings, tokenizer, seqlen, config.vocab_size)
+        if gradients:
+            artefact.check_settings(gradients, settings.gradient_path, settings.gradients, texts.gradients)
     with report.timed("load"):
         decoder = load_decoder(settings, device)
         if gradients:
@@ -134,15 +136,14 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     return linears
 
 
-def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: int, need_gradients: bool) -> Texts:
+def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: int) -> Texts:
     """All the text of a run, tokenized; only what the run needs is read."""
     calibration, gradients = None, None
-    need_gradients = need_gradients and settings.is_allocated
-    if settings.needs_inputs or need_gradients:
+    if settings.needs_inputs or settings.is_allocated:
         corpus = load_corpus(settings.calibration_dataset, "train")
         if settings.needs_inputs:
             calibration = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
-        if need_gradients:
+        if settings.is_allocated:
             wanted = settings.gradients
             gradients = sampled_windows(corpus, tokenizer, wanted.nsamples, wanted.seqlen, wanted.seed)
     evaluation = {text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen) for text in settings.dataset}
@@ -176,7 +177,7 @@ def measure(report: Report, job: Job) -> dict[str, float]:
 def allocate(report: Report, settings: SparsityPruning, job: Job) -> tuple[list[float] | None, list[float]]:
     """The importance (None where all layers are treated alike) and the density of every layer."""
     if not settings.is_allocated:
-        return None, uniform_densities(job.decoder.num_layers, settings.sparsity_ratio)
+        return None, uniform_densities(job.decoder.num_layers, settings.target_sparsity)
     path, gradients = settings.gradient_path, job.gradients
     with report.timed("allocate"):
         if gradients:
@@ -231,30 +232,37 @@ def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) ->
         yield "quantized", rounder
 
 
+def share(counts: Sequence[tuple[int, int]]) -> float:
+    """The share of zeros among the weights of some layers, each (zeros, weights)."""
+    return sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts)
+
+
 def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) -> None:
-    """Writes result.json and the plot, saves the model, evaluates its tasks; what was found is safe if one fails."""
+    """Writes result.json, saves the model, draws, evaluates tasks; what was found is safe if one of them fails."""
     path = report.result(result)
-    plot = report.folder / SPARSITY
-    title = f"{settings.model_name}: {settings.method.name}, {settings.sparsity_ratio:g} {settings.pattern}"
-    target = 0.0 if settings.method.pruner == DENSE else settings.sparsity_ratio
-    has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title)
     if settings.save_model:
         with report.timed("save"):
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, settings.overwrite)
         report.result(result)
-    if job.zero_shot:
-        with report.timed("zero_shot"):
-            result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
-        report.result(result)
-        report_zero_shot(report, result["zero_shot"])
+    plot = report.folder / SPARSITY
+    title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"
+    has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], settings.target_sparsity, title)
+    try:
+        if job.zero_shot:
+            with report.timed("zero_shot"):
+                result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
+            report.result(result)
+            report_zero_shot(report, result["zero_shot"])
+    finally:
+        logged = log.append(settings.log, result, settings.output_dir) if settings.log else None
     report.say()
     report.say("Written")
     report.say(f"  result  {path}")
     report.say(f"  plot    {plot if has_plot else 'none: matplotlib is not installed (pip install matplotlib)'}")
     if settings.save_model:
         report.say(f'  model   {settings.save_model}: AutoModelForCausalLM.from_pretrained("{settings.save_model}")')
-    if settings.log:
-        report.say(f"  log     {log.append(settings.log, result, settings.output_dir)}: a row for each text")
+    if logged:
+        report.say(f"  log     {logged}: a row for each text")
 
 
 def describe_run(settings: SparsityPruning, job: Job) -> dict:
@@ -265,7 +273,7 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "model": settings.model,
         "model_name": settings.model_name,
         "prune_method": settings.method.name,
-        "sparsity_ratio": 0.0 if settings.method.pruner == DENSE else settings.sparsity_ratio,
+        "sparsity_ratio": settings.target_sparsity,
         "sparsity_type": str(settings.pattern),
         "alpha": settings.alpha,
         "grad_type": settings.gradients.gradient_type if allocated else None,
@@ -273,6 +281,7 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "gradients": asdict(settings.gradients) if allocated else None,
         "use_variant": settings.use_variant,
         "a": settings.a,
+        "percdamp": settings.percdamp,
         **({"quantization": str(settings.quantization)} if settings.quantization else {}),
         "dataset": settings.calibration_dataset,
         "nsamples": settings.nsamples,
@@ -345,6 +354,9 @@ def report_result(report: Report, result: dict) -> None:
 def report_zero_shot(report: Report, zero_shot: dict) -> None:
     report.say()
     report.say("Zero-shot accuracy in percent (acc_norm where a task has it)")
-    for task, value in zero_shot["shown"].items():
-        report.say(f"  {task}: {value:.2f}")
-    report.say(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
+    for task, metrics in zero_shot["tasks"].items():
+        shown = zero_shot["shown"].get(task)
+        others = ", ".join(f"{metric} {value:g}" for metric, value in metrics.items())
+        report.say(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
+    if zero_shot["shown"]:
+        report.say(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")

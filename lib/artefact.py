@@ -16,7 +16,8 @@ from lib.methods import GradientSettings
 from lib.model import Decoder
 
 _FORMAT = "connection-sensitivity/1"
-_SAMPLED = 256  # elements of each weight in a fingerprint
+_SAMPLED = 1024  # elements of each matrix in a fingerprint
+_ADVICE = "make it again with save_gradient.py --overwrite, or delete it"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Artefact:
 
     model: str
     fingerprint: str
+    text: str  # digest of the windows
     settings: GradientSettings
     layers: list[LayerSensitivity]
     environment: dict
@@ -32,17 +34,23 @@ class Artefact:
 
 @torch.no_grad()
 def fingerprint(decoder: Decoder) -> str:
-    """A digest of the model's shapes, dtypes and of some elements of every linear's weight, spread over all of it."""
+    """A digest of the shapes, dtypes and values of all parameters: of vectors whole, of matrices elements all over."""
     digest = hashlib.sha256(decoder.family.encode())
-    embedding = {"embedding": decoder.model.get_input_embeddings()}
-    for linears in (embedding, *find_linears(decoder)):
-        for name, module in linears.items():
-            weight = module.weight
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            places = torch.linspace(0, weight.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
-            rows, columns = (places // weight.shape[1]).to(weight.device), (places % weight.shape[1]).to(weight.device)
-            digest.update(weight[rows, columns].float().cpu().numpy().tobytes())
+    for name, parameter in decoder.model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter
+        if parameter.dim() > 1:
+            matrix = parameter.reshape(-1, parameter.shape[-1])
+            places = torch.linspace(0, matrix.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
+            places = places.to(matrix.device)
+            values = matrix[places // matrix.shape[1], places % matrix.shape[1]]
+        digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest_of(windows: torch.Tensor) -> str:
+    """A digest of token windows (N, T)."""
+    return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
 def write(path: Path, artefact: Artefact) -> None:
@@ -53,14 +61,13 @@ def write(path: Path, artefact: Artefact) -> None:
 
 def read(path: Path) -> Artefact:
     """Reads the file. Raises `InputError` for one that is not there, broken, or no artefact."""
-    advice = "make it again with save_gradient.py --overwrite, or delete it"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"gradients {path}: no such file; make it with save_gradient.py") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"gradients {path}: broken, or no artefact ({str(error).splitlines()[0]}); {advice}"
+            f"gradients {path}: broken, or no artefact ({str(error).splitlines()[0]}); {_ADVICE}"
         ) from error
     try:
         if content["format"] != _FORMAT:
@@ -72,9 +79,11 @@ def read(path: Path) -> Artefact:
             for layer in content["layers"]
         ]
         settings = GradientSettings(**content["settings"])
-        return Artefact(content["model"], content["fingerprint"], settings, layers, content["environment"])
+        return Artefact(
+            content["model"], content["fingerprint"], content["text"], settings, layers, content["environment"]
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"gradients {path}: broken, or no artefact ({error!r}); {advice}") from error
+        raise InputError(f"gradients {path}: broken, or no artefact ({error!r}); {_ADVICE}") from error
 
 
 def _spread(values: dict) -> Spread:
@@ -84,11 +93,15 @@ def _spread(values: dict) -> Spread:
     return spread
 
 
-def check_settings(artefact: Artefact, path: Path, settings: GradientSettings) -> None:
-    """Raises `InputError` unless the artefact was made with these settings."""
+def check_settings(artefact: Artefact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
+    """Raises `InputError` unless the artefact was made with these settings, on these windows of tokens."""
     for name, value in asdict(settings).items():
-        if (found := getattr(artefact.settings, name)) != value:
+        if name != "dataset" and (found := getattr(artefact.settings, name)) != value:
             raise InputError(f"gradients {path}: made with {name} {found}, not {value}; make another")
+    if artefact.text != digest_of(windows):
+        raise InputError(
+            f"gradients {path}: made on other text than {settings.dataset} is now (or by another tokenizer); {_ADVICE}"
+        )
 
 
 def check_model(artefact: Artefact, path: Path, model: str, decoder: Decoder) -> None:
@@ -98,6 +111,5 @@ def check_model(artefact: Artefact, path: Path, model: str, decoder: Decoder) ->
     found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artefact.layers]
     if artefact.fingerprint != fingerprint(decoder) or found != sizes:
         raise InputError(
-            f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); "
-            "make it again with save_gradient.py --overwrite, or delete it"
+            f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); {_ADVICE}"
         )

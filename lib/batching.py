@@ -52,8 +52,8 @@ class Batcher:
             start = rows.stop
         return torch.cat(results)
 
-    def whole(self, function: Callable[[], Result]) -> Result:
-        """The result of a function that goes over all windows by itself, `size` at a time, and cannot go on half-way.
+    def whole(self, function: Callable[[], Result], count: int) -> Result:
+        """The result of a function that goes over all `count` windows by itself, `size` at a time, from the start.
 
         When it runs out of memory the batch is halved and it begins anew; with a batch of one the error is raised.
         """
@@ -63,7 +63,7 @@ class Batcher:
             except Exception as error:
                 if self.size == 1 or not is_out_of_memory(error):
                     raise
-            self._halve(self.size)
+            self._halve(count)
 
     def _halve(self, tried: int) -> None:
         self.size = max(1, min(self.size, tried) // 2)

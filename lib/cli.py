@@ -175,7 +175,7 @@ def check_device(args: argparse.Namespace) -> None:
 
 def default_output_dir(tool: str, model: str) -> Path:
     """`runs/<tool>-<model>-<time>`, with a number behind it should that exist."""
-    base = Path("runs") / f"{tool}-{short_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = Path("runs") / f"{tool}-{short_name(model)[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(name for name in names if not name.exists())
 
@@ -227,7 +227,7 @@ def run(program: str, main: Callable[[], None]) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "lower --seqlen, use --dtype bfloat16, or spread the model with --device_map auto"
-        message, status = f"failed: out of memory with one window at a time; {advice}", 1
+        message, status = f"failed: out of memory, with batches as small as can be; {advice}", 1
     print(f"{program}: {message}", file=sys.stderr)
     return status
 

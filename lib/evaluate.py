@@ -1,6 +1,7 @@
 """Perplexity of anything that gives a loss for a window of tokens."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -32,4 +33,6 @@ def perplexity(
     mean = losses.double().mean().item()
     if not math.isfinite(mean):
         raise RunError(f"the loss is {mean} on window {int((~losses.isfinite()).nonzero()[0])} of the evaluation text")
-    return torch.tensor(mean, dtype=torch.float64).exp().item()
+    if mean > math.log(sys.float_info.max):
+        raise RunError(f"the perplexity is too large for a number: the mean loss is {mean:g}")
+    return math.exp(mean)

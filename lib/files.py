@@ -71,7 +71,7 @@ def write_json(path: Path, content: object) -> None:
     draft = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with draft.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+            json.dump(content, file, indent=2, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -29,9 +29,14 @@ COLUMNS = (
 def check(folder: Path) -> None:
     """Raises `InputError` when the folder has a log with other columns."""
     path = folder / FILE
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
+    if not path.exists():
+        return
+    try:
+        with path.open("a+", encoding="utf-8") as file:
+            file.seek(0)
             _check_header(path, file.readline())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--save: {path} is no log that can be appended to ({error}); name another folder") from error
 
 
 def append(folder: Path, result: dict, output_dir: Path) -> Path:
@@ -57,7 +62,7 @@ def _rows(result: dict, output_dir: Path) -> list[dict]:
     shared = {
         "method": result["prune_method"],
         "actual_sparsity": f"{result['sparsity']:.6f}",
-        "zero_shot_mean": f"{result['zero_shot']['mean']:.2f}" if "zero_shot" in result else "",
+        "zero_shot_mean": f"{mean:.2f}" if (mean := result.get("zero_shot", {}).get("mean")) is not None else "",
         "model": result["model_name"],
         "alpha": result["alpha"] if result["grad_type"] else "",
         "grad_type": result["grad_type"] or "",

@@ -3,13 +3,18 @@
 import torch
 
 
+def whole(count: float) -> int:
+    """A count cut to a whole number; what rounding took from one, as of 1 - (1 - 0.2), is no reason to lose it."""
+    return int(count + 1e-6)
+
+
 def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prunes all scores up to the one at place `int(count * sparsity)` in ascending order, ties included.
 
     As in the magnitude pruning of the Wanda repository and in SparseGPT, that score itself goes too. Nothing is pruned
     when the place is 0, so that no sparsity means none.
     """
-    place = int(scores.numel() * sparsity)
+    place = whole(scores.numel() * sparsity)
     if place == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
@@ -22,7 +27,7 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prunes the `int(in * sparsity)` smallest scores of every row; of equal scores, those of lower index."""
-    count = int(scores.shape[1] * sparsity)
+    count = whole(scores.shape[1] * sparsity)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     mask = scores <= scores.kthvalue(count, dim=1, keepdim=True).values
@@ -52,6 +57,8 @@ def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: 
     The share, one for all rows, is found by bisection (from 0.4 in [0, 0.8]) so that `sparsity` of all scores goes: the
     `use_variant` of the Wanda repository. Where 0.8 is not enough, the bisection goes on in [0.8, 1].
     """
+    if sparsity == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
     ascending, order = scores.double().sort(dim=1, stable=True)
     cumulative = ascending.cumsum(dim=1)
     total = cumulative[:, -1:]

@@ -97,7 +97,9 @@ class Quantization:
     def __str__(self) -> str:
         kind = "GPTQ" if self.is_compensated else "round to nearest"
         group = f"groups of {self.group_size}" if self.group_size else "a scale for each row"
-        return f"{self.bits} bits, {'symmetric' if self.is_symmetric else 'asymmetric'}, {group}, {kind}"
+        parts = [f"{self.bits} bits", "symmetric" if self.is_symmetric else "asymmetric", group, kind]
+        parts += ["act-order"] * self.by_activation + ["static groups"] * self.static_groups
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ class GradientSettings:
 
     def path(self, model: str, dtype: str = "auto") -> Path:
         """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by them."""
-        name = model.replace("/", "--") if is_hub_model(model) else short_name(model)
+        name = (model.replace("/", "--") if is_hub_model(model) else short_name(model))[:80]
         text = short_name(self.dataset) if Path(self.dataset).expanduser().exists() else self.dataset
         windows = f"{self.nsamples}x{self.seqlen}"
-        parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
+        parts = [name, self.gradient_type, windows, self.loss, text[:80], f"seed{self.seed}"]
         file = "-".join(parts + [dtype] * (dtype != "auto"))
         return Path("gradients") / (re.sub(r"[/:]+", "--", file) + ".json")

@@ -68,7 +68,7 @@ class Plan:
 
 
 class StopForward(Exception):
-    """Ends a forward of the model when the layers have been reached; never leaves this module."""
+    """Ends a forward of the model where what was wanted of it has been seen; never leaves `lib`."""
 
 
 @dataclass(frozen=True)

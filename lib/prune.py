@@ -5,7 +5,7 @@ were, and from inputs that the layers before it made with their new weights.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -45,18 +45,33 @@ def prune_layers(
         statistics = [None] * len(layer_groups)
         if activations:
             with timed("observe"):
-                statistics = batcher.whole(lambda: observe(activations, layer_groups, pruner))  # noqa: B023
+                statistics = batcher.whole(lambda: observe(activations, layer_groups, pruner), len(windows))  # noqa: B023
         with timed("select"):
-            for group, statistic in zip(layer_groups, statistics, strict=True):
-                with _naming(layer, group):
-                    prune_group(group, statistic, pruner, sparsities[layer])
-                if remark := pruner.remark(statistic):
-                    say(f"layer {layer} {', '.join(group.names)}: {remark}")
+            _prune_layer(layer, layer_groups, statistics, pruner, sparsities[layer], say)
         if activations and layer < len(groups) - 1:
             with timed("advance"):
                 activations.advance()
         if progress:
             progress(1)
+
+
+def _prune_layer(
+    layer: int,
+    groups: Sequence[InputGroup],
+    statistics: list,
+    pruner: Pruner,
+    sparsity: float,
+    say: Callable[[str], object],
+) -> None:
+    """Prunes one layer's linears in place. Takes `statistics` off their list, so that none outlives its use."""
+    for group in groups:
+        statistic, names = statistics.pop(0), ", ".join(group.names)
+        try:
+            prune_group(group, statistic, pruner, sparsity)
+        except RunError as error:
+            raise RunError(f"layer {layer} {names}: {error}") from error
+        if remark := pruner.remark(statistic):
+            say(f"layer {layer} {names}: {remark}")
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
@@ -84,15 +99,6 @@ def prune_group(group: InputGroup, statistic, pruner: Pruner, sparsity: float) -
     pruned = pruner.prune([linear.weight.detach() for linear in group.linears], statistic, sparsity)
     for linear, weight in zip(group.linears, pruned, strict=True):
         linear.weight.copy_(weight)
-
-
-@contextmanager
-def _naming(layer: int, group: InputGroup):
-    """Puts the layer and the linears in front of what a pruner has to say."""
-    try:
-        yield
-    except RunError as error:
-        raise RunError(f"layer {layer} {', '.join(group.names)}: {error}") from error
 
 
 def count_zeros(groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:

@@ -98,19 +98,24 @@ def compute(
     """The sensitivities of all layers, with what they were made from."""
     with report.progress(decoder.num_layers, "gradients") as progress:
         layers = connection_sensitivity(decoder, windows, settings.gradient_type, settings.loss, progress)
-    return Artefact(model, artefact.fingerprint(decoder), settings, layers, environment(decoder.device))
+    return Artefact(
+        model,
+        artefact.fingerprint(decoder),
+        artefact.digest_of(windows),
+        settings,
+        layers,
+        environment(decoder.device),
+    )
 
 
-def find(path: Path, settings: GradientSettings, must_exist: bool) -> Artefact | None:
+def find(path: Path, must_exist: bool) -> Artefact | None:
     """The artefact in a file; None when it is not there and need not be.
 
-    Raises `InputError` for a file that is broken, or was made with other settings.
+    Raises `InputError` for a file that is broken.
     """
     if not must_exist and not path.exists():
         return None
-    found = artefact.read(path)
-    artefact.check_settings(found, path, settings)
-    return found
+    return artefact.read(path)
 
 
 def describe(settings: GradientSettings) -> str:

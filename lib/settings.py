@@ -42,6 +42,11 @@ class SparsityPruning:
     tasks: Sequence[str] = field(default_factory=tuple)
 
     @property
+    def target_sparsity(self) -> float:
+        """The share of the weights that is to go."""
+        return 0.0 if self.method.pruner == DENSE else self.sparsity_ratio
+
+    @property
     def pruner(self) -> Pruner:
         """What prunes, without quantization."""
         return {

@@ -51,26 +51,29 @@ class Hessian:
         return self._factors[by_activation]
 
     def _factorize(self, damping: float, order: torch.Tensor | None) -> torch.Tensor:
-        hessian = self.total * (2 / self.windows)
-        if not hessian.diagonal().isfinite().all():
+        if not self.total.diagonal().isfinite().all():
             raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
-        hessian.diagonal()[hessian.diagonal() == 0] = 1.0
-        if order is not None:
-            hessian = hessian[order][:, order]
-        mean = hessian.diagonal().mean()
+        # With J the reversal of rows: J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J, which is upper triangular.
+        reverse = torch.arange(len(self.total) - 1, -1, -1, device=self.total.device)
+        places = reverse if order is None else order[reverse]
+        hessian = self.total[places[:, None], places].mul_(2 / self.windows)
         diagonal = hessian.diagonal().clone()
+        diagonal[diagonal == 0] = 1.0
+        mean = diagonal.mean()
         while True:
             hessian.diagonal().copy_(diagonal + damping * mean)
-            # With J the reversal of rows: J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J, which is upper triangular.
-            lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            lower, failed = torch.linalg.cholesky_ex(hessian)
             if not failed:
                 break
             if damping >= _LARGEST_DAMPING:
                 raise RunError(f"the Hessian is not positive definite, even with damping {damping:g}; see --percdamp")
             damping = min(max(damping, 1e-3) * 10, _LARGEST_DAMPING)
         self.damping = damping
-        identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        del hessian  # of wide layers each of these is large
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        del lower, identity
+        return inverse.flip(0, 1)
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,11 @@ class Activations:
 
         def step(rows: slice) -> torch.Tensor:
             output = self._run(rows)
-            self.hidden_states[rows] = output
-            return output.sum(dim=(1, 2), dtype=torch.float32).isfinite()
+            is_finite = output.sum(dim=(1, 2), dtype=torch.float32).isfinite()
+            if not is_finite.all():  # or the sum is too large
+                is_finite = output.isfinite().flatten(1).all(dim=1)
+            self.hidden_states[rows] = output  # last: a batch that runs out of memory is tried again
+            return is_finite
 
         is_finite = self.batcher.map(step, len(self.windows))
         if not is_finite.all():

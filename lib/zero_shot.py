@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lib.errors import InputError
+from lib.errors import InputError, RunError, is_out_of_memory
 
 _METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
 
@@ -32,7 +32,8 @@ class Tasks:
                 continue
             if not path.is_file():
                 raise InputError(f"--tasks {task}: no such file")
-            named = re.search(r"^task:\s*['\"]?([\w./-]+)", path.read_text(encoding="utf-8"), re.M)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            named = re.search(r"^task:\s*['\"]?([\w./-]+)", text, re.M)
             if not named:
                 raise InputError(f"--tasks {task}: no `task: NAME` in this file")
             names.append(named[1])
@@ -55,37 +56,45 @@ class ZeroShot:
         unknown = sorted(set(self.tasks.names) - set(self._manager.all_tasks))
         if unknown:
             raise InputError(f"--tasks {unknown[0]}: lm_eval knows no such task; `lm_eval ls tasks` lists them")
-        for name in self.tasks.names:
-            try:
-                self._manager.load([name])
-            except Exception as error:  # whatever a task's own code and data raise
-                reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-                raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from error
+        self.names = [name for given_name in self.tasks.names for name in self._load(given_name)]
+
+    def _load(self, name: str) -> list[str]:
+        """The tasks or groups that a name stands for, once their data is there: itself, or all with that tag."""
+        try:
+            loaded = self._manager.load([name])
+        except Exception as error:  # whatever a task's own code and data raise
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from error
+        return [name] if name in loaded["tasks"] or name in loaded["groups"] else list(loaded["tasks"])
 
     def accuracy(self, model: nn.Module, tokenizer, batch_size: int) -> dict:
         """{"tasks": {name: {metric: value}}, "shown": {name: percent}, "mean": percent}.
 
-        Shown is the length-normalized accuracy where a task has it, else the accuracy; the mean is over the tasks.
+        Shown is the length-normalized accuracy where a task has it, else the accuracy; the mean is over those tasks,
+        None without any. Raises `RunError` for whatever a task's own code raises.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(
-            model=lm, tasks=list(self.tasks.names), num_fewshot=0, task_manager=self._manager, log_samples=False
-        )
+        try:
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = simple_evaluate(
+                model=lm, tasks=self.names, num_fewshot=0, task_manager=self._manager, log_samples=False
+            )
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise RunError(f"--eval_zero_shot: {type(error).__name__} in lm_eval: {reason}") from error
         results = {**found["results"], **found.get("groups", {})}
-        tasks = {name: _numbers(results[name]) for name in self.tasks.names}
-        shown = {name: 100 * _shown(name, metrics) for name, metrics in tasks.items()}
-        return {"tasks": tasks, "shown": shown, "mean": sum(shown.values()) / len(shown)}
+        tasks = {name: _numbers(results[name]) for name in self.names}
+        shown = {
+            name: 100 * next(metrics[metric] for metric in _METRICS if metric in metrics)
+            for name, metrics in tasks.items()
+            if not metrics.keys().isdisjoint(_METRICS)
+        }
+        return {"tasks": tasks, "shown": shown, "mean": sum(shown.values()) / len(shown) if shown else None}
 
 
 def _numbers(metrics: dict) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
-
-
-def _shown(name: str, metrics: dict[str, float]) -> float:
-    for metric in (*_METRICS, *metrics):
-        if metric in metrics:
-            return metrics[metric]
-    raise InputError(f"--tasks {name}: lm_eval gives no number for it")

@@ -144,6 +144,27 @@ def prune_with_hooks(model: nn.Module, windows: torch.Tensor, sparsities: list[f
     return model
 
 
+def gptq(weight, inputs, bits, size, damping=0.01):
+    """GPTQ in fp64 with a grid for each `size` columns, taken when the pass reaches them; zeros of the weight stay."""
+    w = weight.double().clone()
+    hessian = 2 / len(inputs) * sum(x.double().T @ x.double() for x in inputs)
+    hessian[hessian.diagonal() == 0, hessian.diagonal() == 0] = 1
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian)).T
+    for j in range(w.shape[1]):
+        if j % size == 0:
+            group = w[:, j : j + size]
+            least, most = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
+            scale = (most - least) / (2**bits - 1)
+            zero = (-least / scale).round()
+        rounded = scale * (((w[:, j] / scale).round() + zero).clamp(0, 2**bits - 1) - zero)
+        rounded[weight[:, j] == 0] = 0
+        lost = (w[:, j] - rounded) / inverse[j, j]
+        w[:, j:] -= lost[:, None] * inverse[j, j:]
+        w[:, j] = rounded
+    return w.to(weight.dtype)
+
+
 def magnitude(weight, inputs, sparsity):
     threshold = weight.abs().flatten().sort().values[int(weight.numel() * sparsity)]
     return weight * (weight.abs() > threshold)
@@ -162,7 +183,7 @@ def wanda(weight, inputs, sparsity):
 
 def ria(weight, inputs, sparsity, a=0.5):
     norms = (inputs.double() ** 2).sum(dim=1).mean(dim=0).sqrt()
-    size = weight.abs()
+    size = weight.abs().double()
     scores = (size / size.sum(dim=0) + size / size.sum(dim=1, keepdim=True)) * norms**a
     return smallest_of_each_row(weight, scores, int(weight.shape[1] * sparsity))
 

@@ -96,7 +96,7 @@ def test_every_method_prunes_to_the_ratio(prune, method):
     result = prune("--prune_method", method, "--sparsity_ratio", 0.5)
     assert result["prune_method"] == method
     if method == "dense":
-        assert result["sparsity"] == result["sparsity_ratio"] == 0
+        assert result["sparsity"] == result["sparsity_ratio"] == 0 and result["layer_density"] == [1.0] * 4
         ((found,),) = [list(result["perplexity"].values())]
         assert found["dense"] == found["pruned"]
     else:
@@ -172,6 +172,16 @@ def test_a_hub_model_is_found_in_the_folder_of_cache_dir(prune, tiny_folder, tmp
     assert [path.name for path in Path("gradients").iterdir()] == [
         "someone--tiny-llama-l2-3x16-last-words.txt-seed0.json"
     ]
+
+
+def test_names_of_any_kind_do_no_harm(prune, alp_arguments, tiny_folder, tmp_path, monkeypatch):
+    """Too long for a file, or what a plot would read as mathematics."""
+    long = tmp_path / ("m" * 215)
+    long.symlink_to(tiny_folder)
+    at = alp_arguments.index("--output_dir")
+    assert run_alp(*alp_arguments[:at], "--model", long, monkeypatch=monkeypatch) == 0
+    flags = ["--prune_method", "magnitude", "--model_name", "a$_$b", "--save_model", tmp_path / "out"]
+    assert prune(*flags)["model_name"] == "a$_$b" and (tmp_path / "out/config.json").exists()
 
 
 def test_model_name_names_the_output(tiny_folder, alp_arguments, monkeypatch):
@@ -255,21 +265,24 @@ def test_the_log_gets_a_row_for_each_run(prune, text_file, capsys):
     assert three["method"] == "wanda"
 
 
-def _append(folder: Path, result: dict, count: int) -> None:
-    for _ in range(count):
-        log.append(folder, result, Path("a\tb"))
+def _append(folder: Path, result: dict, count: int, start) -> None:
+    start.wait()
+    for number in range(count):
+        log.append(folder / str(number), result, Path("a\tb"))
 
 
-def test_runs_that_append_at_once_lose_no_row(prune, tmp_path):
-    result = prune()
+def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_path):
+    result, count = prune(), 200
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_append, args=(tmp_path / "log", result, 25)) for _ in range(4)]
+    start = context.Barrier(4)
+    processes = [context.Process(target=_append, args=(tmp_path / "log", result, count, start)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    rows = read_log(tmp_path / "log")
-    assert len(rows) == 100 and {row["output_dir"] for row in rows} == {"a b"}
+    for number in range(count):
+        rows = read_log(tmp_path / "log" / str(number))
+        assert len(rows) == 4 and {row["output_dir"] for row in rows} == {"a b"}
 
 
 # Quantization ---------------------------------------------------------------------------------------------------------
@@ -297,7 +310,10 @@ def test_quantized_models_keep_their_zeros_and_have_few_values(prune, tmp_path, 
     ((found,), (without,)) = (list(r["perplexity"].values()) for r in (result, plain))
     assert list(found) == ["dense", "pruned", "quantized"]
     assert found["pruned"] == pytest.approx(without["pruned"]) and found["quantized"] != found["pruned"]
-    assert result["sparsity"] >= plain["sparsity"] - 0.001
+    assert result["sparsity"] == plain["sparsity"] <= result["quantized_sparsity"]
+    assert result["quantization"].startswith(f"{flags[2]} bits") and ("act-order" in result["quantization"]) == (
+        "--act-order" in flags
+    )
     bits, columns = flags[2], 16 if "--groupsize" in flags else None
     if columns and "--act-order" in flags and "--static-groups" not in flags:
         return

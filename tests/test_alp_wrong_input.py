@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.command import run_alp, run_gradient
 from tests.families import tiny_model
@@ -92,6 +93,10 @@ def refuse_gradient(tiny_folder, text_file, tmp_path, alp_arguments, monkeypatch
         (["--calibration_dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
         (["--save", "/dev/null/log"], "--save /dev/null/log: /dev/null is not a folder"),
         (["--gradients", "no.json"], "gradients no.json: no such file; make it with save_gradient.py"),
+        (
+            ["--gradients", "x.json", "--prune_method", "ria"],
+            "--gradients: ria unstructured gives every layer the same",
+        ),
         (["--nsample", "4"], "unrecognized arguments: --nsample 4"),
     ],
 )
@@ -104,7 +109,8 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(refuse, flags, problem)
     [
         *BOTH,
         (["--output", "/dev/null/x.json"], "--output /dev/null: /dev/null is not a folder"),
-        (["--output", "."], "--output .: is a folder; name a file in it"),
+        (["--output", "."], "--output .: name a file that ends in .json"),
+        (["--output", "x.png"], "--output x.png: name a file that ends in .json"),
         (["--ngrad", "0"], "--ngrad: '0' is not a whole number of at least 1"),
         (["--dataset", "missing.jsonl"], "dataset missing.jsonl: no such file or folder"),
     ],
@@ -171,22 +177,34 @@ def test_a_broken_artefact_is_refused(refuse, made, damage):
     refuse(problem=f"gradients {FOUND}: broken, or no artefact .*make it again with save_gradient.py --overwrite")
 
 
-def test_an_artefact_of_another_model_is_refused(refuse, made, tiny_folder, tmp_path_factory, demo_tokenizer):
-    """Another model of the same shape and name, and one with fewer layers' numbers."""
+@pytest.mark.parametrize("changed", ["model.layers.3.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_an_artefact_of_another_model_is_refused(refuse, made, tiny_folder, tmp_path_factory, demo_tokenizer, changed):
+    """Another model of the same shape and name, wherever it differs: all of it goes into the gradients."""
     folder = tmp_path_factory.mktemp("other") / "tiny-llama"
-    model = tiny_model("Llama", vocab_size=len(demo_tokenizer))
-    model.model.layers[3].mlp.down_proj.weight.mul_(1.01)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.get_parameter(changed).data.mul_(1.01)
     model.save_pretrained(folder)
     demo_tokenizer.save_pretrained(folder)
     refuse("--model", folder, problem=f"gradients {FOUND}: made for another model than {folder}")
     refuse("--model", folder, "--gradients", FOUND, problem=f"gradients {FOUND}: made for another model")
+
+
+def test_an_artefact_of_fewer_layers_is_refused(refuse, made, tiny_folder):
     FOUND.write_text(json.dumps({**made, "layers": made["layers"][:3]}))
     refuse(problem=f"gradients {FOUND}: made for another model than {tiny_folder}")
 
 
-def test_an_artefact_of_other_settings_is_refused(refuse, made):
+def test_an_artefact_of_other_settings_or_text_is_refused(refuse, made, text_file, tmp_path):
     refuse("--gradients", FOUND, "--grad_type", "l1", problem=f"gradients {FOUND}: made with gradient_type l2, not l1")
     refuse("--gradients", FOUND, "--seed", 3, problem=f"gradients {FOUND}: made with seed 0, not 3")
+    other = tmp_path / text_file.name
+    other.write_text(text_file.read_text().replace("layer", "head"))
+    refuse("--calibration_dataset", other, problem=f"gradients {FOUND}: made on other text than {other} is now")
+
+
+def test_what_is_no_log_is_refused(refuse):
+    Path("results/log.tsv").mkdir(parents=True)
+    refuse("--save_log", problem="--save: results/log.tsv is no log that can be appended to")
 
 
 def test_a_log_with_other_columns_is_refused(refuse):

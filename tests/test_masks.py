@@ -44,6 +44,18 @@ def test_groups_that_do_not_fit_are_an_error():
         smallest_of_groups(SCORES, 2, 5)
 
 
+@pytest.mark.parametrize("columns", [10, 40, 1000, 2560, 5120])
+def test_a_sparsity_that_went_through_a_density_loses_no_weight(columns):
+    scores = torch.rand(2, columns)
+    for percent in range(0, 100, 10):
+        sparsity = 1 - (1 - percent / 100)
+        assert (smallest_per_row(scores, sparsity).sum(dim=1) == columns * percent // 100).all(), percent
+
+
+def test_the_variant_prunes_nothing_at_0():
+    assert not smallest_share_of_row_sum(SCORES, 0.0).any()
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7, 0.95])
 def test_the_variant_prunes_one_share_of_every_rows_sum(sparsity):
     scores = torch.rand(40, 500, generator=torch.Generator().manual_seed(1)) ** 3

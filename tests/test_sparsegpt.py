@@ -195,6 +195,17 @@ def test_gptq_holds_zeros_stays_on_the_grid_and_beats_rounding(options):
     assert error(weight, new, inputs) < error(weight, round_to_nearest(weight, quantization), inputs)
 
 
+@pytest.mark.parametrize("size", [8, 64, 160, 320])
+def test_grids_are_taken_from_the_weights_as_they_are_when_the_pass_reaches_them(size):
+    weight, inputs = problem(columns=320, tokens=640)
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.3] = 0
+    (new,) = Rounded(Quantization(4, is_compensated=True, group_size=size)).prune([weight], hessian_of(inputs), 0.0)
+    if size > 128:  # a grid for what lies beyond the block of columns sees it before the block's last losses
+        assert error(weight, new, inputs) < 1.1 * error(weight, reference.gptq(weight, inputs, 4, size), inputs)
+    else:
+        assert torch.isclose(new, reference.gptq(weight, inputs, 4, size), atol=1e-3).float().mean() > 0.99
+
+
 def test_pruning_and_rounding_in_one_pass_beats_one_after_the_other():
     weight, inputs = problem(columns=320, tokens=640)
     (joint,) = SparseGpt(quantization=FOUR).prune([weight], hessian_of(inputs), 0.5)

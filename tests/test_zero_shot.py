@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.errors import RunError
 from lib.zero_shot import Tasks, ZeroShot
 from tests.command import run_alp
 
@@ -76,6 +77,33 @@ def test_the_mean_is_over_the_tasks_and_normalized_accuracy_is_shown(task, demo_
     found = ZeroShot(list(map(str, paths))).accuracy(load_model("demo"), demo_tokenizer, 4)
     assert found["mean"] == pytest.approx(sum(found["shown"].values()) / 2)
     assert found["shown"]["others"] == 100 * found["tasks"]["others"]["acc_norm,none"]
+
+
+def test_a_tag_stands_for_its_tasks_and_other_metrics_are_no_accuracy(task, demo_tokenizer):
+    from lib.loading import load_model
+
+    path = task("one", metrics="tag: pair\n")
+    path.write_text(path.read_text().replace("  - metric: acc\n", "  - metric: brier_score\n"))
+    paths = [path, task("two", metrics="tag: pair\n")]
+    zero_shot = ZeroShot([*map(str, paths), "pair"])
+    assert sorted(set(zero_shot.names)) == ["one", "two"]
+    found = zero_shot.accuracy(load_model("demo"), demo_tokenizer, 4)
+    assert set(found["shown"]) == {"two"} and found["mean"] == found["shown"]["two"]
+    assert "brier_score,none" in found["tasks"]["one"]
+
+
+def test_a_failing_evaluation_is_one_line_and_keeps_result_model_and_log(
+    task, alp_arguments, tmp_path, monkeypatch, capsys
+):
+    def fail(self, *args):
+        raise RunError("--eval_zero_shot: KeyError in lm_eval: 'x'")
+
+    monkeypatch.setattr(ZeroShot, "accuracy", fail)
+    flags = ["--save_model", tmp_path / "out", "--save_log", "--eval_zero_shot", "--tasks", task()]
+    assert run_alp(*alp_arguments, *flags, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == "alp_prune.py: failed: --eval_zero_shot: KeyError in lm_eval: 'x'\n"
+    assert (tmp_path / "run/result.json").exists() and (tmp_path / "out/config.json").exists()
+    assert len(Path("results/log.tsv").read_text().splitlines()) == 2
 
 
 def test_a_run_measures_the_pruned_model(task, alp_arguments, tmp_path, monkeypatch, capsys):
