@@ -17,7 +17,7 @@ from pathlib import Path
 from lib import cli, log, names
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import UNIFORM, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
+from lib.methods import DENSE, UNIFORM, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
 
 WBITS = (*range(2, 9), 16)
 
@@ -73,6 +73,9 @@ def add_pruning_flags(group) -> None:
     group.add_argument("--sparsity_ratio", type=cli.share, help="share of the weights that goes (default: 0.7, or n/m)")
     group.add_argument(
         "--sparsity_type", type=cli.pattern, default="unstructured", help="unstructured, or n:m such as 2:4 or 4:8"
+    )
+    group.add_argument(
+        "--semi_structured", action="store_true", help="2:4: evaluate in torch's sparse kernels (recent NVIDIA GPUs)"
     )
     group.add_argument("--use_variant", action="store_true", help="wanda: a share of the score's sum goes in each row")
     group.add_argument("--a", type=cli.up_to_10, default=0.5, help="ria: power of the input norms (default: 0.5)")
@@ -136,6 +139,7 @@ def check(args: argparse.Namespace) -> dict:
     if names.is_hub_model(args.model) or any(map(names.is_hub_text, sources)) or args.eval_zero_shot:
         cli.prefer_cache_without_network()
     return {
+        "source": cli.model_source(args, args.model),
         "method": method,
         "pattern": args.sparsity_type,
         "sparsity_ratio": ratio,
@@ -152,6 +156,8 @@ def check_sparsity(args: argparse.Namespace, method) -> float:
     pattern, ratio = args.sparsity_type, args.sparsity_ratio
     if args.use_variant and (method.pruner != "wanda" or pattern.is_structured):
         raise InputError("--use_variant: is a way of wanda to prune unstructured; leave it out")
+    if args.semi_structured and (str(pattern) != "2:4" or method.pruner == DENSE):
+        raise InputError("--semi_structured: the kernels are for 2:4 sparse weights; add --sparsity_type 2:4")
     if not pattern.is_structured:
         return 0.7 if ratio is None else ratio
     if ratio is not None and abs(ratio - pattern.n / pattern.m) > 0.005:

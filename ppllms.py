@@ -7,22 +7,32 @@ perplexity is measured, and a smaller model saved.
     python ppllms.py                                                     # bundled demo model and text
     python ppllms.py --model_name meta-llama/Llama-2-13b-hf --num_blocks 40 --prune_rate 0.25
     python ppllms.py --model_name PATH --mha_remove_layers 10 --ffn_remove_layers 10 --save_model OUT
+
+A plan that was found can be applied again, to the model or to a GGUF file of it:
+
+    python ppllms.py --apply_plan runs/.../result.json --save_model OUT
+    python ppllms.py --apply_plan runs/.../result.json --gguf IN.gguf OUT.gguf
 """
 
 import argparse
 import sys
+from pathlib import Path
 
-from lib import cli, names
+from lib import cli, gguf_file, names
 from lib.errors import InputError
+from lib.plan import SavedPlan, read_plan
 
-SAVE_FORMATS = ("hf", "masked")
+SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
+OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
+OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed")
+OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     group = parser.add_argument_group("model and budget")
     group.add_argument(
-        "--model_name", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+        "--model_name", type=cli.name, help="hub id or local folder (default: the bundled demo, or that of the plan)"
     )
     group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
     group.add_argument(
@@ -50,11 +60,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=cli.folder, help="folder for the pruned model")
     group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
-    args = parser.parse_args(arguments)
+    group = parser.add_argument_group("applying a plan")
+    group.add_argument("--apply_plan", type=cli.folder, help="result.json of an earlier run: prune as it says")
+    group.add_argument(
+        "--gguf", type=cli.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
+    )
+    args, given = cli.parse_and_tell(parser, arguments)
+    check_together(args, given)
+    args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
+    args.model_name = args.model_name or (args.saved_plan.model if args.saved_plan else "demo")
     is_demo = names.is_demo(args.model_name)
     args.dataset = args.dataset or ("demo" if is_demo else "c4")
     args.eval_datasets = list(dict.fromkeys(args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])))
     return args
+
+
+def check_together(args: argparse.Namespace, given: set[str]) -> None:
+    """Raises `InputError` for flags that would have no effect beside others."""
+    if args.gguf and not args.apply_plan:
+        raise InputError("--gguf: needs --apply_plan, the result.json of a run on the unpruned model")
+    for name in sorted(given):
+        if args.gguf and name not in OF_A_GGUF:
+            raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
+        if args.apply_plan and name in OF_THE_SEARCH:
+            raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
+    if "save_format" in given and not args.save_model:
+        raise InputError("--save_format: needs --save_model")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -67,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
             "attention is removed from layers that lose their FFN"
         )
     cli.check_device(args)
-    sources = [args.dataset, *args.eval_datasets]
+    sources = [*([] if args.apply_plan else [args.dataset]), *(args.eval_datasets if args.eval_ppl else [])]
     for source in sources:
         names.check_text(source)
     cli.check_output(args, args.model_name)
@@ -75,14 +106,28 @@ def check(args: argparse.Namespace) -> None:
         cli.prefer_cache_without_network()
 
 
+def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
+    """Writes a GGUF file without what the plan removes, and says what that made of it."""
+    found = gguf_file.apply_plan(source, target, saved.plan, overwrite)
+    print(f"Plan        {saved.path}, found for {saved.model}")
+    for what, size in (("GGUF", found.before), ("pruned", found.after)):
+        name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
+        print(f"{what:<12}{name}: {size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB")
+    if found.architecture == "llama" and found.before.parameters != saved.parameters:
+        print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
+
+
 def main() -> None:
     args = parse()
+    if args.gguf:
+        prune_gguf(*args.gguf, args.saved_plan, args.overwrite)
+        return
     check(args)
     args.output_dir = args.output_dir or cli.default_output_dir("ppllms", args.model_name)
     from lib.depth import DepthPruning, run  # imports torch
 
     settings = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
-    run(DepthPruning(**settings))
+    run(DepthPruning(cli.model_source(args, args.model_name), **settings))
 
 
 if __name__ == "__main__":

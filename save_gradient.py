@@ -65,9 +65,7 @@ def main() -> None:
     check(args)
     from lib.sensitivity import SaveGradient, run  # imports torch
 
-    run(
-        SaveGradient(**{name: value for name, value in vars(args).items() if name in SaveGradient.__dataclass_fields__})
-    )
+    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output))
 
 
 if __name__ == "__main__":

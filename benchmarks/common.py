@@ -43,6 +43,26 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that this process, or the accelerator's allocator, held at most during a call beyond what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        function()
+        return torch.cuda.max_memory_allocated() / 2**20 - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the peak
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> float:
+    """MiB of a field of this process's status."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
+
+
 def side_by_side(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
     """Times of several functions, run in turn after one warm-up round: {name: seconds of each run}."""
     times: dict[str, list[float]] = {name: [] for name in functions}

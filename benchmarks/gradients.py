@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import device, machine, random_llama, side_by_side, spread
+from benchmarks.common import device, machine, peak_memory, random_llama, side_by_side, spread
 from lib.gradients import connection_sensitivity, summarize
 from lib.linears import find_linears
 from lib.model import Decoder
@@ -52,29 +52,12 @@ def problem(layers: int, args: argparse.Namespace) -> tuple[torch.nn.Module, tor
     return model, torch.randint(0, 2048, (WINDOWS, SEQLEN)).to(device())
 
 
-def peak_memory(side: str, layers: int, args: argparse.Namespace, results) -> None:
+def put_memory(side: str, layers: int, args: argparse.Namespace, results) -> None:
     """Puts MiB beyond the loaded model, and of the model's weights, into `results`."""
     model, windows = problem(layers, args)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     layer_by_layer(model, windows[:1, :8])  # loads the libraries' code
-    if device() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        SIDES[side](model, windows)
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the peak
-        before = _status("VmRSS")
-        SIDES[side](model, windows)
-        peak = _status("VmHWM")
-    results.put((peak - before, weights))
-
-
-def _status(field: str) -> float:
-    """MiB of a field of this process's status."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
+    results.put((peak_memory(partial(SIDES[side], model, windows)), weights))
 
 
 def compare(model: torch.nn.Module, windows: torch.Tensor, runs: int) -> tuple[dict, dict]:
@@ -90,7 +73,7 @@ def compare(model: torch.nn.Module, windows: torch.Tensor, runs: int) -> tuple[d
 def measure_memory(side: str, layers: int, args: argparse.Namespace) -> tuple[float, float]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    process = context.Process(target=peak_memory, args=(side, layers, args, results))
+    process = context.Process(target=put_memory, args=(side, layers, args, results))
     process.start()
     process.join()
     return results.get()

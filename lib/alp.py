@@ -1,26 +1,28 @@
 """The ALP run, from settings to result.json: load, measure, allocate, prune, measure again, save."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
-from lib import artefact, log, sensitivity
+from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import alp_densities, importance, uniform_densities
 from lib.batching import Batcher, automatic_batch_size
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.export import save_weights
-from lib.inputs import check_tokens, check_whole, dtype_name, window_length
+from lib.inputs import check_tokens, dtype_name, window_length
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.methods import DENSE, UNIFORM
-from lib.model import Decoder, Plan
+from lib.methods import DENSE
+from lib.model import Decoder
+from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
-from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries, timed
+from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
 from lib.settings import SparsityPruning
 from lib.stream import plan_window_losses
 from lib.zero_shot import ZeroShot
@@ -56,7 +58,7 @@ def run(settings: SparsityPruning) -> dict:
     job = prepare(report, settings)
     report.seconds.update(dict.fromkeys(("allocate", "prune", "evaluate", "save"), 0.0))
     report.open(settings.output_dir)
-    report_model(report, settings, job)
+    alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
 
     perplexities = {"dense": measure(report, job)}
     scores, densities = allocate(report, settings, job)
@@ -65,7 +67,9 @@ def run(settings: SparsityPruning) -> dict:
         perplexities["pruned"], zeros["pruned"] = perplexities["dense"], count_zeros(job.groups)
     for stage, pruner in stages(settings, job.groups):
         parts[stage] = prune(report, job, stage, pruner, densities)
-        perplexities[stage], zeros[stage] = measure(report, job), count_zeros(job.groups)
+        zeros[stage] = count_zeros(job.groups)
+        with kernels(settings, job):
+            perplexities[stage] = measure(report, job)
 
     result = {
         **describe_run(settings, job),
@@ -74,6 +78,7 @@ def run(settings: SparsityPruning) -> dict:
         "sparsity": share(zeros["pruned"]),
         "layer_sparsity": [share([layer]) for layer in zeros["pruned"]],
         **({"quantized_sparsity": share(zeros["quantized"])} if settings.quantization else {}),
+        **({"tokens_per_second": compare_speed(settings, job)} if settings.semi_structured else {}),
         "perplexity": {
             text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
         },
@@ -82,7 +87,7 @@ def run(settings: SparsityPruning) -> dict:
         "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
         "environment": environment(job.decoder.device),
     }
-    report_result(report, result)
+    alp_report.say_result(report, result)
     finish(report, settings, job, result)
     return result
 
@@ -96,17 +101,19 @@ def prepare(report: Report, settings: SparsityPruning) -> Job:
     if settings.is_allocated:
         gradients = sensitivity.find(settings.gradient_path, must_exist=settings.gradient_file is not None)
     with report.timed("load"):
-        device = resolve_device(settings.device)
-        config = load_config(settings.model, settings.trust_remote_code, settings.cache_dir)
+        device = resolve_device(settings.source.device)
+        if settings.semi_structured:
+            semi_structured.check_device(device)
+        config = load_config(settings.source)
         seqlen = check_config(settings, config)
-        tokenizer = load_tokenizer(settings.model, settings.trust_remote_code, settings.cache_dir)
+        tokenizer = load_tokenizer(settings.source)
     with report.timed("data"):
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
         texts = load_texts(settings, tokenizer, seqlen, config.vocab_size)
         if gradients:
             artefact.check_settings(gradients, settings.gradient_path, settings.gradients, texts.gradients)
     with report.timed("load"):
-        decoder = load_decoder(settings, device)
+        decoder = load_decoder(settings)
         if gradients:
             artefact.check_model(gradients, settings.gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
@@ -116,11 +123,10 @@ def prepare(report: Report, settings: SparsityPruning) -> Job:
 
 def check_config(settings: SparsityPruning, config) -> int:
     """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
-    check_whole(settings.model, config)
     seqlen = window_length(settings.model, config, settings.seqlen)
     if settings.is_allocated:
         window_length(settings.model, config, settings.gradients.seqlen, "--grad_seqlen")
-    outline = load_outline(config, settings.trust_remote_code)
+    outline = load_outline(config, settings.source.trust_remote_code)
     if outline is not None:
         check_linears(settings, Decoder(outline, has_weights=False))
     return seqlen
@@ -131,6 +137,8 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     linears = find_linears(decoder)
     if settings.pattern.is_structured and settings.method.pruner != DENSE:
         check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
+    if settings.semi_structured and decoder.has_weights:
+        semi_structured.check_linears(linears)
     if settings.quantization and settings.quantization.group_size:
         check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
     return linears
@@ -144,8 +152,7 @@ def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: in
         if settings.needs_inputs:
             calibration = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
         if settings.is_allocated:
-            wanted = settings.gradients
-            gradients = sampled_windows(corpus, tokenizer, wanted.nsamples, wanted.seqlen, wanted.seed)
+            gradients = sensitivity.gradient_windows(settings.gradients, corpus, tokenizer)
     evaluation = {text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen) for text in settings.dataset}
     for windows in (calibration, gradients, *evaluation.values()):
         if windows is not None:
@@ -153,10 +160,9 @@ def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: in
     return Texts(calibration, gradients, evaluation)
 
 
-def load_decoder(settings: SparsityPruning, device: torch.device) -> Decoder:
+def load_decoder(settings: SparsityPruning) -> Decoder:
     """The model, checked to be one that can be pruned as asked for."""
-    remote_code, cache_dir = settings.trust_remote_code, settings.cache_dir
-    decoder = Decoder(load_model(settings.model, settings.dtype, device, settings.device_map, remote_code, cache_dir))
+    decoder = Decoder(load_model(settings.source))
     check_not_offloaded(check_linears(settings, decoder))
     return decoder
 
@@ -174,6 +180,21 @@ def measure(report: Report, job: Job) -> dict[str, float]:
     return perplexities
 
 
+def kernels(settings: SparsityPruning, job: Job) -> AbstractContextManager:
+    """Inside, the pruned model runs in torch's 2:4 kernels if that was asked for."""
+    if not settings.semi_structured:
+        return nullcontext()
+    return semi_structured.compressed([linear for layer in job.groups for group in layer for linear in group.linears])
+
+
+def compare_speed(settings: SparsityPruning, job: Job) -> dict[str, float]:
+    """Tokens a second through the layers of one batch of evaluation windows, dense and in the 2:4 kernels."""
+    input_ids = next(iter(job.texts.evaluation.values()))[: job.batcher.size]
+    dense = semi_structured.tokens_per_second(job.decoder, input_ids)
+    with kernels(settings, job):
+        return {"dense": dense, "semi_structured": semi_structured.tokens_per_second(job.decoder, input_ids)}
+
+
 def allocate(report: Report, settings: SparsityPruning, job: Job) -> tuple[list[float] | None, list[float]]:
     """The importance (None where all layers are treated alike) and the density of every layer."""
     if not settings.is_allocated:
@@ -189,9 +210,8 @@ def allocate(report: Report, settings: SparsityPruning, job: Job) -> tuple[list[
             )
             artefact.write(path, gradients)
         scores = importance(gradients.layers)
-        sizes = [size for _, size in count_zeros(job.groups)]
-        densities = alp_densities(scores, sizes, settings.sparsity_ratio, settings.alpha)
-    report_densities(report, scores, densities)
+        densities = alp_densities(scores, sizes_of(job.groups), settings.sparsity_ratio, settings.alpha)
+    alp_report.say_densities(report, scores, densities)
     return scores, densities
 
 
@@ -232,6 +252,11 @@ def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) ->
         yield "quantized", rounder
 
 
+def sizes_of(groups: Sequence[Sequence[InputGroup]]) -> list[int]:
+    """The number of weights in the linears of every layer."""
+    return [sum(linear.weight.numel() for group in layer for linear in group.linears) for layer in groups]
+
+
 def share(counts: Sequence[tuple[int, int]]) -> float:
     """The share of zeros among the weights of some layers, each (zeros, weights)."""
     return sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts)
@@ -252,17 +277,11 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
             with report.timed("zero_shot"):
                 result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
             report.result(result)
-            report_zero_shot(report, result["zero_shot"])
+            alp_report.say_zero_shot(report, result["zero_shot"])
     finally:
         logged = log.append(settings.log, result, settings.output_dir) if settings.log else None
-    report.say()
-    report.say("Written")
-    report.say(f"  result  {path}")
-    report.say(f"  plot    {plot if has_plot else 'none: matplotlib is not installed (pip install matplotlib)'}")
-    if settings.save_model:
-        report.say(f'  model   {settings.save_model}: AutoModelForCausalLM.from_pretrained("{settings.save_model}")')
-    if logged:
-        report.say(f"  log     {logged}: a row for each text")
+    plot = plot if has_plot else "none: matplotlib is not installed (pip install matplotlib)"
+    alp_report.say_written(report, path, plot, settings.save_model, logged)
 
 
 def describe_run(settings: SparsityPruning, job: Job) -> dict:
@@ -291,72 +310,3 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "batch_size": job.batcher.size,
         "num_layers": job.decoder.num_layers,
     }
-
-
-# What is said ---------------------------------------------------------------------------------------------------------
-
-
-def report_model(report: Report, settings: SparsityPruning, job: Job) -> None:
-    decoder = job.decoder
-    name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
-    weights = sum(size for _, size in count_zeros(job.groups))
-    report.say(f"Model       {settings.model} ({name})")
-    report.say(
-        f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {len(job.groups)} layers"
-    )
-    report.say(f"Method      {describe_method(settings)}")
-    if settings.needs_inputs:
-        windows = f"{settings.nsamples} windows of {job.seqlen} tokens, seed {settings.seed}"
-        report.say(f"Calibration {settings.calibration_dataset}: {windows}")
-    if settings.is_allocated:
-        report.say(f"Gradients   {sensitivity.describe(settings.gradients)}")
-    elif settings.method.allocator != UNIFORM:
-        allocator = settings.method.allocator
-        report.say(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
-
-
-def describe_method(settings: SparsityPruning) -> str:
-    if settings.method.pruner == DENSE:
-        what = "dense: nothing is pruned"
-    else:
-        allocation = f"{settings.method.allocator} densities, alpha {settings.alpha:g}"
-        how = allocation if settings.is_allocated else "the same in every layer"
-        variant = " (variant)" if settings.use_variant else ""
-        what = f"{settings.method.pruner}{variant}, {settings.sparsity_ratio:g} {settings.pattern}, {how}"
-    return what + (f"; then {settings.quantization}" if settings.quantization else "")
-
-
-def report_densities(report: Report, scores: Sequence[float] | None, densities: Sequence[float]) -> None:
-    if scores is None:
-        return
-    report.say()
-    report.say("Importance and density by layer")
-    cells = [
-        f"{layer}: {score:.4f} {density:.3f}"
-        for layer, (score, density) in enumerate(zip(scores, densities, strict=True))
-    ]
-    for row in columns(cells, 4):
-        report.say("  " + row)
-
-
-def report_result(report: Report, result: dict) -> None:
-    report.say()
-    report.say("Sparsity measured by layer")
-    for row in columns([f"{layer}: {found:.4f}" for layer, found in enumerate(result["layer_sparsity"])], 6):
-        report.say("  " + row)
-    report.say(f"  all: {result['sparsity']:.4f}")
-    report.say()
-    report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))})")
-    for text, found in result["perplexity"].items():
-        report.say(f"  {text}: {' -> '.join(f'{value:.3f}' for value in found.values())}")
-
-
-def report_zero_shot(report: Report, zero_shot: dict) -> None:
-    report.say()
-    report.say("Zero-shot accuracy in percent (acc_norm where a task has it)")
-    for task, metrics in zero_shot["tasks"].items():
-        shown = zero_shot["shown"].get(task)
-        others = ", ".join(f"{metric} {value:g}" for metric, value in metrics.items())
-        report.say(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
-    if zero_shot["shown"]:
-        report.say(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")

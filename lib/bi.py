@@ -6,7 +6,8 @@ import torch
 
 from lib.batching import Batcher
 from lib.errors import RunError
-from lib.model import Decoder, Plan
+from lib.model import Decoder
+from lib.plan import Plan
 from lib.stream import describe_nonfinite, layer_steps
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import RESULT, check_model_folder, check_writable
 from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES, Pattern, parse_pattern
-from lib.names import is_hub_model, locate_model, short_name
+from lib.names import ModelSource, is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -167,6 +167,12 @@ def add_gradient_flags(group, ngrad: str) -> None:
     )
 
 
+def model_source(args: argparse.Namespace, name: str) -> ModelSource:
+    """The model of that name, loaded as the device flags say."""
+    cache_dir = getattr(args, "cache_dir", None)
+    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir)
+
+
 def check_device(args: argparse.Namespace) -> None:
     """Raises `InputError` for a device and a device map at once."""
     if args.device_map and args.device != "auto":
@@ -178,6 +184,14 @@ def default_output_dir(tool: str, model: str) -> Path:
     base = Path("runs") / f"{tool}-{short_name(model)[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(name for name in names if not name.exists())
+
+
+def parse_and_tell(parser: Parser, arguments: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, and which of them were given rather than left at their defaults."""
+    args = parser.parse_args(arguments)
+    untouched = object()
+    again = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
+    return args, {name for name, value in vars(again).items() if value is not untouched}
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

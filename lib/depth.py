@@ -1,134 +1,154 @@
-"""The PP-LLMs run, from settings to result.json: load, count, rank, search, measure, save."""
+"""The PP-LLMs run, from settings to result.json: load, count, rank, search (or take a saved plan), measure, save."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from lib import depth_report
 from lib.batching import Batcher, automatic_batch_size
 from lib.bi import block_influence
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import check_format, save_pruned
-from lib.inputs import check_tokens, check_whole, dtype_name, window_length
+from lib.inputs import check_tokens, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.model import Decoder, Plan
+from lib.model import Decoder
+from lib.modeling_pruned import skip_lists
 from lib.names import short_name
+from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
-from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
+from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
+from lib.settings import DepthPruning
 from lib.stream import plan_window_losses
 
 
 @dataclass(frozen=True)
-class DepthPruning:
-    """The settings of a run; the flags of `ppllms.py` have the same names and meanings."""
+class Job:
+    """What a run works on, all of it checked."""
 
-    model_name: str
-    dataset: str
-    eval_datasets: list[str]
-    output_dir: Path
-    num_blocks: int | None = None
-    prune_rate: float = 0.25
-    mha_remove_layers: int | None = None
-    ffn_remove_layers: int | None = None
-    mha_ffn_ratio: float | str = 2.0
-    nsamples: int = 128
-    bi_windows: int | None = None
-    eval_ppl: bool = True
-    seed: int = 0
-    seqlen: int | None = None
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    save_model: Path | None = None
-    save_format: str = "hf"
+    tokenizer: object
+    decoder: Decoder
+    windows: torch.Tensor | None  # (N, T), for the search
+    eval_windows: dict[str, torch.Tensor]  # of each text
+    batcher: Batcher
+    seqlen: int  # tokens of a window
 
 
 def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
-    with report.timed("load"):
-        device = resolve_device(settings.device)
-        config = load_config(settings.model_name, settings.trust_remote_code)
-        seqlen = check_config(settings, config)
-        tokenizer = load_tokenizer(settings.model_name, settings.trust_remote_code)
-    with report.timed("data"):
-        windows, eval_windows = load_windows(settings, tokenizer, seqlen, config.vocab_size)
-    with report.timed("load"):
-        outline = load_outline(config, settings.trust_remote_code)
-        if outline is not None:
-            find_counts(settings, Decoder(outline, has_weights=False))
-        model = load_model(settings.model_name, settings.dtype, device, settings.device_map, settings.trust_remote_code)
-        decoder = Decoder(model)
-        if settings.save_model:
-            check_format(model, settings.save_format)
+    job = prepare(report, settings)
     report.open(settings.output_dir)
-    report_model(report, settings, decoder, windows)
-
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
-    bi_scores = rank_layers(report, settings, decoder, windows, batcher)
-    counts = find_counts(settings, decoder)
-    candidates = choose_candidates(bi_scores, counts.ffn)
-    report_counts(report, settings, decoder, counts, candidates)
-    plan, rounds = search_plan(report, decoder, windows, batcher, candidates, counts)
-    parameters = report_plan(report, settings, decoder, plan)
-    perplexities = measure(report, decoder, plan, eval_windows, batcher)
-
+    depth_report.say_model(report, settings.model_name, job.decoder)
+    if settings.saved_plan:
+        plan, found = settings.saved_plan.plan, {"applied_plan": str(settings.saved_plan.path)}
+        depth_report.say_saved_plan(report, settings.saved_plan)
+    else:
+        plan, found = search_plan(report, settings, job)
+    parameters = count_parameters(settings, job.decoder, plan)
+    depth_report.say_plan(report, plan, parameters)
     result = {
-        **describe_run(settings, decoder, windows, batcher),
-        "bi_scores": bi_scores,
-        "candidates": candidates,
-        "rounds": [{"losses": r.losses, "selected": r.selected, "loss": r.loss} for r in rounds],
+        **describe_run(settings, job),
+        **found,
         "mha_removed": list(plan.mha_removed),
         "ffn_removed": list(plan.ffn_removed),
         "parameters": parameters,
-        "perplexity": perplexities,
+        "perplexity": measure(report, job, plan),
         "seconds": report.seconds,
-        "peak_memory_bytes": peak_memory_bytes(decoder.device),
-        "environment": environment(decoder.device),
+        "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
+        "environment": environment(job.decoder.device),
     }
-    finish(report, settings, decoder, plan, tokenizer, result)
+    finish(report, settings, job, plan, result)
     return result
 
 
-# Before the model -----------------------------------------------------------------------------------------------------
+# Before work starts ---------------------------------------------------------------------------------------------------
+
+
+def prepare(report: Report, settings: DepthPruning) -> Job:
+    """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
+    source = settings.source
+    with report.timed("load"):
+        resolve_device(source.device)
+        config = load_config(source)
+        seqlen = check_config(settings, config)
+        tokenizer = load_tokenizer(source)
+    with report.timed("data"):
+        windows, eval_windows = load_windows(settings, tokenizer, seqlen, config.vocab_size)
+    with report.timed("load"):
+        outline = load_outline(config, source.trust_remote_code)
+        if outline is not None:
+            check_decoder(settings, Decoder(outline, has_weights=False))
+        decoder = Decoder(load_model(source))
+        check_decoder(settings, decoder)
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
+    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
 
 
 def check_config(settings: DepthPruning, config) -> int:
     """Checks counts and window length against a model's config; returns the window length in tokens."""
     layers, name = config.num_hidden_layers, settings.model_name
-    if layers < 2:
-        raise InputError(f"{name} has {layers} decoder layers; pruning needs at least 2")
-    check_whole(name, config)
     if settings.num_blocks not in (None, layers):
         raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
-    if (settings.mha_remove_layers or 0) >= layers:
-        raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {name} has {layers} layers; one must stay")
-    if (settings.ffn_remove_layers or 0) > layers:
-        raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {name} has only {layers} layers")
+    if settings.saved_plan:
+        planned = settings.saved_plan.plan.num_layers
+        if planned != layers:
+            raise InputError(f"--apply_plan: was made for {planned} decoder layers, but {name} has {layers}")
+    else:
+        whole = layers - sum(map(bool, skip_lists(config)))
+        check_counts(settings, whole, f"{name} has {whole} {'' if whole == layers else 'whole '}decoder layers")
     return window_length(name, config, settings.seqlen)
+
+
+def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
+    """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
+    if layers < 2:
+        raise InputError(f"{having}; pruning needs at least 2")
+    if (settings.mha_remove_layers or 0) >= layers:
+        raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
+    if (settings.ffn_remove_layers or 0) > layers:
+        raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {having}, no more")
+
+
+def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
+    """Checks a model, which may be without weights, against the plan or the budget, and the format to be saved."""
+    if settings.saved_plan:
+        plan = settings.saved_plan.plan
+        for what, layers, absent in (
+            ("attention", plan.mha_removed, [not mode.attention for mode in decoder.given_modes]),
+            ("FFN", plan.ffn_removed, [not mode.ffn for mode in decoder.given_modes]),
+        ):
+            if gone := [layer for layer in layers if absent[layer]]:
+                raise InputError(
+                    f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
+                    "give the model that the plan was made for"
+                )
+    else:
+        find_counts(settings, decoder)
+    if settings.save_model:
+        check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
 
 
 def load_windows(
     settings: DepthPruning, tokenizer, seqlen: int, vocab_size: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The calibration windows, and those of every evaluation text; the text is tokenized here, once."""
-    corpus = load_corpus(settings.dataset, "train")
-    windows = calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """The calibration windows of a search, and those of every evaluation text; text is tokenized here, once."""
+    windows = None
+    if not settings.saved_plan:
+        corpus = load_corpus(settings.dataset, "train")
+        windows = calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
+        check_tokens(settings.model_name, windows, vocab_size)
     sources = settings.eval_datasets if settings.eval_ppl else []
     eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen) for s in sources}
-    for tokens in (windows, *eval_windows.values()):
+    for tokens in eval_windows.values():
         check_tokens(settings.model_name, tokens, vocab_size)
     return windows, eval_windows
 
 
-# The stages -----------------------------------------------------------------------------------------------------------
+# The search -----------------------------------------------------------------------------------------------------------
 
 
 def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
@@ -139,149 +159,104 @@ def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
 
 
 def budget_of(decoder: Decoder) -> Budget:
-    """The budget of a model; layers that differ in size count with their mean."""
-    layers = decoder.num_layers
-    sizes = [decoder.sublayer_parameters(layer) for layer in range(layers)]
-    mha, ffn = (sum(size[part] for size in sizes) / layers for part in (0, 1))
-    return Budget(layers, mha, ffn, decoder.total_parameters)
+    """The budget of a model's whole layers; those that differ in size count with their mean."""
+    sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
+    mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
+    return Budget(len(sizes), mha, ffn, decoder.total_parameters)
 
 
-def rank_layers(
-    report: Report, settings: DepthPruning, decoder: Decoder, windows: torch.Tensor, batcher: Batcher
-) -> list[float]:
+def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """PP-LLMs: Block Influence, candidates, greedy search. The plan, and what result.json says of its making."""
+    decoder, windows = job.decoder, job.windows
+    depth_report.say_calibration(report, settings.dataset, windows, settings.seed)
+    bi_scores = rank_layers(report, settings, job)
+    counts = find_counts(settings, decoder)
+    candidates = choose_candidates(bi_scores, counts.ffn, decoder.whole_layers)
+    depth_report.say_counts(report, settings, budget_of(decoder), counts, candidates)
+    plan, rounds = search_mha(report, job, candidates, counts)
+    return plan, {
+        "bi_scores": bi_scores,
+        "candidates": candidates,
+        "rounds": [{"losses": r.losses, "selected": r.selected, "loss": r.loss} for r in rounds],
+    }
+
+
+def rank_layers(report: Report, settings: DepthPruning, job: Job) -> list[float]:
     """Block Influence of all layers, said as a table."""
-    chosen = windows[: settings.bi_windows]
+    chosen = job.windows[: settings.bi_windows]
     with report.timed("bi"), report.progress(len(chosen), "Block Influence") as progress:
-        bi_scores = block_influence(decoder, chosen, batcher, progress)
-    report.say()
-    report.say(f"Block Influence by layer, over {len(chosen)} windows of {chosen.shape[1]} tokens")
-    for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(bi_scores)], 6):
-        report.say("  " + row)
+        bi_scores = block_influence(job.decoder, chosen, job.batcher, progress)
+    depth_report.say_influence(report, bi_scores, chosen)
     return bi_scores
 
 
-def search_plan(
-    report: Report,
-    decoder: Decoder,
-    windows: torch.Tensor,
-    batcher: Batcher,
-    candidates: list[int],
-    counts: Counts,
-) -> tuple[Plan, list[Round]]:
+def search_mha(report: Report, job: Job, candidates: list[int], counts: Counts) -> tuple[Plan, list[Round]]:
     """The greedy search, each round said as it ends."""
-    report.say()
-    report.say(f"Greedy search: {counts.mha} rounds, loss on {len(windows)} windows with each candidate closed whole")
-
-    def say_round(number: int, round_: Round) -> None:
-        report.say(f"  round {number}: layer {round_.selected} is chosen, loss {round_.loss:.2f}")
-        for row in columns([f"{layer}: {loss:.2f}" for layer, loss in round_.losses.items()], 5):
-            report.say("    " + row)
-
-    with report.timed("search"), report.progress(counts.mha * len(windows), "search") as progress:
-        return greedy_search(Sweep(decoder, windows, batcher), candidates, counts.mha, say_round, progress)
+    depth_report.say_search(report, counts, len(job.windows))
+    sweep = Sweep(job.decoder, job.windows, job.batcher)
+    with report.timed("search"), report.progress(counts.mha * len(job.windows), "search") as progress:
+        on_round = depth_report.round_sayer(report)
+        return greedy_search(sweep, candidates, counts.mha, on_round, progress)
 
 
-def measure(
-    report: Report, decoder: Decoder, plan: Plan, eval_windows: dict[str, torch.Tensor], batcher: Batcher
-) -> dict[str, dict[str, float]]:
+# After it -------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(settings: DepthPruning, decoder: Decoder, plan: Plan) -> dict:
+    """The `parameters` of result.json."""
+    total, removed = decoder.total_parameters, decoder.removed_parameters(plan)
+    is_by_rate = settings.mha_remove_layers is None or settings.ffn_remove_layers is None
+    target = settings.prune_rate if is_by_rate and not settings.saved_plan else None
+    return {"total": total, "removed": removed, "target_rate": target, "actual_rate": removed / total}
+
+
+def measure(report: Report, job: Job, plan: Plan) -> dict[str, dict[str, float]]:
     """Perplexity of the dense and of the pruned model on every evaluation text: {text: {dense, pruned}}."""
     perplexities: dict[str, dict[str, float]] = {}
-    plans = {"dense": Plan(decoder.num_layers), "pruned": plan}
+    plans = {"dense": Plan(job.decoder.num_layers), "pruned": plan}
     report.seconds["evaluate"] = 0.0
-    for source, windows in eval_windows.items():
+    for text, windows in job.eval_windows.items():
         with report.timed("evaluate"), report.progress(2 * len(windows), "perplexity") as progress:
-            perplexities[source] = {
-                name: perplexity(plan_window_losses(decoder, which), windows, batcher, progress)
+            perplexities[text] = {
+                name: perplexity(plan_window_losses(job.decoder, which), windows, job.batcher, progress)
                 for name, which in plans.items()
             }
-        if len(perplexities) == 1:
-            report.say()
-            report.say("Perplexity (dense -> pruned)")
-        dense, pruned = perplexities[source].values()
-        report.say(f"  {source}: {dense:.3f} -> {pruned:.3f}  ({len(windows)} windows of {windows.shape[1]} tokens)")
+        depth_report.say_perplexity(report, text, perplexities[text], windows, is_first=len(perplexities) == 1)
     return perplexities
 
 
-def finish(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan, tokenizer, result: dict) -> None:
+def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result: dict) -> None:
     """Writes result.json and the plot, then the model; what was found is safe should saving fail."""
     report.seconds["save"] = 0.0
     path = report.result(result)
     plot = report.folder / REMOVALS
     title = f"{short_name(settings.model_name)}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
-    has_plot = plot_removals(plot, result["bi_scores"], plan.mha_removed, plan.ffn_removed, title)
+    drawn = "bi_scores" in result
+    if drawn and not plot_removals(plot, result["bi_scores"], plan.mha_removed, plan.ffn_removed, title):
+        plot = "none: matplotlib is not installed (pip install matplotlib)"
     if settings.save_model:
         with report.timed("save"):
-            save_pruned(decoder, plan, tokenizer, settings.save_model, settings.save_format, settings.overwrite)
+            save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, settings.overwrite)
         report.result(result)
-    report.say()
-    report.say("Written")
-    report.say(f"  result  {path}")
-    report.say(f"  plot    {plot if has_plot else 'none: matplotlib is not installed (pip install matplotlib)'}")
-    if settings.save_model:
-        needs_code = (settings.save_model / "modeling_pruned.py").exists()
-        how = ", trust_remote_code=True" if needs_code else ""
-        report.say(
-            f'  model   {settings.save_model}: AutoModelForCausalLM.from_pretrained("{settings.save_model}"{how})'
-        )
+    depth_report.say_written(report, path, plot if drawn else None, settings.save_model)
 
 
-def describe_run(settings: DepthPruning, decoder: Decoder, windows: torch.Tensor, batcher: Batcher) -> dict:
+def describe_run(settings: DepthPruning, job: Job) -> dict:
     """The fields of result.json that say what was asked for."""
-    return {
+    described = {
         "tool": "ppllms",
         "model": settings.model_name,
+        "seqlen": job.seqlen,
+        "dtype": dtype_name(job.decoder.model),
+        "batch_size": job.batcher.size,
+        "num_layers": job.decoder.num_layers,
+    }
+    if settings.saved_plan:
+        return described
+    return described | {
         "seed": settings.seed,
         "nsamples": settings.nsamples,
-        "seqlen": windows.shape[1],
         "dataset": settings.dataset,
-        "windows": len(windows),
-        "bi_windows": min(settings.bi_windows or len(windows), len(windows)),
-        "dtype": dtype_name(decoder.model),
-        "batch_size": batcher.size,
-        "num_layers": decoder.num_layers,
+        "windows": len(job.windows),
+        "bi_windows": min(settings.bi_windows or len(job.windows), len(job.windows)),
     }
-
-
-# What is said ---------------------------------------------------------------------------------------------------------
-
-
-def report_model(report: Report, settings: DepthPruning, decoder: Decoder, windows: torch.Tensor) -> None:
-    mha, ffn = decoder.sublayer_parameters(0)
-    name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
-    report.say(f"Model       {settings.model_name} ({name})")
-    report.say(f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers; a layer's attention {mha:,}")
-    report.say(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")
-    report.say(
-        f"Calibration {settings.dataset}: {len(windows)} windows of {windows.shape[1]} tokens, seed {settings.seed}"
-    )
-
-
-def report_counts(
-    report: Report, settings: DepthPruning, decoder: Decoder, counts: Counts, candidates: list[int]
-) -> None:
-    given = [settings.mha_remove_layers is not None, settings.ffn_remove_layers is not None]
-    ratio = settings.mha_ffn_ratio
-    how = "as given" if all(given) else f"nearest to a rate of {settings.prune_rate:g}"
-    if any(given) and not all(given):
-        how += f", with the {'MHA' if given[0] else 'FFN'} count as given"
-    elif not any(given):
-        how += f" with about {'P_ffn/P_mha' if ratio == 'auto' else format(ratio, 'g')} FFNs for each MHA"
-    rate = budget_of(decoder).rate(*counts)
-    report.say()
-    report.say(f"Candidates  {candidates} lose their FFN (lowest BI first)")
-    report.say(f"Counts      {counts.mha} MHA and {counts.ffn} FFN layers, {rate:.2%} of all parameters: {how}")
-
-
-def report_plan(report: Report, settings: DepthPruning, decoder: Decoder, plan: Plan) -> dict:
-    """Says what is removed; returns the `parameters` of result.json."""
-    total, removed = decoder.total_parameters, decoder.removed_parameters(plan)
-    rate = removed / total
-    report.say()
-    report.say(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
-    report.say(f"FFN removal layers  {list(plan.ffn_removed)}")
-    if plan.whole_layers:
-        report.say(f"Gone whole          {plan.whole_layers}")
-    report.say(f"Parameters          {total:,} -> {total - removed:,}, {rate:.2%} removed")
-    by_rate = settings.mha_remove_layers is None or settings.ffn_remove_layers is None
-    target = settings.prune_rate if by_rate else None
-    return {"total": total, "removed": removed, "target_rate": target, "actual_rate": rate}

@@ -3,6 +3,7 @@
 `hf`      removed sublayers are absent, whole layers deleted. If only whole layers went it is a stock checkpoint;
           otherwise the folder carries `modeling_pruned.py`, loaded with `trust_remote_code=True`.
 `masked`  the stock architecture at full size, with zeros where removed sublayers gave their output.
+`nemotron-nas`  Llama-shaped models as vLLM's `DeciLMForCausalLM`; see `lib.nemotron`.
 """
 
 import copy
@@ -13,36 +14,49 @@ import torch
 from torch import nn
 
 import lib.modeling_pruned as modeling_pruned
+from lib import nemotron
 from lib.errors import InputError, RunError
 from lib.files import whole_folder
-from lib.model import Decoder, Mode, Plan
-from lib.modeling_pruned import LAYERS_NAMES, SKIP_ATTENTION, SKIP_FFN, find_name, number_layers
+from lib.model import Decoder
+from lib.modeling_pruned import (
+    LAYERS_NAMES,
+    PREFIX,
+    SKIP_ATTENTION,
+    SKIP_FFN,
+    find_name,
+    number_layers,
+    skip_lists,
+    skip_sublayers,
+)
+from lib.plan import Mode, Plan
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 
-_PRUNED_CLASS = '''
+_PRUNED_CLASS = """
 from transformers import {stock}  # noqa: E402
 
-
-class Pruned{stock}({stock}):
-    """{stock} without the sublayers that `config.per_layer_config` lists."""
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        skip_sublayers(self)
+{pruned} = pruned_class({stock})
+{pruned}.register_for_auto_class("AutoModelForCausalLM")
+"""
 
 
-Pruned{stock}.register_for_auto_class("AutoModelForCausalLM")
-'''
-
-
-def check_format(model: nn.Module, save_format: str) -> None:
-    """Raises `InputError` for a model that a format cannot hold, whatever the plan will be."""
-    name = type(model).__name__
+def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -> None:
+    """Raises `InputError` for a model that a format cannot hold, whatever the plan will be or under the plan given."""
+    model, name = decoder.model, decoder.family
     if save_format == "hf" and not type(model).__module__.startswith("transformers."):
         raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
-    if save_format == "masked" and any(parameter.is_meta for parameter in model.parameters()):
+    is_offloaded = decoder.has_weights and any(parameter.is_meta for parameter in model.parameters())
+    if save_format == "masked" and is_offloaded:
         raise InputError("--save_format masked: weights that are offloaded cannot be masked; use --save_format hf")
+    if save_format == "masked" and len(decoder.whole_layers) < decoder.num_layers:
+        raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
+    if save_format == "nemotron-nas":
+        if decoder.has_weights:
+            nemotron.check_model(model)
+        else:
+            nemotron.check_config(decoder.config)
+        if plan:
+            nemotron.check_plan(decoder.complete(plan))
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -67,22 +81,34 @@ def save_pruned(
             zero_sublayers(decoder, plan)
         else:
             compact(decoder, plan)
-        # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
-        stock_names = save_format == "masked" or not _is_partial(plan)
-        decoder.model.save_pretrained(draft, max_shard_size=max_shard_size, save_original_format=stock_names)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        if save_format == "hf" and _is_partial(plan):
-            _add_modeling_file(decoder.model, draft)
+        _write(decoder.model, tokenizer, draft, max_shard_size, save_format)
 
 
 def save_weights(
     model: nn.Module, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str = "5GB"
 ) -> None:
-    """Saves a model whose weights were changed in place as the stock checkpoint that it is, with its tokenizer."""
+    """Saves a model whose weights were changed in place as what it was loaded from, with its tokenizer."""
     with whole_folder(folder, overwrite, "--save_model") as draft:
-        model.save_pretrained(draft, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(draft)
+        _write(model, tokenizer, draft, max_shard_size, "hf")
+
+
+def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str, save_format: str) -> None:
+    """Writes a model that is pruned in memory, and its tokenizer."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if save_format == "nemotron-nas":
+        nemotron.save(model, folder, max_shard_size)
+        return
+    # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
+    is_stock = not any(skip_lists(model.config))
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=is_stock)
+    _finish_folder(model, folder)
+
+
+def how_to_load(folder: Path) -> str:
+    """The call that loads a saved model in transformers."""
+    needs_code = any(folder.glob("modeling_*.py"))
+    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if needs_code else ""})'
 
 
 @torch.no_grad()
@@ -114,7 +140,8 @@ def compact(decoder: Decoder, plan: Plan) -> None:
 
     Raises `RunError` when a model built from the new config would differ from it.
     """
-    model, kept = decoder.model, [index for index in range(plan.num_layers) if index not in plan.whole_layers]
+    plan = decoder.complete(plan)
+    model, kept = decoder.model, plan.kept_layers
     decoder.apply(plan)
     parent = model.get_decoder()
     layers = nn.ModuleList(decoder.layers[index] for index in kept)
@@ -125,14 +152,11 @@ def compact(decoder: Decoder, plan: Plan) -> None:
     _check_rebuilt(model)
 
 
-def _is_partial(plan: Plan) -> bool:
-    """True when a layer stays that has lost one of its sublayers."""
-    return set(plan.mha_removed) != set(plan.ffn_removed)
-
-
 def _rewrite_config(config, kept: list[int], modes: list[Mode]) -> None:
     """Makes the config that of the layers that are kept, in their modes."""
     num_layers = config.num_hidden_layers
+    if any(skip_lists(config)):  # of the model before this plan
+        config.per_layer_config = {}
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
@@ -153,8 +177,7 @@ def _check_rebuilt(model: nn.Module) -> None:
     """Builds the model from its config without weights, and compares what its layers hold with those in memory."""
     with torch.device("meta"):
         rebuilt = type(model)(copy.deepcopy(model.config))
-    if hasattr(model.config, "per_layer_config"):
-        modeling_pruned.skip_sublayers(rebuilt)
+    skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -176,13 +199,17 @@ def _describe(model: nn.Module) -> dict[str, object]:
     return described
 
 
-def _add_modeling_file(model: nn.Module, folder: Path) -> None:
-    """Writes the modeling file into a saved checkpoint, and names it in its config."""
-    stock = type(model).__name__
-    source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(source + _PRUNED_CLASS.format(stock=stock), encoding="utf-8")
-    path = folder / "config.json"
+def _finish_folder(model: nn.Module, folder: Path) -> None:
+    """Makes a saved checkpoint say how it loads: by itself, or by a modeling file that is added when sublayers lack."""
+    stock, path = type(model).__name__, folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["architectures"] = [f"Pruned{stock}"]
-    config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.Pruned{stock}"}
+    if any(skip_lists(model.config)):
+        pruned = PREFIX + stock
+        source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+        code = source + _PRUNED_CLASS.format(stock=stock, pruned=pruned)
+        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
+        config["architectures"] = [pruned]
+        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.{pruned}"}
+    else:
+        config.pop("per_layer_config", None)  # of a model pruned before, whose last partial layers went now
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -66,18 +66,24 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file that is complete from the moment it has its name."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file at; it takes its name when the block ends well, and is deleted otherwise."""
     draft = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
+        yield draft
+        with draft.open("r+b") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file that is complete from the moment it has its name."""
+    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
 
 
 def _umask() -> int:

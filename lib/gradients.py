@@ -18,7 +18,8 @@ from torch import nn
 from lib.errors import RunError
 from lib.evaluate import token_losses
 from lib.linears import find_linears
-from lib.model import Decoder, LayerInputs, Mode, Plan
+from lib.model import Decoder, LayerInputs
+from lib.plan import Mode, Plan
 from lib.stream import layer_steps
 
 _TOKENS_AT_ONCE = 512

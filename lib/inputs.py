@@ -4,15 +4,8 @@ import torch
 from torch import nn
 
 from lib.errors import InputError
-from lib.modeling_pruned import skip_lists
 
 LONGEST_DEFAULT_WINDOW = 2048
-
-
-def check_whole(name: str, config) -> None:
-    """Raises `InputError` for a model that has lost some of its sublayers already."""
-    if hasattr(config, "per_layer_config") and any(skip_lists(config)):
-        raise InputError(f"{name} has been pruned already; give the model that it was made from")
 
 
 def window_length(name: str, config, given: int | None, flag: str = "--seqlen") -> int:

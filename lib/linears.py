@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lib.errors import InputError
-from lib.model import Decoder, Mode
+from lib.model import Decoder
+from lib.plan import Mode
 
 _ON = Mode()
 
@@ -86,10 +87,6 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
     hidden_states, inputs = decoder.embed(torch.zeros(1, 2, dtype=torch.long))
     groups = []
     for index, linears in enumerate(find_linears(decoder)):
-        if any(linear.weight.is_meta for linear in linears.values()):
-            raise InputError(
-                f"layer {index} is offloaded; pruning needs its weights on a device: use a smaller --dtype"
-            )
         seen: list[tuple[torch.Tensor, list[str]]] = []
 
         def record(name: str, tensor: torch.Tensor, seen=seen) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lib.errors import InputError, is_out_of_memory
-from lib.names import locate_model
+from lib.modeling_pruned import PREFIX, pruned_class, skip_lists
+from lib.names import ModelSource, locate_model
 
 
 def resolve_device(device: str) -> torch.device:
@@ -23,57 +24,51 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error
 
 
-def load_config(name: str, trust_remote_code: bool = False, cache_dir: Path | None = None):
-    """The text model's configuration behind a hub id or a local folder."""
-    from transformers import AutoConfig
-
-    with _loading_errors(name):
-        config = AutoConfig.from_pretrained(
-            locate_model(name), trust_remote_code=trust_remote_code, cache_dir=cache_dir
-        )
-    return config.get_text_config(decoder=True)
+def load_config(source: ModelSource):
+    """The text model's configuration."""
+    return _load_config(source).get_text_config(decoder=True)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, cache_dir: Path | None = None):
-    """The tokenizer behind a hub id or a local folder."""
+def load_tokenizer(source: ModelSource):
+    """The model's tokenizer."""
     from transformers import AutoTokenizer
 
-    with _loading_errors(name, "its tokenizer"):
+    with _loading_errors(source.name, "its tokenizer"):
         return AutoTokenizer.from_pretrained(
-            locate_model(name), trust_remote_code=trust_remote_code, cache_dir=cache_dir
+            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
         )
 
 
-def load_model(
-    name: str,
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    cache_dir: Path | None = None,
-) -> nn.Module:
-    """A causal language model in eval mode, without gradients, on `device` or spread by `device_map`.
+def load_model(source: ModelSource) -> nn.Module:
+    """A causal language model in eval mode, without gradients.
 
-    `dtype` is a torch dtype's name, or `auto` for that of the checkpoint; `cache_dir` is where the hub's files are.
+    A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own.
     Raises `InputError` when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    with _loading_errors(name):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            locate_model(name),
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            cache_dir=cache_dir,
+    device = resolve_device(source.device)
+    config = _load_config(source)
+    stock = _stock_of_pruned(config)
+    with _loading_errors(source.name):
+        model, loaded = (pruned_class(stock) if stock else AutoModelForCausalLM).from_pretrained(
+            locate_model(source.name),
+            dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
+            device_map=source.device_map,
+            trust_remote_code=source.trust_remote_code,
+            cache_dir=source.cache_dir,
             output_loading_info=True,
         )
     missing = sorted(loaded["missing_keys"])
     if missing:
-        needs_code = hasattr(model.config, "auto_map") and not trust_remote_code
+        needs_code = hasattr(config, "auto_map") and not source.trust_remote_code
         advice = "its own code may know better: add --trust_remote_code" if needs_code else "give a complete checkpoint"
-        raise InputError(f"{name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}")
-    if device_map is None and device is not None:
+        raise InputError(
+            f"{source.name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}"
+        )
+    if stock:
+        model = _as_pruned_here(model, stock)
+    if source.device_map is None:
         model.to(device)
     return model.eval().requires_grad_(False)
 
@@ -82,11 +77,41 @@ def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:
     """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
     from transformers import AutoModelForCausalLM
 
+    stock = _stock_of_pruned(config)
     try:
         with torch.device("meta"):
+            if stock:
+                return _as_pruned_here(pruned_class(stock)(config), stock)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # code that came with a model may do anything; the loaded model is checked in any case
         return None
+
+
+def _load_config(source: ModelSource):
+    from transformers import AutoConfig
+
+    with _loading_errors(source.name):
+        return AutoConfig.from_pretrained(
+            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
+        )
+
+
+def _stock_of_pruned(config) -> type | None:
+    """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if not name.startswith(PREFIX) or not any(skip_lists(config)):
+        return None
+    return getattr(transformers, name.removeprefix(PREFIX), None)
+
+
+def _as_pruned_here(model: nn.Module, stock: type) -> nn.Module:
+    """A loaded pruned model as what pruning makes of one in memory: the stock class with sublayers taken out."""
+    model.__class__ = stock
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
+    return model
 
 
 @contextmanager

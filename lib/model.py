@@ -19,50 +19,12 @@ from lib.modeling_pruned import (
     LAYERS_NAMES,
     SKIP_ATTENTION,
     SKIP_FFN,
+    SkippedAttention,
+    SkippedFFN,
     find_name,
     skip_modules,
 )
-
-# What is pruned -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mode:
-    """Which sublayers of one decoder layer are on."""
-
-    attention: bool = True
-    ffn: bool = True
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which sublayers of a model are removed; a layer in both lists is gone whole.
-
-    `mha_removed` keeps the order in which the layers were chosen.
-    """
-
-    num_layers: int
-    mha_removed: tuple[int, ...] = ()
-    ffn_removed: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for name in ("mha_removed", "ffn_removed"):
-            layers = getattr(self, name)
-            if len(set(layers)) < len(layers) or not all(0 <= layer < self.num_layers for layer in layers):
-                raise ValueError(f"{name} {list(layers)} must name different layers below {self.num_layers}")
-
-    def mode(self, layer: int) -> Mode:
-        return Mode(attention=layer not in self.mha_removed, ffn=layer not in self.ffn_removed)
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        return tuple(self.mode(layer) for layer in range(self.num_layers))
-
-    @property
-    def whole_layers(self) -> list[int]:
-        """The layers that are removed with both their sublayers, ascending."""
-        return sorted(set(self.mha_removed) & set(self.ffn_removed))
-
+from lib.plan import Mode, Plan
 
 # The view of a decoder ------------------------------------------------------------------------------------------------
 
@@ -84,11 +46,13 @@ class Decoder:
 
     Nothing of the model's own forward is written again: the embedding and the layers' arguments come from a forward
     whose layers only look on, the tail from one whose layers hand over given hidden states. Raises `InputError` for
-    a model that does not fit. A model without weights (on the meta device) can be counted but not run.
+    a model that does not fit. A model without weights (on the meta device) can be counted but not run. A model that
+    has lost sublayers before is one with less in some of its layers: `given_modes` says what each still has.
     """
 
     def __init__(self, model: nn.Module, has_weights: bool = True):
         self.model = model
+        self.has_weights = has_weights
         self.family = type(model).__name__
         self.config = model.config.get_text_config(decoder=True)
         self.layers = self._find_layers()
@@ -98,6 +62,7 @@ class Decoder:
             for index, layer in enumerate(self.layers)
         ]
         self._modes = [Mode()] * len(self.layers)
+        self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
         self._returns_tuple = False
         if has_weights:
             self._check_residual()
@@ -121,6 +86,14 @@ class Decoder:
             missing = "attention" if attention is None else "FFN"
             raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
         return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
+
+    def _find_mode(self, index: int) -> Mode:
+        """What a layer has of its two sublayers before anything is pruned here."""
+        modules = self._originals[index].values()
+        return Mode(
+            attention=not any(isinstance(module, SkippedAttention) for module in modules),
+            ffn=not any(isinstance(module, SkippedFFN) for module in modules),
+        )
 
     @torch.no_grad()
     def _check_residual(self) -> None:
@@ -157,6 +130,18 @@ class Decoder:
         """Where token ids go: the device of the input embedding."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def whole_layers(self) -> list[int]:
+        """The layers that have both attention and FFN."""
+        return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
+
+    def complete(self, plan: Plan) -> Plan:
+        """The plan with what the model lacked from the start."""
+        modes = list(enumerate(self.given_modes))
+        mha = [index for index, mode in modes if not mode.attention and index not in plan.mha_removed]
+        ffn = [index for index, mode in modes if not mode.ffn and index not in plan.ffn_removed]
+        return Plan(plan.num_layers, (*plan.mha_removed, *mha), tuple(sorted((*plan.ffn_removed, *ffn))))
+
     # Parameters
 
     def sublayer_parameters(self, index: int) -> tuple[int, int]:
@@ -179,12 +164,12 @@ class Decoder:
 
     def removed_parameters(self, plan: Plan) -> int:
         """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
-        removed = 0
+        removed, gone = 0, self.complete(plan).whole_layers
         for index in range(self.num_layers):
             attention, ffn = self.sublayer_parameters(index)
             mode = plan.mode(index)
             removed += attention * (not mode.attention) + ffn * (not mode.ffn)
-            if index in plan.whole_layers:
+            if index in gone:
                 skipped = {id(module) for module in self._originals[index].values()}
                 rest = [child for child in self.layers[index].children() if id(child) not in skipped]
                 removed += sum(parameter.numel() for child in rest for parameter in child.parameters())

@@ -4,12 +4,15 @@ This file travels with every pruned checkpoint that needs it, so it imports noth
 memory uses the same classes. A residual block whose sublayer gives zeros passes its input on unchanged.
 """
 
+import functools
+
 import torch
 from torch import nn
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "fc1+fc2")
 LAYERS_NAMES = ("layers", "h")
+PREFIX = "Pruned"  # before the name of a stock class
 SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # the words of transformers' per_layer_config
 
 
@@ -68,7 +71,7 @@ def number_layers(layers, layer_types):
 
 def skip_lists(config):
     """[skipped sublayers of layer 0, of layer 1, ...] of a config, on transformers that know the key or do not."""
-    given = config.per_layer_config
+    given = getattr(config, "per_layer_config", {})
     if isinstance(given, dict):
         return [
             given.get(str(index), given.get(index, {})).get("skip", []) for index in range(config.num_hidden_layers)
@@ -85,3 +88,14 @@ def skip_sublayers(model):
             for name, module in skip_modules(layer, kind).items():
                 setattr(layer, name, module)
     number_layers(layers, getattr(model.config, "layer_types", None))
+
+
+@functools.cache
+def pruned_class(stock):
+    """The subclass of a stock model class that leaves out the sublayers which its config lists."""
+
+    def build(self, config, *args, **kwargs):
+        stock.__init__(self, config, *args, **kwargs)
+        skip_sublayers(self)
+
+    return type(PREFIX + stock.__name__, (stock,), {"__init__": build, "__module__": __name__})

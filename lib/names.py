@@ -1,6 +1,7 @@
 """What the names of models and texts mean, and checks of them that need no torch and no network."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.demo import DEMO_MODEL
@@ -11,6 +12,18 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _HUB_TEXT = re.compile(_HUB_ID.pattern + r"(:[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and how it is to be loaded; `dtype`, `device` and `device_map` are the flags of these names."""
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    cache_dir: Path | None = None
 
 
 def is_demo(model: str) -> bool:

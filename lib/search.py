@@ -10,7 +10,8 @@ import torch
 
 from lib.batching import Batcher
 from lib.errors import InputError, RunError
-from lib.model import Decoder, Mode, Plan
+from lib.model import Decoder
+from lib.plan import Mode, Plan
 from lib.stream import describe_nonfinite, tail_losses
 
 # How many -------------------------------------------------------------------------------------------------------------
@@ -89,9 +90,13 @@ def choose_counts(
     return best
 
 
-def choose_candidates(bi_scores: Sequence[float], count: int) -> list[int]:
-    """The `count` layers of lowest Block Influence, ascending; of equals the lower index first."""
-    return sorted(range(len(bi_scores)), key=lambda layer: (bi_scores[layer], layer))[:count]
+def choose_candidates(bi_scores: Sequence[float], count: int, layers: Sequence[int] | None = None) -> list[int]:
+    """The `count` layers of lowest Block Influence, ascending; of equals the lower index first.
+
+    Of all layers, or of those given: of a model that was pruned before, those that are whole.
+    """
+    layers = range(len(bi_scores)) if layers is None else layers
+    return sorted(layers, key=lambda layer: (bi_scores[layer], layer))[:count]
 
 
 # What it costs to remove something ------------------------------------------------------------------------------------

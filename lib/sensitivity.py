@@ -10,12 +10,12 @@ from lib.allocators import importance
 from lib.artefact import Artefact
 from lib.data import load_corpus, sampled_windows
 from lib.gradients import LayerSensitivity, connection_sensitivity
-from lib.inputs import check_tokens, check_whole, dtype_name, window_length
+from lib.inputs import check_tokens, dtype_name, window_length
 from lib.linears import check_not_offloaded, find_linears
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.methods import GradientSettings
 from lib.model import Decoder
-from lib.names import short_name
+from lib.names import ModelSource, short_name
 from lib.plots import plot_sensitivity
 from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
 
@@ -24,72 +24,60 @@ from lib.report import Report, columns, environment, peak_memory_bytes, quiet_li
 class SaveGradient:
     """The settings of a run of `save_gradient.py`."""
 
-    model: str
+    source: ModelSource
     gradients: GradientSettings
     output: Path
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    cache_dir: Path | None = None
 
 
 def run(settings: SaveGradient) -> Artefact:
     """Computes and writes one model's sensitivities. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
-    gradients = settings.gradients
+    source, gradients = settings.source, settings.gradients
     with report.timed("load"):
-        device = resolve_device(settings.device)
-        config = load_config(settings.model, settings.trust_remote_code, settings.cache_dir)
-        check_config(settings.model, config, gradients, settings.trust_remote_code)
-        tokenizer = load_tokenizer(settings.model, settings.trust_remote_code, settings.cache_dir)
+        resolve_device(source.device)
+        config = load_config(source)
+        check_config(source, config, gradients)
+        tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        windows = gradient_windows(gradients, settings.model, tokenizer, config.vocab_size)
+        windows = gradient_windows(gradients, load_corpus(gradients.dataset, "train"), tokenizer)
+        check_tokens(source.name, windows, config.vocab_size)
     with report.timed("load"):
-        model = load_model(
-            settings.model,
-            settings.dtype,
-            device,
-            settings.device_map,
-            settings.trust_remote_code,
-            settings.cache_dir,
-        )
-        decoder = Decoder(model)
+        decoder = Decoder(load_model(source))
         check_not_offloaded(find_linears(decoder))
-    report.say(f"Model       {settings.model} ({decoder.family}, {dtype_name(model)}, {decoder.device})")
+    report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
     report.say(f"Gradients   {describe(gradients)}")
     with report.timed("gradients"):
-        found = compute(report, decoder, settings.model, gradients, windows)
-    artefact.write(settings.output, found)
+        found = compute(report, decoder, source.name, gradients, windows)
     say_importance(report, found.layers)
-    report.say()
-    gibibytes = peak_memory_bytes(decoder.device) / 2**30
-    report.say(f"{report.seconds['gradients']:.1f} s for the gradients; peak memory of the run {gibibytes:.2f} GiB")
-    report.say(f"Written     {settings.output}")
-    plot = settings.output.with_suffix(".png")
-    has_plot = plot_sensitivity(
-        plot, importance(found.layers), f"{short_name(settings.model)}: {gradients.gradient_type}"
-    )
-    report.say(f"            {plot}" if has_plot else "            no plot: matplotlib is not installed")
+    write(report, settings, found, peak_memory_bytes(decoder.device))
     return found
 
 
-def check_config(model: str, config, settings: GradientSettings, trust_remote_code: bool) -> None:
+def write(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
+    """Writes the artefact and its plot, and says so."""
+    artefact.write(settings.output, found)
+    report.say()
+    seconds = report.seconds["gradients"]
+    report.say(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
+    report.say(f"Written     {settings.output}")
+    plot = settings.output.with_suffix(".png")
+    title = f"{short_name(settings.source.name)}: {settings.gradients.gradient_type}"
+    has_plot = plot_sensitivity(plot, importance(found.layers), title)
+    report.say(f"            {plot}" if has_plot else "            no plot: matplotlib is not installed")
+
+
+def check_config(source: ModelSource, config, settings: GradientSettings) -> None:
     """Checks what can be without weights. Raises `InputError`."""
-    check_whole(model, config)
-    window_length(model, config, settings.seqlen, "--grad_seqlen")
-    outline = load_outline(config, trust_remote_code)
+    window_length(source.name, config, settings.seqlen, "--grad_seqlen")
+    outline = load_outline(config, source.trust_remote_code)
     if outline is not None:
         find_linears(Decoder(outline, has_weights=False))
 
 
-def gradient_windows(settings: GradientSettings, model: str, tokenizer, vocab_size: int) -> torch.Tensor:
-    """The token windows (nsamples, seqlen) that the gradients are taken on."""
-    corpus = load_corpus(settings.dataset, "train")
-    windows = sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
-    check_tokens(model, windows, vocab_size)
-    return windows
+def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Tensor:
+    """The token windows (nsamples, seqlen) of a corpus that the gradients are taken on."""
+    return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
 
 
 def compute(

@@ -1,18 +1,52 @@
-"""The settings of an ALP run, and which pruners they mean."""
+"""The settings of the two kinds of runs, and which pruners those of ALP mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.methods import DENSE, UNIFORM, GradientSettings, Method, Pattern, Quantization
+from lib.names import ModelSource
+from lib.plan import SavedPlan
 from lib.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+
+
+@dataclass(frozen=True)
+class DepthPruning:
+    """The settings of a run; the flags of `ppllms.py` have the same names and meanings.
+
+    With a `saved_plan` nothing is searched, and the settings of the search and its text have no meaning.
+    """
+
+    source: ModelSource
+    dataset: str
+    eval_datasets: list[str]
+    output_dir: Path
+    saved_plan: SavedPlan | None = None
+    num_blocks: int | None = None
+    prune_rate: float = 0.25
+    mha_remove_layers: int | None = None
+    ffn_remove_layers: int | None = None
+    mha_ffn_ratio: float | str = 2.0
+    nsamples: int = 128
+    bi_windows: int | None = None
+    eval_ppl: bool = True
+    seed: int = 0
+    seqlen: int | None = None
+    batch_size: int | None = None
+    overwrite: bool = False
+    save_model: Path | None = None
+    save_format: str = "hf"
+
+    @property
+    def model_name(self) -> str:
+        return self.source.name
 
 
 @dataclass(frozen=True)
 class SparsityPruning:
     """The settings of a run of `alp_prune.py`."""
 
-    model: str
+    source: ModelSource
     model_name: str
     method: Method
     pattern: Pattern
@@ -31,15 +65,15 @@ class SparsityPruning:
     gradient_file: Path | None = None
     seqlen: int | None = None
     batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    cache_dir: Path | None = None
     overwrite: bool = False
     save_model: Path | None = None
     log: Path | None = None
+    semi_structured: bool = False
     tasks: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def model(self) -> str:
+        return self.source.name
 
     @property
     def target_sparsity(self) -> float:
@@ -74,7 +108,7 @@ class SparsityPruning:
     @property
     def gradient_path(self) -> Path:
         """The file of sensitivities: as given, or where those of this model and these settings are kept."""
-        return self.gradient_file or self.gradients.path(self.model, self.dtype)
+        return self.gradient_file or self.gradients.path(self.source.name, self.source.dtype)
 
     @property
     def is_allocated(self) -> bool:

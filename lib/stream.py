@@ -9,7 +9,8 @@ import torch
 from lib.batching import Batcher
 from lib.errors import InputError, RunError
 from lib.evaluate import WindowLosses, token_losses
-from lib.model import Decoder, LayerInputs, Mode, Plan, StopForward
+from lib.model import Decoder, LayerInputs, StopForward
+from lib.plan import Mode, Plan
 
 _LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
 _TOKENS_AT_ONCE_ON_CPU = 256  # more do not fit its caches

@@ -33,8 +33,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     from lib.loading import load_tokenizer
+    from lib.names import ModelSource
 
-    return load_tokenizer("demo")
+    return load_tokenizer(ModelSource("demo"))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from lib.gradients import connection_sensitivity
 from lib.loading import load_model, load_tokenizer
 from lib.methods import METHODS, GradientSettings
 from lib.model import Decoder
+from lib.names import ModelSource
 from tests import reference
 from tests.command import ROOT, run_alp, run_gradient
 
@@ -84,7 +85,9 @@ def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path
     result = prune("--prune_method", method, "--save_model", tmp_path / "out", "--sparsity_ratio", 0.5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(saved).__name__ == "LlamaForCausalLM" and not list((tmp_path / "out").glob("*.py"))
-    windows = evaluation_windows(load_corpus(str(text_file), "test"), load_tokenizer(str(tmp_path / "out")), 64)
+    windows = evaluation_windows(
+        load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
+    )
     found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
     assert found == pytest.approx(result["perplexity"][str(text_file)]["pruned"], rel=1e-5)
     linears = saved_linears(tmp_path / "out").values()
@@ -120,7 +123,7 @@ def test_text_flags_choose_the_windows(prune, tiny_folder, text_file, tmp_path, 
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"text": f"Number {i}: " + " ".join(str(i * j % 97) for j in range(60))}) for i in range(20)]
     rows.write_text("\n".join(lines))
-    tokenizer = load_tokenizer(str(tiny_folder))
+    tokenizer = load_tokenizer(ModelSource(str(tiny_folder)))
     for dataset, nsamples, seqlen, seed in [(text_file, 4, 64, 0), (rows, 5, 32, 3)]:
         flags = ["--calibration_dataset", dataset, "--nsamples", nsamples, "--seqlen", seqlen, "--seed", seed]
         prune("--prune_method", "wanda", *flags)
@@ -213,9 +216,9 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
     printed = capsys.readouterr().out
     assert DEFAULT in printed and "Importance by layer" in printed
     kept = artefact.read(Path(DEFAULT))
-    tokenizer = load_tokenizer(str(tiny_folder))
+    tokenizer = load_tokenizer(ModelSource(str(tiny_folder)))
     windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)
-    assert kept.layers == connection_sensitivity(Decoder(load_model(str(tiny_folder))), windows)
+    assert kept.layers == connection_sensitivity(Decoder(load_model(ModelSource(str(tiny_folder)))), windows)
     assert kept.settings == GradientSettings(str(text_file), 3, 16) and kept.model == str(tiny_folder)
     monkeypatch.setattr("lib.sensitivity.connection_sensitivity", None)
     assert prune()["gradients"]["nsamples"] == 3

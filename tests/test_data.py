@@ -169,8 +169,9 @@ def test_a_long_text_is_tokenized_as_far_as_it_is_needed(demo_tokenizer):
 def test_the_start_of_a_text_is_tokenized_alike_without_words(shared):
     """A tokenizer of the sentencepiece kind takes a whole text as one word."""
     from lib.loading import load_tokenizer
+    from lib.names import ModelSource
 
-    tokenizer = load_tokenizer(str(shared / "models/stories260K"))
+    tokenizer = load_tokenizer(ModelSource(str(shared / "models/stories260K")))
     text = (shared / "data/tinystories/tinystories_2MiB.txt").read_text()[:200_000]
     assert torch.equal(tokenize_start(text, tokenizer, 5000)[:5000], tokenize(text, tokenizer)[:5000])
 
@@ -199,8 +200,9 @@ def test_the_hubs_data_sets_are_those_of_their_local_copies(shared, monkeypatch,
 
 def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shared):
     from lib.loading import load_tokenizer
+    from lib.names import ModelSource
 
-    tokenizer = load_tokenizer(str(shared / "models/stories260K"))
+    tokenizer = load_tokenizer(ModelSource(str(shared / "models/stories260K")))
     c4, wikitext = (load_corpus(str(shared / "data" / name), "test") for name in ("c4", "wikitext"))
     assert evaluation_windows(c4, tokenizer, 512).shape == (256, 512)
     assert len(wikitext.documents) == 1 and wikitext.documents[0].startswith("\n\n = Robert <unk> = \n\n\n\n\n Robert")

@@ -14,12 +14,13 @@ from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
 from lib.loading import load_model
 from lib.model import Decoder, Plan
+from lib.names import ModelSource
 from lib.stream import plan_window_losses
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(load_model("demo"))
+    return Decoder(load_model(ModelSource("demo")))
 
 
 def test_the_demo_is_small_and_shaped_like_a_real_llama(decoder):

@@ -175,11 +175,11 @@ def test_offloaded_weights_are_saved_pruned_or_refused(tmp_path):
         options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
         return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options).eval()
 
-    model, ids = offloaded(), tiny_windows(1)
+    decoder, ids = Decoder(offloaded()), tiny_windows(1)
     with pytest.raises(InputError, match="offloaded"):
-        check_format(model, "masked")
+        check_format(decoder, "masked")
     plan = Plan(4, (3,), (1, 3))
-    save_pruned(Decoder(model), plan, None, tmp_path / "out")
+    save_pruned(decoder, plan, None, tmp_path / "out")
     dense = Decoder(tiny_model("Llama"))
     dense.apply(plan)
     assert torch.equal(_reload(tmp_path / "out")(input_ids=ids).logits, dense.model(input_ids=ids).logits)

@@ -20,6 +20,7 @@ from lib.linears import input_groups
 from lib.loading import load_model, load_tokenizer
 from lib.methods import parse_method, parse_pattern
 from lib.model import Decoder, Plan
+from lib.names import ModelSource
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from lib.stream import plan_window_losses
@@ -69,10 +70,10 @@ RUNS = [
 @pytest.fixture(scope="module")
 def stories(shared) -> SimpleNamespace:
     """The small trained model, its text and what the reference code made of it."""
-    tokenizer = load_tokenizer(str(shared / "models/stories260K"))
+    tokenizer = load_tokenizer(ModelSource(str(shared / "models/stories260K")))
     c4 = load_corpus(str(shared / "data/c4"), "train")
     return SimpleNamespace(
-        model=load_model(str(shared / "models/stories260K"), "float32"),
+        model=load_model(ModelSource(str(shared / "models/stories260K"), "float32")),
         tokenizer=tokenizer,
         windows=sampled_windows(c4, tokenizer, 32, 512, 0),
         gradient_windows=sampled_windows(c4, tokenizer, 10, 64, 0),

@@ -18,6 +18,7 @@ from lib.errors import RunError
 from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
+from lib.names import ModelSource
 from tests import reference
 from tests.command import ROOT, run
 
@@ -55,7 +56,9 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
 def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_file, tmp_path, monkeypatch):
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     reported = json.loads((tmp_path / "run/result.json").read_text())["perplexity"][str(text_file)]
-    windows = evaluation_windows(load_corpus(str(text_file), "test"), load_tokenizer(str(tmp_path / "out")), 64)
+    windows = evaluation_windows(
+        load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
+    )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
     assert found == pytest.approx(reported["pruned"], rel=1e-5)
@@ -84,7 +87,10 @@ def documents(tmp_path_factory) -> Path:
 
 
 def test_text_flags_choose_the_windows(arguments, documents, tiny_folder, tmp_path, monkeypatch):
-    tokenizer, decoder = load_tokenizer(str(tiny_folder)), Decoder(load_model(str(tiny_folder)))
+    tokenizer, decoder = (
+        load_tokenizer(ModelSource(str(tiny_folder))),
+        Decoder(load_model(ModelSource(str(tiny_folder)))),
+    )
     corpus = load_corpus(str(documents), "train")
     for seed, nsamples, seqlen, used in [(0, 3, 64, None), (5, 3, 64, None), (0, 9, 64, 2), (0, 3, 16, 1)]:
         flags = {"--seed": seed, "--nsamples": nsamples, "--seqlen": seqlen, "--dataset": documents}

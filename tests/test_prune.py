@@ -13,6 +13,7 @@ from lib.linears import input_groups
 from lib.loading import load_model
 from lib.methods import Pattern, Quantization
 from lib.model import Decoder
+from lib.names import ModelSource
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from lib.stream import Activations
@@ -81,7 +82,7 @@ def test_masks_are_the_same_at_any_batch_size(method, pattern):
 def test_masks_of_a_trained_model_are_the_same_at_any_batch_size(method, demo_tokenizer):
     windows = sampled_windows(load_corpus("demo", "train"), demo_tokenizer, 7, 96, 0)
     one, *others = (
-        weights(pruned(load_model("demo"), METHODS[method][0], [0.6] * 12, batch_size=n, windows=windows))
+        weights(pruned(load_model(ModelSource("demo")), METHODS[method][0], [0.6] * 12, batch_size=n, windows=windows))
         for n in (1, 3, 7)
     )
     for other in others:

@@ -35,8 +35,8 @@ from tests.families import tiny_model
         (["--save_format", "onnx"], "--save_format: invalid choice: 'onnx'"),
         (["--prune_rat", "0.2"], "unrecognized arguments: --prune_rat"),
         (["--mha_remove_layers", "3"], "more than --ffn_remove_layers 2"),
-        (["--mha_remove_layers", "4", "--ffn_remove_layers", "4"], "has 4 layers; one must stay"),
-        (["--ffn_remove_layers", "5"], "has only 4 layers"),
+        (["--mha_remove_layers", "4", "--ffn_remove_layers", "4"], "has 4 decoder layers; one must stay"),
+        (["--ffn_remove_layers", "5"], "has 4 decoder layers, no more"),
         (["--num_blocks", "5"], "--num_blocks 5: .* has 4 decoder layers"),
         (["--seqlen", "65"], "--seqlen 65: .* has a context of 64 tokens"),
         (["--seqlen", "1"], "a window needs 2 tokens"),
@@ -88,13 +88,6 @@ def test_a_broken_model_folder_is_told(arguments, tiny_folder, tmp_path, monkeyp
     assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and str(tmp_path / "model") in told and not (tmp_path / "run").exists()
-
-
-def test_a_model_that_is_pruned_already_is_refused(arguments, tmp_path, monkeypatch, capsys):
-    assert run(*arguments, "--save_model", tmp_path / "pruned", monkeypatch=monkeypatch) == 0
-    again = [*arguments, "--overwrite", "--model_name", tmp_path / "pruned", "--trust_remote_code"]
-    assert run(*again, monkeypatch=monkeypatch) == 2
-    assert "has been pruned already" in capsys.readouterr().err
 
 
 def test_code_that_comes_with_a_model_runs_only_when_told(arguments, tiny_folder, tmp_path, monkeypatch, capsys):

@@ -59,9 +59,10 @@ def likelier(model, tokenizer, question: str, choices: list[str]) -> int:
 
 def test_accuracy_is_that_of_the_models_own_likelihoods(task, demo_tokenizer):
     from lib.loading import load_model
+    from lib.names import ModelSource
 
     path = task()
-    model = load_model("demo")
+    model = load_model(ModelSource("demo"))
     found = ZeroShot([str(path)]).accuracy(model, demo_tokenizer, 4)
     rows = [json.loads(line) for line in (path.parents[1] / "layers.jsonl").read_text().splitlines()]
     right = [likelier(model, demo_tokenizer, row["question"], row["choices"]) == row["answer"] for row in rows]
@@ -72,22 +73,24 @@ def test_accuracy_is_that_of_the_models_own_likelihoods(task, demo_tokenizer):
 
 def test_the_mean_is_over_the_tasks_and_normalized_accuracy_is_shown(task, demo_tokenizer):
     from lib.loading import load_model
+    from lib.names import ModelSource
 
     paths = [task(), task("others", (1, 1, 1, 0), NORMALIZED)]
-    found = ZeroShot(list(map(str, paths))).accuracy(load_model("demo"), demo_tokenizer, 4)
+    found = ZeroShot(list(map(str, paths))).accuracy(load_model(ModelSource("demo")), demo_tokenizer, 4)
     assert found["mean"] == pytest.approx(sum(found["shown"].values()) / 2)
     assert found["shown"]["others"] == 100 * found["tasks"]["others"]["acc_norm,none"]
 
 
 def test_a_tag_stands_for_its_tasks_and_other_metrics_are_no_accuracy(task, demo_tokenizer):
     from lib.loading import load_model
+    from lib.names import ModelSource
 
     path = task("one", metrics="tag: pair\n")
     path.write_text(path.read_text().replace("  - metric: acc\n", "  - metric: brier_score\n"))
     paths = [path, task("two", metrics="tag: pair\n")]
     zero_shot = ZeroShot([*map(str, paths), "pair"])
     assert sorted(set(zero_shot.names)) == ["one", "two"]
-    found = zero_shot.accuracy(load_model("demo"), demo_tokenizer, 4)
+    found = zero_shot.accuracy(load_model(ModelSource("demo")), demo_tokenizer, 4)
     assert set(found["shown"]) == {"two"} and found["mean"] == found["shown"]["two"]
     assert "brier_score,none" in found["tasks"]["one"]
 

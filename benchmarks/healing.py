@@ -1,0 +1,83 @@
+"""What a short LoRA run gives back of the perplexity that pruning cost; needs peft.
+
+    python ppllms.py --save_model OUT && python -m benchmarks.healing OUT
+    python -m benchmarks.healing llama-2-7b-pruned --dataset c4 --eval_dataset wikitext2 --seqlen 2048 --batch_size 4
+
+The folder is a pruned model as `ppllms.py --save_model` leaves it (format hf), used like any model of transformers:
+peft puts adapters of rank 16 on all its linears and trains nothing else, with AdamW on the text that calibration uses.
+Perplexity is taken on the evaluation text that `ppllms.py` measures.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.common import device, machine
+from lib.batching import Batcher
+from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.evaluate import perplexity, token_losses
+from lib.report import quiet_libraries
+
+
+def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    @torch.no_grad()
+    def window_losses(input_ids: torch.Tensor) -> torch.Tensor:
+        input_ids = input_ids.to(model.device)
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        return token_losses(logits[:, :-1], input_ids[:, 1:]).mean(dim=1)
+
+    model.eval()
+    return perplexity(window_losses, windows, Batcher(4))
+
+
+def train(model: torch.nn.Module, windows: torch.Tensor, args: argparse.Namespace) -> None:
+    """Trains what asks for gradients on random windows (N, T), the rate falling to nothing as a cosine."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(args.steps):
+        rows = torch.randint(len(windows), (args.batch_size,), generator=generator)
+        batch = windows[rows].to(model.device)
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a pruned model")
+    parser.add_argument("--dataset", default="demo", help="text to train on, named as for ppllms.py")
+    parser.add_argument("--eval_dataset", default="demo", help="text to measure perplexity on")
+    for flag, default in (("steps", 300), ("batch_size", 8), ("seqlen", 256), ("rank", 16), ("nsamples", 10_000)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--save", type=Path, help="folder for the adapters")
+    args = parser.parse_args()
+    quiet_libraries()
+    torch.manual_seed(0)
+    print(machine())
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    windows = calibration_windows(load_corpus(args.dataset, "train"), tokenizer, args.nsamples, args.seqlen, seed=0)
+    held_out = evaluation_windows(load_corpus(args.eval_dataset, "test"), tokenizer, args.seqlen)
+    pruned = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype="auto").to(device())
+    print(f"pruned: {pruned.num_parameters():,} parameters, perplexity {perplexity_of(pruned, held_out):.2f}")
+    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(pruned, config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    start = time.perf_counter()
+    train(model, windows, args)
+    tokens = args.steps * args.batch_size * args.seqlen
+    print(f"LoRA:   {trained:,} parameters trained on {tokens:,} tokens in {time.perf_counter() - start:.0f} s")
+    print(f"healed: perplexity {perplexity_of(model, held_out):.2f}")
+    if args.save:
+        model.save_pretrained(args.save)
+
+
+if __name__ == "__main__":
+    main()

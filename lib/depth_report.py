@@ -1,0 +1,104 @@
+"""What the PP-LLMs run says on the console and in its log."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lib.export import how_to_load
+from lib.inputs import dtype_name
+from lib.model import Decoder
+from lib.plan import Plan, SavedPlan
+from lib.report import Report, columns
+from lib.search import Budget, Counts, Round
+from lib.settings import DepthPruning
+
+
+def say_model(report: Report, name: str, decoder: Decoder) -> None:
+    layers = decoder.whole_layers
+    report.say(f"Model       {name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
+    parameters = f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers"
+    if len(layers) < decoder.num_layers:
+        report.say(f"{parameters}, {len(layers)} of them whole")
+    if not layers:
+        return
+    mha, ffn = decoder.sublayer_parameters(layers[0])
+    if len(layers) == decoder.num_layers:
+        report.say(f"{parameters}; a layer's attention {mha:,}")
+        report.say(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")
+    else:
+        report.say(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
+
+
+def say_saved_plan(report: Report, saved: SavedPlan) -> None:
+    report.say(f"Plan        {saved.path}, found for {saved.model}")
+
+
+def say_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:
+    report.say(f"Calibration {dataset}: {len(windows)} windows of {windows.shape[1]} tokens, seed {seed}")
+
+
+def say_influence(report: Report, bi_scores: list[float], windows: torch.Tensor) -> None:
+    report.say()
+    report.say(f"Block Influence by layer, over {len(windows)} windows of {windows.shape[1]} tokens")
+    for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(bi_scores)], 6):
+        report.say("  " + row)
+
+
+def say_counts(report: Report, settings: DepthPruning, budget: Budget, counts: Counts, candidates: list[int]) -> None:
+    """How many sublayers go, and by which of the run's settings."""
+    given = [settings.mha_remove_layers is not None, settings.ffn_remove_layers is not None]
+    ratio = settings.mha_ffn_ratio
+    how = "as given" if all(given) else f"nearest to a rate of {settings.prune_rate:g}"
+    if any(given) and not all(given):
+        how += f", with the {'MHA' if given[0] else 'FFN'} count as given"
+    elif not any(given):
+        how += f" with about {'P_ffn/P_mha' if ratio == 'auto' else format(ratio, 'g')} FFNs for each MHA"
+    report.say()
+    report.say(f"Candidates  {candidates} lose their FFN (lowest BI first)")
+    rate = budget.rate(*counts)
+    report.say(f"Counts      {counts.mha} MHA and {counts.ffn} FFN layers, {rate:.2%} of all parameters: {how}")
+
+
+def say_search(report: Report, counts: Counts, windows: int) -> None:
+    report.say()
+    report.say(f"Greedy search: {counts.mha} rounds, loss on {windows} windows with each candidate closed whole")
+
+
+def round_sayer(report: Report) -> Callable[[int, Round], None]:
+    """What says a round of the search as it ends."""
+
+    def say_round(number: int, round_: Round) -> None:
+        report.say(f"  round {number}: layer {round_.selected} is chosen, loss {round_.loss:.2f}")
+        for row in columns([f"{layer}: {loss:.2f}" for layer, loss in round_.losses.items()], 5):
+            report.say("    " + row)
+
+    return say_round
+
+
+def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
+    total, removed = parameters["total"], parameters["removed"]
+    report.say()
+    report.say(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
+    report.say(f"FFN removal layers  {list(plan.ffn_removed)}")
+    if plan.whole_layers:
+        report.say(f"Gone whole          {plan.whole_layers}")
+    report.say(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
+
+
+def say_perplexity(report: Report, text: str, found: dict[str, float], windows: torch.Tensor, is_first: bool) -> None:
+    if is_first:
+        report.say()
+        report.say("Perplexity (dense -> pruned)")
+    size = f"{len(windows)} windows of {windows.shape[1]} tokens"
+    report.say(f"  {text}: {found['dense']:.3f} -> {found['pruned']:.3f}  ({size})")
+
+
+def say_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:
+    report.say()
+    report.say("Written")
+    report.say(f"  result  {result}")
+    if plot:
+        report.say(f"  plot    {plot}")
+    if model:
+        report.say(f"  model   {model}: {how_to_load(model)}")

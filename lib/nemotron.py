@@ -1,0 +1,270 @@
+"""Saves pruned models of Llama's shape for vLLM, as its `DeciLMForCausalLM` (model type nemotron-nas).
+
+Rules from vllm/model_executor/models/nemotron_nas.py: `block_configs` says what each layer holds; a sublayer that is
+gone leaves neither weights nor norm; everything else is a Llama. vLLM reads the blocks as attributes, so the folder
+carries a config class (`--trust-remote-code`), and a model class with which transformers loads it too.
+"""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import lib.modeling_pruned as modeling_pruned
+from lib.errors import InputError
+from lib.files import write_json
+from lib.modeling_pruned import LAYERS_NAMES, SkippedAttention, SkippedFFN, find_name
+from lib.plan import Plan
+
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "rope_parameters",
+)
+_OPTIONAL = ("head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
+
+# Rotary embeddings that vLLM and transformers compute alike at every length, with all that they are told.
+_ROTARY = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+_CONFIGURATION = '''"""A Llama's config with what each layer holds: `config.block_configs[0].attention.no_op`."""
+
+from transformers import LlamaConfig
+
+
+class Block(dict):
+    """A dict with its keys as attributes, so that copies, pickles and JSON need no code for it."""
+
+    def __init__(self, entries=()):
+        entries = dict(entries).items()
+        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in entries})
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class DeciLMConfig(LlamaConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=None, qkv_bias=False, **kwargs):
+        self.block_configs = [Block(block) for block in block_configs or []]
+        self.qkv_bias = qkv_bias
+        super().__init__(**kwargs)
+'''
+
+_MODELING = '''
+from transformers import LlamaForCausalLM  # noqa: E402
+
+from .configuration_decilm import DeciLMConfig  # noqa: E402
+
+
+class DeciLMForCausalLM(LlamaForCausalLM):
+    """A Llama without the sublayers, and their norms, that `config.block_configs` has as no-ops."""
+
+    config_class = DeciLMConfig
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for layer, block in zip(self.model.layers, config.block_configs, strict=True):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                shape = getattr(layer.self_attn, name).weight.shape
+                setattr(layer.self_attn, name, nn.Linear(shape[1], shape[0], bias=config.qkv_bias))
+            if block.attention.no_op:
+                layer.input_layernorm, layer.self_attn = nn.Identity(), SkippedAttention()
+            if block.ffn.no_op:
+                layer.post_attention_layernorm, layer.mlp = nn.Identity(), SkippedFFN()
+'''
+
+
+# Checking -------------------------------------------------------------------------------------------------------------
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises `InputError` for a plan that leaves the first layer that stays without attention."""
+    first = plan.kept_layers[0]
+    if not plan.mode(first).attention:
+        raise _refusal(f"vLLM needs attention in the first layer that stays, and layer {first} has lost it")
+
+
+def check_config(config) -> None:
+    """Raises `InputError` for a config unlike a Llama's, or one that asks for what only long inputs would show."""
+    missing = next((name for name in _NEEDED if getattr(config, name, None) is None), None)
+    if missing:
+        raise _refusal(f"the model must be like a Llama, and {type(config).__name__} has no {missing}")
+    if config.hidden_act != "silu":
+        raise _refusal(f"vLLM computes SiLU, and the model's activation is {config.hidden_act}")
+    windows = {name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None)}
+    windows |= set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if windows:
+        raise _refusal(f"every token must see all before it, and the config has {', '.join(sorted(windows))}")
+    rotary = _rotary(config)
+    if rotary.keys() != {"rope_type"} | _ROTARY.get(rotary.get("rope_type"), set()):
+        raise _refusal(f"the rotary embedding must be plain {', '.join(_ROTARY)}, and the config has {rotary}")
+
+
+@torch.no_grad()
+def check_model(model: nn.Module) -> None:
+    """Raises `InputError` unless the model, whole or compacted, is a Llama in all but name.
+
+    What short inputs cannot show is asked of the config: windows, and rotary embeddings that change with the length.
+    The rest is tried: a Llama made of the model's own tensors must give the same logits, to the last bit.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise _refusal("the weights are offloaded")
+    check_config(model.config)
+    llama = _as_llama(model)
+    if _missing(model)[0][0]:
+        raise _refusal("vLLM needs attention in the first layer, and the model's has none")
+    ids = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    logits, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, llama))
+    if not torch.equal(logits, expected):
+        raise _refusal(f"{type(model).__name__} gives other logits than a Llama with its weights")
+
+
+def _refusal(reason: str) -> InputError:
+    return InputError(f"--save_format nemotron-nas: {reason}; use --save_format hf")
+
+
+def _as_llama(model: nn.Module) -> nn.Module:
+    """A Llama that shares the tensors of the model; raises `InputError` when they are not those of a Llama."""
+    fields = _llama_fields(model)
+    qkv_bias, out_bias = fields.pop("qkv_bias"), fields.pop("attention_bias")
+    try:
+        config = LlamaConfig(**fields, attention_bias=qkv_bias or out_bias)
+    except StrictDataclassError as error:
+        raise _refusal(f"a Llama cannot have its config ({str(error).splitlines()[-1].strip()})") from error
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config).eval()
+    for layer, (no_attention, no_ffn) in zip(llama.model.layers, _missing(model), strict=True):
+        for name, has_bias in {"q_proj": qkv_bias, "k_proj": qkv_bias, "v_proj": qkv_bias, "o_proj": out_bias}.items():
+            if not has_bias:
+                getattr(layer.self_attn, name).bias = None
+        if no_attention:
+            layer.self_attn = SkippedAttention()
+        if no_ffn:
+            layer.mlp = SkippedFFN()
+    _share_tensors(model, llama)
+    return llama
+
+
+def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
+    """Puts the model's tensors into a Llama without weights, on the devices where they are."""
+    given = model.state_dict()
+    shapes, wanted = ({name: tuple(t.shape) for name, t in state.items()} for state in (given, llama.state_dict()))
+    strange = sorted(name for name, _ in shapes.items() ^ wanted.items())
+    if strange:
+        raise _refusal(f"{type(model).__name__} does not have the parameters of a Llama ({strange[0]})")
+    llama.load_state_dict(given, assign=True)
+    # Frequencies are no weights, and devices round them differently: compared apart, then shared.
+    llama.model.rotary_emb = rotary = LlamaRotaryEmbedding(llama.config)
+    frequencies = getattr(getattr(model.model, "rotary_emb", None), "inv_freq", torch.zeros(0))
+    near = frequencies.shape == rotary.inv_freq.shape
+    if not near or not torch.allclose(frequencies.float().cpu(), rotary.inv_freq, rtol=1e-5, atol=0):
+        raise _refusal(f"{type(model).__name__} does not have the rotary frequencies of a Llama")
+    rotary.inv_freq = frequencies
+    if hasattr(model, "hf_device_map"):  # spread over devices: what is there stays there, inputs are moved
+        from accelerate import dispatch_model
+
+        dispatch_model(llama, model.hf_device_map)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
+    """Writes a compacted model into a folder that exists: shards, configs and the code that reads them.
+
+    Raises `InputError` where `check_model` does, before anything is written.
+    """
+    check_model(model)
+    tensors, fields = model.state_dict(), _llama_fields(model)
+    if fields["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    for index, missing in enumerate(_missing(model)):
+        for norm, is_missing in zip(("input_layernorm", "post_attention_layernorm"), missing, strict=True):
+            if is_missing:
+                del tensors[f"model.layers.{index}.{norm}.weight"]
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    write_json(folder / "config.json", fields | _nas_fields(model))
+    (folder / "configuration_decilm.py").write_text(_CONFIGURATION, encoding="utf-8")
+    source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    (folder / "modeling_decilm.py").write_text(source + _MODELING, encoding="utf-8")
+    model.generation_config.save_pretrained(folder)
+
+
+def _missing(model: nn.Module) -> list[tuple[bool, bool]]:
+    """Per layer, whether it has lost its attention and whether it has lost its FFN."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
+    return [
+        (
+            isinstance(getattr(layer, "self_attn", None), SkippedAttention),
+            isinstance(getattr(layer, "mlp", None), SkippedFFN),
+        )
+        for layer in layers
+    ]
+
+
+def _llama_fields(model: nn.Module) -> dict:
+    """The model's config in Llama's words, biases and tied embeddings as they are in memory."""
+    fields = {name: getattr(model.config, name, None) for name in _NEEDED + _OPTIONAL}
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    names = {".".join(name.split(".")[-2:]) for name in model.state_dict()}
+    return fields | {
+        "rope_parameters": _rotary(model.config),
+        "tie_word_embeddings": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "qkv_bias": "q_proj.bias" in names,
+        "attention_bias": "o_proj.bias" in names,
+        "mlp_bias": "down_proj.bias" in names,
+    }
+
+
+def _rotary(config) -> dict:
+    """What the config says of the rotary embedding, less what says nothing."""
+    empty = (("type", config.rope_parameters.get("rope_type")), ("partial_rotary_factor", 1.0))
+    return {key: value for key, value in config.rope_parameters.items() if (key, value) not in empty}
+
+
+def _nas_fields(model: nn.Module) -> dict:
+    """What config.json holds besides a Llama's fields."""
+    config, rotary = model.config, _rotary(model.config)
+    group, dtype = config.num_attention_heads // config.num_key_value_heads, str(model.dtype).removeprefix("torch.")
+    blocks = [
+        {
+            "attention": {"no_op": no_attention, "n_heads_in_group": None if no_attention else group},
+            "ffn": {"no_op": no_ffn, "intermediate_size": None if no_ffn else config.intermediate_size},
+        }
+        for no_attention, no_ffn in _missing(model)
+    ]
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {
+            "AutoConfig": "configuration_decilm.DeciLMConfig",
+            "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+        },
+        "block_configs": blocks,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # this and the two below for transformers 4, and the vLLM of its time
+        "rope_theta": rotary.pop("rope_theta"),
+        "rope_scaling": None if rotary["rope_type"] == "default" else rotary,
+    }

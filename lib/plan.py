@@ -1,0 +1,92 @@
+"""What is pruned of a model's depth: which decoder layers lose their attention, which their FFN. Imports no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import InputError
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which sublayers of one decoder layer are on."""
+
+    attention: bool = True
+    ffn: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        return self.attention and self.ffn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sublayers of a model are removed; a layer in both lists is gone whole.
+
+    `mha_removed` keeps the order in which the layers were chosen.
+    """
+
+    num_layers: int
+    mha_removed: tuple[int, ...] = ()
+    ffn_removed: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("mha_removed", "ffn_removed"):
+            layers = getattr(self, name)
+            if len(set(layers)) < len(layers) or not all(0 <= layer < self.num_layers for layer in layers):
+                raise ValueError(f"{name} {list(layers)} must name different layers below {self.num_layers}")
+
+    def mode(self, layer: int) -> Mode:
+        return Mode(attention=layer not in self.mha_removed, ffn=layer not in self.ffn_removed)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return tuple(self.mode(layer) for layer in range(self.num_layers))
+
+    @property
+    def whole_layers(self) -> list[int]:
+        """The layers that are removed with both their sublayers, ascending."""
+        return sorted(set(self.mha_removed) & set(self.ffn_removed))
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """The layers that keep something, ascending: those of the smaller model."""
+        return [layer for layer in range(self.num_layers) if layer not in self.whole_layers]
+
+    @property
+    def is_partial(self) -> bool:
+        """True when a layer stays that has lost one of its sublayers."""
+        return set(self.mha_removed) != set(self.ffn_removed)
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """A plan that an earlier run found and wrote to its result.json."""
+
+    path: Path
+    model: str
+    plan: Plan
+    parameters: int  # of that model
+
+
+def read_plan(path: Path) -> SavedPlan:
+    """The plan in a `result.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("tool") != "ppllms":
+            raise ValueError("no result.json of ppllms.py")
+        removed = {name: content[name] for name in ("mha_removed", "ffn_removed")}
+        layers, model, total = content["num_layers"], content["model"], content["parameters"]["total"]
+        numbers = [layers, total, *removed["mha_removed"], *removed["ffn_removed"]]
+        if not all(type(number) is int for number in numbers) or not isinstance(model, str):
+            raise ValueError("numbers of layers and parameters must be whole, and the model a name")
+        plan = Plan(layers, **{name: tuple(value) for name, value in removed.items()})
+    except OSError as error:
+        raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
+    except KeyError as error:
+        raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--apply_plan {path}: holds no plan ({error}); give a run's result.json") from error
+    if len(plan.mha_removed) == layers:
+        raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
+    return SavedPlan(path, model, plan, total)

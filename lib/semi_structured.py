@@ -1,0 +1,70 @@
+"""2:4 sparse weights in torch's semi-structured kernels, which on GPUs that have them skip half of the products."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.sparse import to_sparse_semi_structured
+
+from lib.errors import InputError
+from lib.model import Decoder
+from lib.plan import Plan
+from lib.stream import final_hidden_states
+
+_CAPABILITY = (8, 0)  # Ampere
+_DTYPES = (torch.float16, torch.bfloat16)
+_ROWS, _COLUMNS = 32, 64  # multiples that every backend takes
+
+
+def check_device(device: torch.device) -> None:
+    """Raises `InputError` unless the device has 2:4 kernels."""
+    found = str(device)
+    if device.type == "cuda" and torch.version.cuda:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _CAPABILITY:
+            return
+        found = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
+    raise InputError(
+        f"--semi_structured: torch's 2:4 kernels need an NVIDIA GPU of compute capability 8.0 or newer, not {found}; "
+        "without the flag 2:4 models are evaluated as dense ones, with the same result"
+    )
+
+
+def check_linears(linears: Sequence[dict[str, nn.Linear]]) -> None:
+    """Raises `InputError` unless every linear is of a dtype and shape that the kernels take."""
+    for index, layer in enumerate(linears):
+        for name, linear in layer.items():
+            rows, columns = linear.weight.shape
+            where = f"--semi_structured: layer {index} {name}"
+            if linear.weight.dtype not in _DTYPES:
+                dtype = str(linear.weight.dtype).removeprefix("torch.")
+                raise InputError(f"{where} is in {dtype}, and the kernels take half precision; use --dtype bfloat16")
+            if rows % _ROWS or columns % _COLUMNS:
+                raise InputError(f"{where} is {rows} x {columns}, no multiple of {_ROWS} x {_COLUMNS}; leave it out")
+
+
+@contextmanager
+def compressed(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """Inside, the linears, 2:4 sparse already, run in the kernels; their dense weights wait in host memory."""
+    dense = []
+    try:
+        for linear in linears:
+            dense.append((linear, linear.weight.device, linear.weight.data.cpu()))
+            linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight.data), requires_grad=False)
+        yield
+    finally:
+        for linear, device, weight in dense:
+            linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+
+
+def tokens_per_second(decoder: Decoder, input_ids: torch.Tensor, runs: int = 5) -> float:
+    """How many tokens of ids (B, T) go through all layers in a second: the median of some runs after one to warm up."""
+    plan, seconds = Plan(decoder.num_layers), []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        final_hidden_states(decoder, input_ids, plan.modes).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return input_ids.numel() / statistics.median(seconds[1:])

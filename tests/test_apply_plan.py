@@ -1,0 +1,109 @@
+"""`--apply_plan`: what a run found is done again, without a search."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lib.depth
+from lib.plan import read_plan
+from tests.command import run
+
+
+@pytest.fixture
+def found(arguments, tmp_path, monkeypatch):
+    """The result.json of a run that saved its model in `searched`."""
+    assert run(*arguments, "--save_model", tmp_path / "searched", monkeypatch=monkeypatch) == 0
+    (tmp_path / "run").rename(tmp_path / "found")
+    return tmp_path / "found/result.json"
+
+
+def state_of(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).state_dict()
+
+
+def test_it_makes_the_model_that_the_search_made(found, text_file, tmp_path, monkeypatch, capsys):
+    def never(*args):
+        raise AssertionError("searched")
+
+    for name in ("block_influence", "greedy_search", "calibration_windows"):
+        monkeypatch.setattr(lib.depth, name, never)
+    flags = ["--apply_plan", found, "--eval_datasets", text_file, "--output_dir", tmp_path / "applied"]
+    assert run(*flags, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0  # the model is that of the plan
+    before, after = (json.loads(path.read_text()) for path in (found, tmp_path / "applied/result.json"))
+    same = ["model", "num_layers", "mha_removed", "ffn_removed", "perplexity", "seqlen", "dtype"]
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+    assert after["applied_plan"] == str(found) and after["parameters"]["removed"] == before["parameters"]["removed"]
+    searched, applied = state_of(tmp_path / "searched"), state_of(tmp_path / "out")
+    assert searched.keys() == applied.keys() and all(torch.equal(searched[name], applied[name]) for name in searched)
+    assert f"Plan        {found}" in capsys.readouterr().out
+    assert read_plan(tmp_path / "applied/result.json").plan == read_plan(found).plan  # and can be applied again
+
+
+def test_without_evaluation_no_text_is_read(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.depth, "load_corpus", None)
+    flags = ["--apply_plan", found, "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
+    assert run(*flags, "--save_model", tmp_path / "out", "--save_format", "masked", monkeypatch=monkeypatch) == 0
+    assert not (tmp_path / "out/modeling_pruned.py").exists()
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"tool": "alp_prune"}, "holds no plan (no result.json of ppllms.py)"),
+        ({"mha_removed": [0, 9]}, "mha_removed [0, 9] must name different layers below 4"),
+        ({"ffn_removed": [1, 1]}, "ffn_removed [1, 1] must name different layers"),
+        ({"ffn_removed": "12"}, "numbers of layers and parameters must be whole"),
+        ({"ffn_removed": 3}, "holds no plan"),
+        ({"num_layers": None}, "numbers of layers and parameters must be whole"),
+        ({"mha_removed": [0, 1, 2, 3]}, "removes every attention"),
+        ({"num_layers": 6}, "was made for 6 decoder layers, but"),
+    ],
+)
+def test_a_file_that_is_no_plan_for_the_model_is_refused(found, tmp_path, monkeypatch, capsys, change, problem):
+    content = json.loads(found.read_text())
+    found.write_text(json.dumps(content | change))
+    flags = ["--apply_plan", found, "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
+    assert run(*flags, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and problem in told and "--apply_plan" in told
+    assert not (tmp_path / "applied").exists()
+
+
+def test_a_missing_broken_or_incomplete_file_is_refused(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "result.json"
+    for content, problem in (None, "cannot be read"), ("{", "holds no plan"), ('{"tool": "ppllms"}', "has no 'mha_re"):
+        if content:
+            path.write_text(content)
+        assert run("--apply_plan", path, monkeypatch=monkeypatch) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_a_plan_for_what_is_gone_is_refused(found, tmp_path, monkeypatch, capsys):
+    content = json.loads(found.read_text())
+    partial = json.loads((tmp_path / "searched/config.json").read_text())["per_layer_config"]
+    layer = next(int(layer) for layer, entry in partial.items() if entry["skip"] == ["mlp"])
+    found.write_text(json.dumps(content | {"num_layers": 3, "mha_removed": [], "ffn_removed": [layer]}))
+    flags = ["--apply_plan", found, "--model_name", tmp_path / "searched", "--eval_ppl", "no"]
+    assert run(*flags, "--output_dir", tmp_path / "applied", monkeypatch=monkeypatch) == 2
+    assert f"layer {layer} of {tmp_path / 'searched'} has no FFN to remove" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--prune_rate", 0.25], "--prune_rate: has no meaning with --apply_plan"),
+        (["--nsamples", 128], "--nsamples: has no meaning with --apply_plan"),
+        (["--gguf", "a.gguf", "b.gguf", "--seqlen", 8], "--seqlen: has no meaning with --gguf"),
+        (["--save_format", "hf"], "--save_format: needs --save_model"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(found, monkeypatch, capsys, flags, problem):
+    assert run("--apply_plan", found, *flags, monkeypatch=monkeypatch) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_gguf_needs_a_plan(monkeypatch, capsys):
+    assert run("--gguf", "a.gguf", "b.gguf", monkeypatch=monkeypatch) == 2
+    assert "--gguf: needs --apply_plan" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""2:4 models run in torch's semi-structured kernels on GPUs that have them, and are refused clearly elsewhere."""
+
+import json
+
+import pytest
+import torch
+
+import lib.alp
+from lib import semi_structured
+from lib.errors import InputError
+from lib.linears import find_linears
+from lib.loading import load_model
+from lib.methods import parse_pattern
+from lib.model import Decoder
+from lib.names import ModelSource
+from lib.pruners import Magnitude
+from tests.command import run_alp
+from tests.families import tiny_model, tiny_windows
+
+HAS_KERNELS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+WIDE = {"hidden_size": 128, "intermediate_size": 256}  # sizes that the kernels take
+FLAGS = ["--sparsity_type", "2:4", "--prune_method", "magnitude", "--semi_structured"]
+
+
+@pytest.mark.skipif(HAS_KERNELS, reason="this machine has the kernels")
+def test_without_such_a_gpu_it_is_refused_before_a_model_is_loaded(alp_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lib.alp, "load_model", None)
+    assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "need an NVIDIA GPU of compute capability 8.0 or newer, not cpu" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--sparsity_type", "4:8"], ["--sparsity_type", "2:4"]])
+def test_it_is_for_2_4_only(alp_arguments, monkeypatch, capsys, flags):
+    method = "dense" if "2:4" in flags else "wanda"
+    flags = [*flags, "--prune_method", method, "--semi_structured"]
+    assert run_alp(*alp_arguments, *flags, monkeypatch=monkeypatch) == 2
+    assert "--semi_structured: the kernels are for 2:4 sparse weights" in capsys.readouterr().err
+
+
+def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
+    with pytest.raises(InputError, match="layer 0 self_attn.q_proj is in float32.*--dtype bfloat16"):
+        semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE))))
+    with pytest.raises(InputError, match="layer 0 self_attn.q_proj is 32 x 32, no multiple of 32 x 64"):
+        semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama").bfloat16())))
+    semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
+
+
+def test_the_weights_come_back_even_from_an_error(monkeypatch):
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight * 2)
+    linears = list(find_linears(Decoder(tiny_model("Llama")))[0].values())
+    before = [linear.weight.clone() for linear in linears]
+    with pytest.raises(RuntimeError), semi_structured.compressed(linears):
+        assert all(torch.equal(linear.weight, 2 * weight) for linear, weight in zip(linears, before, strict=True))
+        raise RuntimeError
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears, before, strict=True))
+
+
+def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypatch):
+    """With stand-ins for the kernels: what they are given is 2:4 sparse, and the perplexity is theirs."""
+    compressed = []
+
+    def stand_in(weight: torch.Tensor) -> torch.Tensor:
+        compressed.append(weight)
+        return torch.zeros_like(weight)
+
+    monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
+    monkeypatch.setattr(semi_structured, "check_linears", lambda linears: None)
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", stand_in)
+    assert run_alp(*alp_arguments, *FLAGS, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
+    assert compressed and all((w.reshape(-1, 4) == 0).sum(dim=1).eq(2).all() for w in compressed)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert set(result["tokens_per_second"]) == {"dense", "semi_structured"}
+    assert min(result["tokens_per_second"].values()) > 0 and result["sparsity"] == 0.5
+    (found,) = result["perplexity"].values()
+    assert found["pruned"] != pytest.approx(found["dense"], rel=0.01)
+    saved = find_linears(Decoder(load_model(ModelSource(str(tmp_path / "out")))))
+    assert all(linear.weight.any() for layer in saved for linear in layer.values())  # the pruned weights, not these
+    assert "times" in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs an NVIDIA GPU of compute capability 8.0 or newer")
+@torch.no_grad()
+def test_the_kernels_give_what_the_dense_weights_give():
+    model = tiny_model("Llama", **WIDE).bfloat16().cuda()
+    decoder, ids = Decoder(model), tiny_windows(4).cuda()
+    linears = [linear for layer in find_linears(decoder) for linear in layer.values()]
+    pruner = Magnitude(parse_pattern("2:4"))
+    for linear in linears:
+        linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])
+    expected = model(input_ids=ids).logits.float()
+    with semi_structured.compressed(linears):
+        found = model(input_ids=ids).logits.float()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert torch.equal(model(input_ids=ids).logits.float(), expected)
