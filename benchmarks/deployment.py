@@ -30,6 +30,7 @@ from lib.loading import load_model
 from lib.model import Decoder
 from lib.names import ModelSource
 from lib.plan import Plan
+from lib.report import quiet_libraries
 from lib.search import choose_counts
 
 
@@ -172,8 +173,10 @@ def measure_speed(variants: list[Variant], args: argparse.Namespace) -> dict[str
     """Seconds of prefill and of decode by variant, taken in turn after one round to warm up."""
     runners = {variant.name: runner(variant, args) for variant in variants}
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
+    names = list(runners)
     for number in range(args.runs + 1):
-        for name, each in runners.items():
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # none is always first
+            each = runners[name]
             prefill, decode = seconds(each.prefill), each.decode()
             if number:
                 found[name][0].append(prefill)
@@ -199,6 +202,7 @@ def memory_of(variant: Variant, args: argparse.Namespace) -> float:
 
 def _put_memory(variant: Variant, args: argparse.Namespace, results) -> None:
     torch.set_num_threads(args.threads)
+    quiet_libraries()
     results.put(peak_memory(partial(run_once, variant, args)))
 
 
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.25, help="share of the parameters to remove")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    quiet_libraries()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         variants = build(Path(folder), args)

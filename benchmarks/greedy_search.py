@@ -14,7 +14,8 @@ import torch
 from benchmarks.common import machine, random_llama, seconds, side_by_side, spread
 from lib.batching import Batcher
 from lib.evaluate import token_losses
-from lib.model import Decoder, Plan
+from lib.model import Decoder
+from lib.plan import Plan
 from lib.search import Sweep, greedy_search
 
 

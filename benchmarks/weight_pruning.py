@@ -17,7 +17,8 @@ from torch import nn
 from benchmarks.common import machine, random_llama, side_by_side, spread
 from lib.batching import Batcher, automatic_batch_size
 from lib.linears import InputGroup, input_groups
-from lib.model import Decoder, Mode
+from lib.model import Decoder
+from lib.plan import Mode
 from lib.prune import prune_layers
 from lib.pruners import SparseGpt, Wanda
 from lib.report import timed

@@ -10,7 +10,8 @@ from lib.batching import Batcher
 from lib.bi import block_influence
 from lib.errors import RunError
 from lib.evaluate import perplexity, token_losses
-from lib.model import Decoder, Plan
+from lib.model import Decoder
+from lib.plan import Plan
 from lib.stream import plan_window_losses, tail_losses
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows

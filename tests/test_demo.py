@@ -13,8 +13,9 @@ from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
 from lib.loading import load_model
-from lib.model import Decoder, Plan
+from lib.model import Decoder
 from lib.names import ModelSource
+from lib.plan import Plan
 from lib.stream import plan_window_losses
 
 

@@ -19,8 +19,9 @@ from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.loading import load_model, load_tokenizer
 from lib.methods import parse_method, parse_pattern
-from lib.model import Decoder, Plan
+from lib.model import Decoder
 from lib.names import ModelSource
+from lib.plan import Plan
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from lib.stream import plan_window_losses

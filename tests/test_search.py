@@ -9,7 +9,8 @@ import lib.search
 import lib.stream
 from lib.batching import Batcher
 from lib.errors import InputError, RunError
-from lib.model import Decoder, Mode, Plan
+from lib.model import Decoder
+from lib.plan import Mode, Plan
 from lib.search import Budget, Counts, Sweep, Trial, choose_candidates, choose_counts, greedy_search
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
