@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,16 @@ from lib.depth import budget_of
 from lib.export import save_pruned
 from lib.linears import find_linears
 from lib.loading import load_model
+from lib.methods import UNSTRUCTURED, Pattern, parse_pattern
 from lib.model import Decoder
 from lib.names import ModelSource
 from lib.plan import Plan
+from lib.pruners import Magnitude
 from lib.report import quiet_libraries
 from lib.search import choose_counts
+from lib.semi_structured import compressed
+
+KERNELS = "half of the weights zero, 2:4 in torch's kernels"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ def build(folder: Path, args: argparse.Namespace) -> list[Variant]:
     name = "half of the weights zero"
     save_pruned(Decoder(with_zeros(make())), Plan(args.layers), None, folder / name)
     variants.append(Variant(name, "transformers", folder / name, total))
+    if device() == "cuda":  # the same kernels as alp_prune.py --semi_structured
+        save_pruned(Decoder(with_zeros(make(), parse_pattern("2:4"))), Plan(args.layers), None, folder / KERNELS)
+        variants.append(Variant(KERNELS, "transformers", folder / KERNELS, total))
     return variants + (build_gguf(folder, dense, plan, total) if has_llama_cpp() else [])
 
 
@@ -82,10 +91,12 @@ def plan_for(decoder: Decoder, rate: float) -> Plan:
 
 
 @torch.no_grad()
-def with_zeros(model: torch.nn.Module) -> torch.nn.Module:
+def with_zeros(model: torch.nn.Module, pattern: Pattern = UNSTRUCTURED) -> torch.nn.Module:
+    """The model with the smaller half of its weights set to zero."""
+    pruner = Magnitude(pattern)
     for layer in find_linears(Decoder(model)):
         for linear in layer.values():
-            linear.weight.mul_(torch.rand_like(linear.weight) < 0.5)
+            linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])
     return model
 
 
@@ -117,6 +128,10 @@ class InTransformers:
 
     def __init__(self, path: Path, prompt: int, decoded: int):
         self.model = load_model(ModelSource(str(path)))
+        if path.name == KERNELS:
+            linears = [linear for layer in find_linears(Decoder(self.model)) for linear in layer.values()]
+            self.kernels = ExitStack()  # they stay in use as long as this runner is
+            self.kernels.enter_context(compressed(linears))
         self.ids = torch.randint(3, 100, (1, prompt), device=device())
         self.decoded = decoded
 
