@@ -88,6 +88,13 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
         raise InputError("--save_format: needs --save_model")
 
 
+def check_plan_stays(plan: Path, targets: dict[str, Path | None]) -> None:
+    """Raises `InputError` when the plan is, or lies in, what a run would replace."""
+    for flag, target in targets.items():
+        if target and target.resolve() in (plan.resolve(), *plan.resolve().parents):
+            raise InputError(f"{flag} {target}: would replace the plan {plan}; name another")
+
+
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
     names.check_model(args.model_name)
@@ -102,18 +109,21 @@ def check(args: argparse.Namespace) -> None:
     for source in sources:
         names.check_text(source)
     cli.check_output(args, args.model_name)
+    if args.apply_plan:
+        check_plan_stays(args.apply_plan, {"--output_dir": args.output_dir, "--save_model": args.save_model})
     if names.is_hub_model(args.model_name) or any(map(names.is_hub_text, sources)):
         cli.prefer_cache_without_network()
 
 
 def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
     """Writes a GGUF file without what the plan removes, and says what that made of it."""
+    check_plan_stays(saved.path, {"--gguf": target})
     found = gguf_file.apply_plan(source, target, saved.plan, overwrite)
     print(f"Plan        {saved.path}, found for {saved.model}")
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
         print(f"{what:<12}{name}: {size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB")
-    if found.architecture == "llama" and found.before.parameters != saved.parameters:
+    if found.before.parameters != saved.parameters:
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 
 

@@ -78,7 +78,6 @@ def run(settings: SparsityPruning) -> dict:
         "sparsity": share(zeros["pruned"]),
         "layer_sparsity": [share([layer]) for layer in zeros["pruned"]],
         **({"quantized_sparsity": share(zeros["quantized"])} if settings.quantization else {}),
-        **({"tokens_per_second": compare_speed(settings, job)} if settings.semi_structured else {}),
         "perplexity": {
             text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
         },
@@ -137,8 +136,8 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     linears = find_linears(decoder)
     if settings.pattern.is_structured and settings.method.pruner != DENSE:
         check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
-    if settings.semi_structured and decoder.has_weights:
-        semi_structured.check_linears(linears)
+    if settings.semi_structured:
+        semi_structured.check_linears(linears, decoder.has_weights)
     if settings.quantization and settings.quantization.group_size:
         check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
     return linears
@@ -269,12 +268,16 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
         with report.timed("save"):
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, settings.overwrite)
         report.result(result)
+    if settings.semi_structured:
+        result["tokens_per_second"] = compare_speed(settings, job)
+        report.result(result)
+        alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
     plot = report.folder / SPARSITY
     title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"
     has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], settings.target_sparsity, title)
     try:
         if job.zero_shot:
-            with report.timed("zero_shot"):
+            with report.timed("zero_shot"), kernels(settings, job):
                 result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
             report.result(result)
             alp_report.say_zero_shot(report, result["zero_shot"])

@@ -64,8 +64,6 @@ def say_result(report: Report, result: dict) -> None:
     report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))})")
     for text, found in result["perplexity"].items():
         report.say(f"  {text}: {' -> '.join(f'{value:.3f}' for value in found.values())}")
-    if "tokens_per_second" in result:
-        say_speed(report, result["tokens_per_second"], result["seqlen"])
 
 
 def say_speed(report: Report, speed: dict[str, float], tokens: int) -> None:

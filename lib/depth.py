@@ -15,7 +15,7 @@ from lib.inputs import check_tokens, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder
 from lib.modeling_pruned import skip_lists
-from lib.names import short_name
+from lib.names import local_path, short_name
 from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
@@ -45,7 +45,7 @@ def run(settings: DepthPruning) -> dict:
     depth_report.say_model(report, settings.model_name, job.decoder)
     if settings.saved_plan:
         plan, found = settings.saved_plan.plan, {"applied_plan": str(settings.saved_plan.path)}
-        depth_report.say_saved_plan(report, settings.saved_plan)
+        depth_report.say_saved_plan(report, settings.saved_plan, job.decoder.total_parameters)
     else:
         plan, found = search_plan(report, settings, job)
     parameters = count_parameters(settings, job.decoder, plan)
@@ -126,6 +126,8 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                     f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
                     "give the model that the plan was made for"
                 )
+        if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
+            raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
     else:
         find_counts(settings, decoder)
     if settings.save_model:
@@ -246,6 +248,7 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
     described = {
         "tool": "ppllms",
         "model": settings.model_name,
+        "model_path": local_path(settings.model_name),
         "seqlen": job.seqlen,
         "dtype": dtype_name(job.decoder.model),
         "batch_size": job.batcher.size,

@@ -30,8 +30,11 @@ def say_model(report: Report, name: str, decoder: Decoder) -> None:
         report.say(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
 
 
-def say_saved_plan(report: Report, saved: SavedPlan) -> None:
+def say_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
+    """The plan, and a note when the model that is given has another number of parameters than the plan's."""
     report.say(f"Plan        {saved.path}, found for {saved.model}")
+    if saved.parameters != parameters:
+        report.say(f"Note        that model has {saved.parameters:,} parameters: is this another?")
 
 
 def say_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:

@@ -45,18 +45,19 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
     model, name = decoder.model, decoder.family
     if save_format == "hf" and not type(model).__module__.startswith("transformers."):
         raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
+    if save_format == "hf" and decoder.config is not model.config:
+        raise InputError(f"--save_format hf: {name} has parts besides its text model; use --save_format masked")
     is_offloaded = decoder.has_weights and any(parameter.is_meta for parameter in model.parameters())
     if save_format == "masked" and is_offloaded:
         raise InputError("--save_format masked: weights that are offloaded cannot be masked; use --save_format hf")
     if save_format == "masked" and len(decoder.whole_layers) < decoder.num_layers:
         raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
     if save_format == "nemotron-nas":
+        nemotron.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))  # a search keeps what is not whole
         if decoder.has_weights:
             nemotron.check_model(model)
         else:
             nemotron.check_config(decoder.config)
-        if plan:
-            nemotron.check_plan(decoder.complete(plan))
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str, save_
         nemotron.save(model, folder, max_shard_size)
         return
     # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
-    is_stock = not any(skip_lists(model.config))
+    is_stock = not _lacks_sublayers(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=is_stock)
     _finish_folder(model, folder)
 
@@ -199,11 +200,16 @@ def _describe(model: nn.Module) -> dict[str, object]:
     return described
 
 
+def _lacks_sublayers(model: nn.Module) -> bool:
+    """True when a layer of the model has lost a sublayer, by its config."""
+    return any(skip_lists(model.config.get_text_config(decoder=True)))
+
+
 def _finish_folder(model: nn.Module, folder: Path) -> None:
     """Makes a saved checkpoint say how it loads: by itself, or by a modeling file that is added when sublayers lack."""
     stock, path = type(model).__name__, folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if any(skip_lists(model.config)):
+    if _lacks_sublayers(model):
         pruned = PREFIX + stock
         source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
         code = source + _PRUNED_CLASS.format(stock=stock, pruned=pruned)

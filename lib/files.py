@@ -52,9 +52,8 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
     try:
         yield draft
         mask = _umask()
-        draft.chmod(0o777 & ~mask)
-        for file in draft.iterdir():  # some libraries write files that only their owner can read
-            file.chmod(0o666 & ~mask)
+        for path in (draft, *draft.rglob("*")):  # some libraries write files that only their owner can read
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if folder.exists():
             replaced = draft.with_name(draft.name + _REPLACED)
             folder.rename(replaced)

@@ -71,7 +71,7 @@ class GgufModel:
 
 @dataclass(frozen=True)
 class GgufSize:
-    """Layers of a file, numbers in its tensors, and its bytes."""
+    """Layers of a file, its model's parameters, and its bytes."""
 
     layers: int
     parameters: int
@@ -98,7 +98,7 @@ def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) 
     model = read_gguf(source)
     if len(model.blocks) != num_layers:
         raise _refuse(source, f"has {len(model.blocks)} blocks and the plan {num_layers} layers; give the plan's model")
-    check_writable(target.parent, "--gguf")
+    check_writable(target.parent if target.exists() else target, "--gguf")
     if target.exists():
         if target.samefile(source):
             raise _refuse(source, "would be written over itself; name another file to write")
@@ -112,9 +112,15 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
     """Writes the source without the sublayers that the plan removes, whole or not at all; the plan counts its blocks.
 
     A source that has lost sublayers before may lose more. Raises `InputError` where `check` does, and for a plan that
-    leaves no attention.
+    leaves no attention or removes what is gone already.
     """
     model = check(source, target, plan.num_layers, overwrite)
+    for what, removed, sizes in (
+        ("attention", plan.mha_removed, [block.heads for block in model.blocks]),
+        ("FFN", plan.ffn_removed, [block.width for block in model.blocks]),
+    ):
+        if gone := [index for index in removed if not sizes[index]]:
+            raise _refuse(source, f"block {gone[0]} has no {what} to remove; give the file that the plan was made for")
     left = prune_blocks(model.blocks, plan)
     if not any(block.heads for block in left.values()):
         raise _refuse(source, "the plan leaves no attention; keep that of one layer")
@@ -123,15 +129,21 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_file(target) as draft:
-            parameters = _write(draft, model, add_stand_ins(left.values()), layout)
+            _write(draft, model, add_stand_ins(left.values()), layout)
     except (ValueError, struct.error) as error:
         raise _refuse(source, f"holds what the gguf package cannot write ({error})") from error
-    before = sum(tensor.n_elements for tensor in model.tensors.values())
+    whole = arrange(model.tensors, dict(enumerate(model.blocks)), model.hidden_size, model.head_size)
     return GgufPruning(
         model.architecture,
-        GgufSize(len(model.blocks), before, source.stat().st_size),
-        GgufSize(len(left), parameters, target.stat().st_size),
+        GgufSize(len(model.blocks), _count_parameters(model, whole), source.stat().st_size),
+        GgufSize(len(left), _count_parameters(model, layout), target.stat().st_size),
     )
+
+
+def _count_parameters(model: GgufModel, layout: list) -> int:
+    """The numbers in the tensors of a layout, less rotary tables and the zeros that stand in for what is gone."""
+    kept = [origin for _, origin in layout if isinstance(origin, str) and not origin.startswith("rope_")]
+    return sum(int(model.tensors[name].n_elements) for name in kept)
 
 
 def prune_blocks(blocks: Sequence[Block], plan: Plan) -> dict[int, Block]:
@@ -301,8 +313,8 @@ def _refuse(path: Path, reason: str) -> InputError:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def _write(draft: Path, model: GgufModel, blocks: Sequence[Block], layout: list) -> int:
-    """Writes keys and tensors in the byte order of the source; returns how many numbers the tensors hold."""
+def _write(draft: Path, model: GgufModel, blocks: Sequence[Block], layout: list) -> None:
+    """Writes keys and tensors in the byte order of the source."""
     import numpy
     from gguf import GGUFWriter
 
@@ -322,7 +334,6 @@ def _write(draft: Path, model: GgufModel, blocks: Sequence[Block], layout: list)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        return writer.get_total_parameter_count()[0]
 
 
 def _new_keys(model: GgufModel, blocks: Sequence[Block]) -> dict[str, tuple]:

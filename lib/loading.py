@@ -1,5 +1,6 @@
 """Loading configs, tokenizers and models from a hub id or a local folder, with errors of one line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_config(source: ModelSource):
-    """The text model's configuration."""
-    return _load_config(source).get_text_config(decoder=True)
+    """The text model's configuration. Raises `InputError` where it cannot be loaded, or is that of another format."""
+    config = _load_config(source)
+    if getattr(config, "model_type", None) == "nemotron-nas":
+        raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
+    return config.get_text_config(decoder=True)
 
 
 def load_tokenizer(source: ModelSource):
@@ -100,8 +104,8 @@ def _stock_of_pruned(config) -> type | None:
     """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
     import transformers
 
-    name = (getattr(config, "architectures", None) or [""])[0]
-    if not name.startswith(PREFIX) or not any(skip_lists(config)):
+    name, *_ = getattr(config, "architectures", None) or [""]
+    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", str(name)) or not any(skip_lists(config)):
         return None
     return getattr(transformers, name.removeprefix(PREFIX), None)
 

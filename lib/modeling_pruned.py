@@ -83,11 +83,12 @@ def skip_sublayers(model):
     """Takes the sublayers that the model's config lists out of its decoder layers."""
     decoder = model.get_decoder()
     layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
-    for layer, skipped in zip(layers, skip_lists(model.config), strict=True):
+    config = model.config.get_text_config(decoder=True)
+    for layer, skipped in zip(layers, skip_lists(config), strict=True):
         for kind in skipped:
             for name, module in skip_modules(layer, kind).items():
                 setattr(layer, name, module)
-    number_layers(layers, getattr(model.config, "layer_types", None))
+    number_layers(layers, getattr(config, "layer_types", None))
 
 
 @functools.cache

@@ -44,6 +44,12 @@ def is_hub_model(name: str) -> bool:
     return name != "demo" and not Path(name).expanduser().exists() and bool(_HUB_ID.fullmatch(name))
 
 
+def local_path(name: str) -> str | None:
+    """The absolute path of a model in a local folder; None for hub ids and the bundled model."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() and not is_demo(name) else None
+
+
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for file names; `demo` for the bundled model."""
     return "demo" if is_demo(model) else Path(model).expanduser().absolute().name

@@ -93,6 +93,8 @@ class DeciLMForCausalLM(LlamaForCausalLM):
 '''
 
 
+_WITH_PLAN = " (after a search: with --apply_plan result.json, which searches no more)"
+
 # Checking -------------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +102,7 @@ def check_plan(plan: Plan) -> None:
     """Raises `InputError` for a plan that leaves the first layer that stays without attention."""
     first = plan.kept_layers[0]
     if not plan.mode(first).attention:
-        raise _refusal(f"vLLM needs attention in the first layer that stays, and layer {first} has lost it")
+        raise _refusal(f"vLLM needs attention in the first layer that stays, and layer {first} has lost it", _WITH_PLAN)
 
 
 def check_config(config) -> None:
@@ -130,8 +132,6 @@ def check_model(model: nn.Module) -> None:
         raise _refusal("the weights are offloaded")
     check_config(model.config)
     llama = _as_llama(model)
-    if _missing(model)[0][0]:
-        raise _refusal("vLLM needs attention in the first layer, and the model's has none")
     ids = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.get_input_embeddings().weight.device)
     logits, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, llama))
@@ -139,8 +139,8 @@ def check_model(model: nn.Module) -> None:
         raise _refusal(f"{type(model).__name__} gives other logits than a Llama with its weights")
 
 
-def _refusal(reason: str) -> InputError:
-    return InputError(f"--save_format nemotron-nas: {reason}; use --save_format hf")
+def _refusal(reason: str, how: str = "") -> InputError:
+    return InputError(f"--save_format nemotron-nas: {reason}; use --save_format hf{how}")
 
 
 def _as_llama(model: nn.Module) -> nn.Module:
@@ -193,13 +193,17 @@ def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
 def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
     """Writes a compacted model into a folder that exists: shards, configs and the code that reads them.
 
-    Raises `InputError` where `check_model` does, before anything is written.
+    Raises `InputError` where `check_model` does, and `check_plan`, before anything is written.
     """
     check_model(model)
+    lost = _missing(model)
+    check_plan(
+        Plan(len(lost), mha_removed=tuple(index for index, (no_attention, _) in enumerate(lost) if no_attention))
+    )
     tensors, fields = model.state_dict(), _llama_fields(model)
     if fields["tie_word_embeddings"]:
         del tensors["lm_head.weight"]
-    for index, missing in enumerate(_missing(model)):
+    for index, missing in enumerate(lost):
         for norm, is_missing in zip(("input_layernorm", "post_attention_layernorm"), missing, strict=True):
             if is_missing:
                 del tensors[f"model.layers.{index}.{norm}.weight"]

@@ -53,18 +53,13 @@ class Plan:
         """The layers that keep something, ascending: those of the smaller model."""
         return [layer for layer in range(self.num_layers) if layer not in self.whole_layers]
 
-    @property
-    def is_partial(self) -> bool:
-        """True when a layer stays that has lost one of its sublayers."""
-        return set(self.mha_removed) != set(self.ffn_removed)
-
 
 @dataclass(frozen=True)
 class SavedPlan:
     """A plan that an earlier run found and wrote to its result.json."""
 
     path: Path
-    model: str
+    model: str  # by its path, where it was a local folder
     plan: Plan
     parameters: int  # of that model
 
@@ -78,15 +73,18 @@ def read_plan(path: Path) -> SavedPlan:
         removed = {name: content[name] for name in ("mha_removed", "ffn_removed")}
         layers, model, total = content["num_layers"], content["model"], content["parameters"]["total"]
         numbers = [layers, total, *removed["mha_removed"], *removed["ffn_removed"]]
-        if not all(type(number) is int for number in numbers) or not isinstance(model, str):
-            raise ValueError("numbers of layers and parameters must be whole, and the model a name")
+        path_of_model = content.get("model_path") or model
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("numbers of layers and parameters must be whole")
+        if not all(isinstance(name, str) and name.strip() and name.isprintable() for name in (model, path_of_model)):
+            raise ValueError("the model must have a name")
         plan = Plan(layers, **{name: tuple(value) for name, value in removed.items()})
     except OSError as error:
         raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
     except KeyError as error:
         raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"--apply_plan {path}: holds no plan ({error}); give a run's result.json") from error
     if len(plan.mha_removed) == layers:
         raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
-    return SavedPlan(path, model, plan, total)
+    return SavedPlan(path, path_of_model, plan, total)

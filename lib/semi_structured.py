@@ -20,11 +20,12 @@ _ROWS, _COLUMNS = 32, 64  # multiples that every backend takes
 
 
 def check_device(device: torch.device) -> None:
-    """Raises `InputError` unless the device has 2:4 kernels."""
+    """Raises `InputError` unless the device has 2:4 kernels, which are tried on a small matrix."""
     found = str(device)
     if device.type == "cuda" and torch.version.cuda:
         capability = torch.cuda.get_device_capability(device)
         if capability >= _CAPABILITY:
+            _try_kernels(device)
             return
         found = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
     raise InputError(
@@ -33,13 +34,25 @@ def check_device(device: torch.device) -> None:
     )
 
 
-def check_linears(linears: Sequence[dict[str, nn.Linear]]) -> None:
-    """Raises `InputError` unless every linear is of a dtype and shape that the kernels take."""
+@torch.no_grad()
+def _try_kernels(device: torch.device) -> None:
+    try:
+        linear = nn.Linear(128, 128, bias=False, dtype=torch.float16, device=device)
+        linear.weight.copy_(torch.tensor([0, 0, 1, 1]).repeat(128, 32))
+        with compressed([linear]):
+            linear(torch.ones(64, 128, dtype=torch.float16, device=device))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out") from error
+
+
+def check_linears(linears: Sequence[dict[str, nn.Linear]], has_dtype: bool = True) -> None:
+    """Raises `InputError` unless every linear is of a shape that the kernels take, and of a dtype if that is known."""
     for index, layer in enumerate(linears):
         for name, linear in layer.items():
             rows, columns = linear.weight.shape
             where = f"--semi_structured: layer {index} {name}"
-            if linear.weight.dtype not in _DTYPES:
+            if has_dtype and linear.weight.dtype not in _DTYPES:
                 dtype = str(linear.weight.dtype).removeprefix("torch.")
                 raise InputError(f"{where} is in {dtype}, and the kernels take half precision; use --dtype bfloat16")
             if rows % _ROWS or columns % _COLUMNS:

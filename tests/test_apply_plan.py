@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import lib.depth
 from lib.plan import read_plan
 from tests.command import run
+from tests.families import tiny_model
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_without_evaluation_no_text_is_read(found, tmp_path, monkeypatch):
         ({"ffn_removed": 3}, "holds no plan"),
         ({"num_layers": None}, "numbers of layers and parameters must be whole"),
         ({"mha_removed": [0, 1, 2, 3]}, "removes every attention"),
+        ({"model": "a\0b", "model_path": None}, "the model must have a name"),
+        ({"model": " "}, "the model must have a name"),
         ({"num_layers": 6}, "was made for 6 decoder layers, but"),
     ],
 )
@@ -73,7 +76,8 @@ def test_a_file_that_is_no_plan_for_the_model_is_refused(found, tmp_path, monkey
 
 def test_a_missing_broken_or_incomplete_file_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "result.json"
-    for content, problem in (None, "cannot be read"), ("{", "holds no plan"), ('{"tool": "ppllms"}', "has no 'mha_re"):
+    cases = [(None, "cannot be read"), ("{", "holds no plan"), ('{"tool": "ppllms"}', "has no 'mha_re")]
+    for content, problem in (*cases, ("[" * 100_000, "holds no plan")):
         if content:
             path.write_text(content)
         assert run("--apply_plan", path, monkeypatch=monkeypatch) == 2
@@ -107,3 +111,46 @@ def test_flags_that_would_do_nothing_are_refused(found, monkeypatch, capsys, fla
 def test_a_gguf_needs_a_plan(monkeypatch, capsys):
     assert run("--gguf", "a.gguf", "b.gguf", monkeypatch=monkeypatch) == 2
     assert "--gguf: needs --apply_plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--save_model"])
+def test_the_plan_is_not_replaced_by_what_it_makes(found, monkeypatch, capsys, flag):
+    (found.parent / "config.json").write_text("{}")  # as if a model stood beside it
+    before = found.read_text()
+    command = ["--apply_plan", found, "--eval_ppl", "no", "--overwrite", flag, found.parent]
+    assert run(*command, monkeypatch=monkeypatch) == 2
+    assert f"{flag} {found.parent}: would replace the plan" in capsys.readouterr().err and found.read_text() == before
+
+
+def test_what_leaves_no_attention_is_refused(found, tmp_path, monkeypatch, capsys):
+    """The first plan has left attention in some layers; the second names just those."""
+    config = json.loads((tmp_path / "searched/config.json").read_text())
+    partial = {int(layer): entry["skip"] for layer, entry in config["per_layer_config"].items()}
+    with_attention = [layer for layer in range(3) if "attention" not in partial.get(layer, [])]
+    content = json.loads(found.read_text()) | {"num_layers": 3, "ffn_removed": []}
+    flags = ["--model_name", tmp_path / "searched", "--eval_ppl", "no", "--overwrite", "--output_dir", tmp_path / "out"]
+    found.write_text(json.dumps(content | {"mha_removed": with_attention[:-1]}))
+    assert run("--apply_plan", found, *flags, "--save_model", tmp_path / "one", monkeypatch=monkeypatch) == 0
+    found.write_text(json.dumps(content | {"mha_removed": with_attention[-1:]}))
+    again = [*flags[2:], "--model_name", tmp_path / "one"]
+    assert run("--apply_plan", found, *again, monkeypatch=monkeypatch) == 2
+    assert "without any attention; one must stay" in capsys.readouterr().err
+
+
+def test_another_model_of_as_many_layers_is_remarked_on(found, tmp_path, demo_tokenizer, monkeypatch, capsys):
+    tiny_model("Qwen3", vocab_size=len(demo_tokenizer)).save_pretrained(tmp_path / "other")
+    demo_tokenizer.save_pretrained(tmp_path / "other")
+    command = ["--apply_plan", found, "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
+    assert run(*command, monkeypatch=monkeypatch) == 0
+    assert "is this another?" not in capsys.readouterr().out
+    assert run(*command, "--overwrite", "--model_name", tmp_path / "other", monkeypatch=monkeypatch) == 0
+    assert "is this another?" in capsys.readouterr().out
+    assert json.loads((tmp_path / "applied/result.json").read_text())["parameters"]["target_rate"] is None
+
+
+def test_the_plan_finds_its_model_from_another_folder(arguments, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    assert run(*arguments, "--model_name", tiny_folder.name, "--eval_ppl", "no", monkeypatch=monkeypatch) == 0
+    monkeypatch.chdir(tmp_path)
+    command = ["--apply_plan", "run/result.json", "--eval_ppl", "no", "--output_dir", "applied"]
+    assert run(*command, monkeypatch=monkeypatch) == 0

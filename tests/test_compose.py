@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.batching import Batcher
 from lib.bi import block_influence
+from lib.depth import budget_of
+from lib.errors import InputError
 from lib.export import save_pruned, save_weights
 from lib.linears import find_linears
 from lib.loading import load_model, load_outline, load_tokenizer
@@ -15,6 +17,7 @@ from lib.model import Decoder
 from lib.names import ModelSource
 from lib.plan import Mode, Plan
 from lib.stream import final_hidden_states
+from tests import reference
 from tests.command import run, run_alp, run_gradient
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
@@ -141,8 +144,28 @@ def gradient_flags(flags: list) -> list:
 
 
 def test_block_influence_of_a_pruned_model_counts_what_is_left(tmp_path):
-    """A layer that lost its FFN turns the hidden states by its attention only: less than whole."""
-    windows = tiny_windows(3)
-    dense, pruned = Decoder(tiny_model("Llama")), Decoder(pruned_in(tmp_path / "out", "Llama", Plan(4, (), (0,))))
-    one, other = (block_influence(decoder, windows, Batcher(2)) for decoder in (dense, pruned))
-    assert one[0] != other[0]
+    windows, toggled = tiny_windows(3), reference.toggled(tiny_model("Llama"), (1,), (0,))
+    found = block_influence(Decoder(pruned_in(tmp_path / "out", "Llama", FIRST)), windows, Batcher(2))
+    assert found == pytest.approx(reference.block_influence(toggled, windows), abs=1e-5)
+
+
+def test_automatic_counts_are_those_of_the_layers_that_are_whole(tmp_path):
+    decoder = Decoder(pruned_in(tmp_path / "out", "Llama", FIRST))
+    budget = budget_of(decoder)
+    assert budget.num_layers == 2 and (budget.mha_parameters, budget.ffn_parameters) == decoder.sublayer_parameters(2)
+
+
+def test_masked_cannot_hold_what_lacks_sublayers_already(arguments, pruned, tmp_path, monkeypatch, capsys):
+    flags = ["--model_name", pruned, "--ffn_remove_layers", 1, "--save_model", tmp_path / "out", "--overwrite"]
+    assert run(*arguments, *flags, "--save_format", "masked", monkeypatch=monkeypatch) == 2
+    assert "has lost sublayers before" in capsys.readouterr().err
+
+
+def test_a_config_that_names_another_class_runs_as_what_it_is(tmp_path):
+    pruned_in(tmp_path / "out", "Llama", FIRST)
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    for architectures in ([None], ["PrunedLlamaModel"], ["PrunedPreTrainedModel"], [3]):
+        path.write_text(json.dumps(config | {"architectures": architectures}))
+        with pytest.raises(InputError):
+            load_model(ModelSource(str(tmp_path / "out")))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from lib.errors import InputError, RunError
-from lib.export import check_format, save_pruned
+from lib.export import check_format, save_pruned, save_weights
 from lib.loading import load_model
 from lib.model import Decoder
 from lib.names import ModelSource
@@ -201,3 +201,28 @@ def test_a_model_that_a_reload_would_change_is_refused(tmp_path):
     with pytest.raises(RunError, match="scaling.*--save_format masked"):
         save_pruned(decoder, WHOLE, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_more_than_text_is_masked_or_its_weights_are_saved(tmp_path):
+    """As Gemma 3 of 4B and more, whose text model is one part; without its whole layers it would not be rebuilt."""
+    text = {**FAMILIES["Gemma3"][1], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
+    text |= {"vocab_size": 96, "num_attention_heads": 4, "max_position_embeddings": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+    def build():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    ids, decoder = tiny_windows(1), Decoder(build())
+    with pytest.raises(InputError, match="parts besides its text model"):
+        check_format(decoder, "hf")
+    check_format(decoder, "masked")
+    decoder.apply(MIXED)
+    expected = decoder.model(input_ids=ids).logits
+    save_pruned(decoder, MIXED, None, tmp_path / "out", "masked")
+    assert torch.allclose(_reload(tmp_path / "out")(input_ids=ids).logits, expected, atol=1e-6)
+    model = build()
+    save_weights(model, None, tmp_path / "weights")
+    assert torch.equal(_reload(tmp_path / "weights")(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -168,7 +168,7 @@ def test_head_size_is_written_where_the_source_leaves_it_to_its_first_layer(tmp_
 @pytest.mark.parametrize(
     ("first", "second", "joint"),
     [
-        (MIXED, Plan(3, (1,), (1,)), Plan(4, (0, 1, 2), (1, 2))),
+        (MIXED, Plan(3, (1,)), Plan(4, (0, 1, 2), (1, 2))),
         (Plan(4, (1,)), Plan(4, (0,), (0,)), Plan(4, (0, 1), (0,))),  # what becomes the first has no attention
         (Plan(4, (0,)), Plan(4, (), (0, 3)), Plan(4, (0,), (0, 3))),
         (Plan(4, (), (3,)), Plan(4, (3,), ()), Plan(4, (3,), (3,))),
@@ -338,7 +338,17 @@ def test_plans_that_do_not_fit_the_file_are_refused(source, tmp_path):
     for file, plan in (source, Plan(4, (0, 1, 2, 3))), (tmp_path / "one.gguf", Plan(4, (3,))):
         with pytest.raises(InputError, match="leaves no attention"):
             apply_plan(file, tmp_path / "out.gguf", plan)
-    assert [path.name for path in tmp_path.iterdir()] == ["one.gguf"]
+    with pytest.raises(InputError, match="block 1 has no attention to remove"):
+        apply_plan(tmp_path / "one.gguf", tmp_path / "out.gguf", Plan(4, (1,), (1,)))
+    apply_plan(source, tmp_path / "two.gguf", Plan(4, (), (2,)))
+    with pytest.raises(InputError, match="block 2 has no FFN to remove"):  # the same plan twice
+        apply_plan(tmp_path / "two.gguf", tmp_path / "out.gguf", Plan(4, (), (2,)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.gguf", "two.gguf"]
+
+
+def test_a_name_too_long_is_refused_before_anything_is_read(source, tmp_path):
+    with pytest.raises(InputError, match="the name is too long"):
+        apply_plan(source, tmp_path / ("x" * 250), Plan(4))
 
 
 # In llama.cpp ---------------------------------------------------------------------------------------------------------
@@ -490,6 +500,24 @@ def test_one_command_prunes_the_gguf_that_one_has(found, tiny_folder, tmp_path, 
     assert run(*command, monkeypatch=monkeypatch) == 2
     assert "out.gguf exists; name another file or add --overwrite" in capsys.readouterr().err
     assert run(*command, "--overwrite", monkeypatch=monkeypatch) == 0
+
+
+def test_the_plan_is_not_written_over(found, tmp_path, monkeypatch, capsys):
+    source = write_gguf(tiny_model("Llama"), tmp_path / "in.gguf")
+    assert run("--apply_plan", found, "--gguf", source, found, "--overwrite", monkeypatch=monkeypatch) == 2
+    assert "would replace the plan" in capsys.readouterr().err and read_plan(found)
+
+
+def test_rotary_tables_and_stand_ins_are_no_parameters(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_model("Llama", rope_parameters={**rope, "original_max_position_embeddings": 32})
+    source = write_gguf(model, tmp_path / "in.gguf")
+    assert "rope_freqs.weight" in _read(source)[1]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    first = apply_plan(source, tmp_path / "one.gguf", Plan(4, (), (2,)))
+    ffn = sum(parameter.numel() for parameter in model.model.layers[2].mlp.parameters())
+    assert (first.before.parameters, first.after.parameters) == (total, total - ffn)
+    assert apply_plan(tmp_path / "one.gguf", tmp_path / "two.gguf", Plan(4)).before.parameters == total - ffn
 
 
 def test_a_file_of_another_size_is_remarked_on(found, tmp_path, monkeypatch, capsys):

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib import nemotron
 from lib.errors import InputError
-from lib.export import compact
+from lib.export import check_format, compact
+from lib.loading import load_config
 from lib.model import Decoder
+from lib.names import ModelSource
 from lib.plan import Plan
 from tests.command import run
 from tests.families import FAMILIES, tiny_model, tiny_windows
@@ -263,3 +265,24 @@ def test_what_does_not_fit_is_refused_before_a_run(arguments, tmp_path, monkeypa
     assert run(*arguments, *flags, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "use --save_format hf" in told and not (tmp_path / "run").exists()
+
+
+def test_a_first_layer_without_attention_is_refused_before_a_search_and_before_a_plan_is_applied(tmp_path):
+    compact(decoder := Decoder(tiny_model("Llama")), Plan(4, (0,)))
+    decoder = Decoder(decoder.model)
+    for plan in None, Plan(4), Plan(4, (1,)):
+        with pytest.raises(InputError, match="attention in the first layer that stays"):
+            check_format(decoder, "nemotron-nas", plan)
+    check_format(decoder, "nemotron-nas", Plan(4, (), (0,)))  # what is left of the first layer goes
+    compact(decoder := Decoder(tiny_model("Llama")), Plan(4, (1,)))
+    decoder = Decoder(decoder.model)
+    check_format(decoder, "nemotron-nas")
+    with pytest.raises(InputError, match="attention in the first layer that stays.*--apply_plan"):
+        check_format(decoder, "nemotron-nas", Plan(4, (0,), (0,)))  # 1 becomes the first
+
+
+def test_the_folder_is_not_pruned_again(tmp_path):
+    compact(decoder := Decoder(tiny_model("Llama")), MIXED)
+    nemotron.save(decoder.model, tmp_path)
+    with pytest.raises(InputError, match="format nemotron-nas; give the model saved as hf"):
+        load_config(ModelSource(str(tmp_path), trust_remote_code=True))

@@ -47,6 +47,19 @@ def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
     semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
 
 
+def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypatch, capsys):
+    monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
+    monkeypatch.setattr(lib.alp, "load_model", None)
+    assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
+    assert "no multiple of 32 x 64" in capsys.readouterr().err
+
+
+def test_kernels_that_do_not_run_are_refused():
+    """As where torch was built without them: here there is no such device at all."""
+    with pytest.raises(InputError, match="torch's 2:4 kernels do not run here"):
+        semi_structured._try_kernels(torch.device("cpu"))
+
+
 def test_the_weights_come_back_even_from_an_error(monkeypatch):
     monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight * 2)
     linears = list(find_linears(Decoder(tiny_model("Llama")))[0].values())
@@ -66,7 +79,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
         return torch.zeros_like(weight)
 
     monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
-    monkeypatch.setattr(semi_structured, "check_linears", lambda linears: None)
+    monkeypatch.setattr(semi_structured, "check_linears", lambda linears, has_dtype: None)
     monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", stand_in)
     assert run_alp(*alp_arguments, *FLAGS, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     assert compressed and all((w.reshape(-1, 4) == 0).sum(dim=1).eq(2).all() for w in compressed)
