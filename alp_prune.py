@@ -17,7 +17,7 @@ from pathlib import Path
 from lib import cli, log, names
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import DENSE, UNIFORM, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
+from lib.methods import ALPHAS, DENSE, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
 
 WBITS = (*range(2, 9), 16)
 
@@ -68,7 +68,7 @@ def add_pruning_flags(group) -> None:
     group.add_argument(
         "--prune_method",
         default="wanda_alp",
-        help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp",
+        help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
     )
     group.add_argument("--sparsity_ratio", type=cli.share, help="share of the weights that goes (default: 0.7, or n/m)")
     group.add_argument(
@@ -89,7 +89,10 @@ def add_pruning_flags(group) -> None:
 
 def add_allocation_flags(group) -> None:
     group.add_argument(
-        "--alpha", type=cli.at_most_1, default=0.15, help="densities differ by 2 alpha at most (default: 0.15)"
+        "--alpha", type=cli.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08)"
+    )
+    group.add_argument(
+        "--owl_m", type=cli.above_0, default=5.0, help="owl: an outlier is so many times the mean (default: 5)"
     )
     cli.add_gradient_flags(group, "--grad_nsamples")
     group.add_argument(
@@ -128,10 +131,10 @@ def check(args: argparse.Namespace) -> dict:
     gradients = GradientSettings(
         args.calibration_dataset, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed
     )
-    if method.allocator != UNIFORM and not args.gradients:
+    if method.allocator == "alp" and not args.gradients:
         check_writable(gradients.path(args.model, args.dtype).parent, "gradients")
-    if args.gradients and (method.allocator == UNIFORM or args.sparsity_type.is_structured):
-        raise InputError(f"--gradients: {args.prune_method} {args.sparsity_type} gives every layer the same sparsity")
+    if args.gradients and (method.allocator != "alp" or args.sparsity_type.is_structured):
+        raise InputError(f"--gradients: {args.prune_method} {args.sparsity_type} does not use them; leave them out")
     log_folder = (args.save or Path("results")) if args.save or args.save_log else None
     if log_folder:
         check_writable(log_folder, "--save")
@@ -141,6 +144,7 @@ def check(args: argparse.Namespace) -> dict:
     return {
         "source": cli.model_source(args, args.model),
         "method": method,
+        "alpha": ALPHAS.get(method.allocator, 0.0) if args.alpha is None else args.alpha,
         "pattern": args.sparsity_type,
         "sparsity_ratio": ratio,
         "quantization": quantization,

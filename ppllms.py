@@ -20,11 +20,13 @@ from pathlib import Path
 
 from lib import cli, gguf_file, names
 from lib.errors import InputError
+from lib.methods import DEPTH_METHODS
 from lib.plan import SavedPlan, read_plan
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
-OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed")
+OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method")
+OF_PPLLMS = ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
 
@@ -34,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--model_name", type=cli.name, help="hub id or local folder (default: the bundled demo, or that of the plan)"
     )
+    group.add_argument("--method", choices=DEPTH_METHODS, default="ppllms", help="how to choose (default: ppllms)")
     group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
     group.add_argument(
         "--prune_rate", type=cli.between_0_and_1, default=0.25, help="share of all parameters to remove (default: 0.25)"
@@ -82,6 +85,10 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     for name in sorted(given):
         if args.gguf and name not in OF_A_GGUF:
             raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
+        if args.method != "ppllms" and name in OF_PPLLMS:
+            raise InputError(f"--{name}: is of --method ppllms; {args.method} goes by --prune_rate; leave it out")
+        if args.method not in ("ppllms", "shortgpt") and name == "bi_windows":
+            raise InputError(f"--bi_windows: {args.method} takes no Block Influence; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
     if "save_format" in given and not args.save_model:

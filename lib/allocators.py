@@ -20,9 +20,10 @@ def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
     return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]
 
 
-def alp_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:
-    """ALP: densities from the layers' importance, `2 alpha` apart at most, about the target density.
+def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:
+    """Densities from the layers' importance, `2 alpha` apart at most, about the target density.
 
+    As ALP, OWL (arXiv:2310.05175, there lambda) and DLP (arXiv:2505.23807) do, each with an importance of its own.
     `sizes` are the layers' numbers of weights. The reference clips only a sparsity below 0, to 0.01, so its mean can
     miss the target and a sparsity exceed 1; see `fit_to_target`. All scores equal: uniform.
     """

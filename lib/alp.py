@@ -8,12 +8,13 @@ from functools import partial
 import torch
 
 from lib import alp_report, artefact, log, semi_structured, sensitivity
-from lib.allocators import alp_densities, importance, uniform_densities
+from lib.allocators import importance, spread_densities, uniform_densities
 from lib.batching import Batcher, automatic_batch_size
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.export import save_weights
 from lib.inputs import check_tokens, dtype_name, window_length
+from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.methods import DENSE
@@ -97,7 +98,7 @@ def run(settings: SparsityPruning) -> dict:
 def prepare(report: Report, settings: SparsityPruning) -> Job:
     """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
     gradients = None
-    if settings.is_allocated:
+    if settings.uses_gradients:
         gradients = sensitivity.find(settings.gradient_path, must_exist=settings.gradient_file is not None)
     with report.timed("load"):
         device = resolve_device(settings.source.device)
@@ -123,7 +124,7 @@ def prepare(report: Report, settings: SparsityPruning) -> Job:
 def check_config(settings: SparsityPruning, config) -> int:
     """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
     seqlen = window_length(settings.model, config, settings.seqlen)
-    if settings.is_allocated:
+    if settings.uses_gradients:
         window_length(settings.model, config, settings.gradients.seqlen, "--grad_seqlen")
     outline = load_outline(config, settings.source.trust_remote_code)
     if outline is not None:
@@ -146,11 +147,11 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
 def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: int) -> Texts:
     """All the text of a run, tokenized; only what the run needs is read."""
     calibration, gradients = None, None
-    if settings.needs_inputs or settings.is_allocated:
+    if settings.needs_inputs or settings.uses_gradients:
         corpus = load_corpus(settings.calibration_dataset, "train")
         if settings.needs_inputs:
             calibration = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
-        if settings.is_allocated:
+        if settings.uses_gradients:
             gradients = sensitivity.gradient_windows(settings.gradients, corpus, tokenizer)
     evaluation = {text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen) for text in settings.dataset}
     for windows in (calibration, gradients, *evaluation.values()):
@@ -198,20 +199,34 @@ def allocate(report: Report, settings: SparsityPruning, job: Job) -> tuple[list[
     """The importance (None where all layers are treated alike) and the density of every layer."""
     if not settings.is_allocated:
         return None, uniform_densities(job.decoder.num_layers, settings.target_sparsity)
-    path, gradients = settings.gradient_path, job.gradients
     with report.timed("allocate"):
-        if gradients:
-            report.say(f"            found in {path}")
-        else:
-            report.say(f"            not in {path} yet: computing, and keeping them there")
-            gradients = sensitivity.compute(
-                report, job.decoder, settings.model, settings.gradients, job.texts.gradients
-            )
-            artefact.write(path, gradients)
-        scores = importance(gradients.layers)
-        densities = alp_densities(scores, sizes_of(job.groups), settings.sparsity_ratio, settings.alpha)
+        scores = score_layers(report, settings, job)
+        densities = spread_densities(scores, sizes_of(job.groups), settings.sparsity_ratio, settings.alpha)
     alp_report.say_densities(report, scores, densities)
     return scores, densities
+
+
+def score_layers(report: Report, settings: SparsityPruning, job: Job) -> list[float]:
+    """How important each layer is to the allocator: the more, the more of it stays."""
+    if settings.uses_gradients:
+        return importance(find_gradients(report, settings, job).layers)
+    is_owl = settings.method.allocator == "owl"
+    summary = outlier_share(settings.owl_m) if is_owl else median
+    with report.progress(job.decoder.num_layers, settings.method.allocator) as progress:
+        scores = layer_scores(job.decoder, job.groups, job.texts.calibration, job.batcher, summary, progress)
+    return scores if is_owl else median_share(scores)
+
+
+def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artefact.Artefact:
+    """The sensitivities that were found, or new ones, which are kept."""
+    path = settings.gradient_path
+    if job.gradients:
+        report.say(f"            found in {path}")
+        return job.gradients
+    report.say(f"            not in {path} yet: computing, and keeping them there")
+    found = sensitivity.compute(report, job.decoder, settings.model, settings.gradients, job.texts.gradients)
+    artefact.write(path, found)
+    return found
 
 
 def prune(report: Report, job: Job, stage: str, pruner: Pruner, densities: Sequence[float]) -> dict[str, float]:
@@ -289,7 +304,7 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
 
 def describe_run(settings: SparsityPruning, job: Job) -> dict:
     """The fields of result.json that say what was asked for."""
-    allocated = settings.is_allocated
+    by_gradients = settings.uses_gradients
     return {
         "tool": "alp_prune",
         "model": settings.model,
@@ -297,10 +312,10 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "prune_method": settings.method.name,
         "sparsity_ratio": settings.target_sparsity,
         "sparsity_type": str(settings.pattern),
-        "alpha": settings.alpha,
-        "grad_type": settings.gradients.gradient_type if allocated else None,
-        "grad_nsamples": settings.gradients.nsamples if allocated else None,
-        "gradients": asdict(settings.gradients) if allocated else None,
+        "alpha": settings.alpha if settings.is_allocated else None,
+        "grad_type": settings.gradients.gradient_type if by_gradients else None,
+        "grad_nsamples": settings.gradients.nsamples if by_gradients else None,
+        "gradients": asdict(settings.gradients) if by_gradients else None,
         "use_variant": settings.use_variant,
         "a": settings.a,
         "percdamp": settings.percdamp,

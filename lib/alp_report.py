@@ -23,9 +23,9 @@ def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weigh
     if settings.needs_inputs:
         windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
         report.say(f"Calibration {settings.calibration_dataset}: {windows}")
-    if settings.is_allocated:
+    if settings.uses_gradients:
         report.say(f"Gradients   {sensitivity.describe(settings.gradients)}")
-    elif settings.method.allocator != UNIFORM:
+    elif settings.method.allocator != UNIFORM and not settings.is_allocated:
         allocator = settings.method.allocator
         report.say(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
 
@@ -34,7 +34,8 @@ def describe_method(settings: SparsityPruning) -> str:
     if settings.method.pruner == DENSE:
         what = "dense: nothing is pruned"
     else:
-        allocation = f"{settings.method.allocator} densities, alpha {settings.alpha:g}"
+        owl = f", M {settings.owl_m:g}" if settings.method.allocator == "owl" else ""
+        allocation = f"{settings.method.allocator} densities, alpha {settings.alpha:g}{owl}"
         how = allocation if settings.is_allocated else "the same in every layer"
         variant = " (variant)" if settings.use_variant else ""
         what = f"{settings.method.pruner}{variant}, {settings.sparsity_ratio:g} {settings.pattern}, {how}"

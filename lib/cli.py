@@ -75,6 +75,11 @@ def at_most_1(text: str) -> float:
     return _number(text, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 
 
+def above_0(text: str) -> float:
+    """A number above 0."""
+    return _number(text, "a number above 0", lambda number: 0 < number < float("inf"))
+
+
 def up_to_10(text: str) -> float:
     """A number above 0, up to 10."""
     return _number(text, "a number above 0, up to 10", lambda number: 0 < number <= 10)

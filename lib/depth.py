@@ -18,6 +18,7 @@ from lib.modeling_pruned import skip_lists
 from lib.names import local_path, short_name
 from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
+from lib.policies import blockpruner, check_reachable, moves_of, random_layers, shortgpt, sleb
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.settings import DepthPruning
@@ -128,8 +129,10 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                 )
         if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
             raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
-    else:
+    elif settings.method == "ppllms":
         find_counts(settings, decoder)
+    else:
+        check_reachable(decoder, moves_of(settings.method, decoder), settings.prune_rate)
     if settings.save_model:
         check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
 
@@ -168,9 +171,31 @@ def budget_of(decoder: Decoder) -> Budget:
 
 
 def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
-    """PP-LLMs: Block Influence, candidates, greedy search. The plan, and what result.json says of its making."""
-    decoder, windows = job.decoder, job.windows
-    depth_report.say_calibration(report, settings.dataset, windows, settings.seed)
+    """The plan that the method finds, and what result.json says of its making."""
+    depth_report.say_calibration(report, settings.dataset, job.windows, settings.seed)
+    if settings.method == "ppllms":
+        return search_ppllms(report, settings, job)
+    if settings.method == "random":
+        return random_layers(job.decoder, settings.prune_rate, settings.seed), {}
+    if settings.method == "shortgpt":
+        bi_scores = rank_layers(report, settings, job)
+        return shortgpt(job.decoder, bi_scores, settings.prune_rate), {"bi_scores": bi_scores}
+    policy = {"sleb": sleb, "blockpruner": blockpruner}[settings.method]
+    depth_report.say_policy(report, settings.method, len(job.windows))
+    with report.timed("search"):
+        say_step = depth_report.step_sayer(report)
+        plan, steps = policy(Sweep(job.decoder, job.windows, job.batcher), settings.prune_rate, say_step)
+    rounds = [
+        {"losses": {str(move): loss for move, loss in step.losses.items()}, "selected": str(step.selected)}
+        | {"loss": step.loss}
+        for step in steps
+    ]
+    return plan, {"rounds": rounds}
+
+
+def search_ppllms(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """PP-LLMs: Block Influence, candidates, greedy search."""
+    decoder = job.decoder
     bi_scores = rank_layers(report, settings, job)
     counts = find_counts(settings, decoder)
     candidates = choose_candidates(bi_scores, counts.ffn, decoder.whole_layers)
@@ -257,6 +282,7 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
     if settings.saved_plan:
         return described
     return described | {
+        "method": settings.method,
         "seed": settings.seed,
         "nsamples": settings.nsamples,
         "dataset": settings.dataset,

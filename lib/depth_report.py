@@ -9,6 +9,7 @@ from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
 from lib.plan import Plan, SavedPlan
+from lib.policies import Step
 from lib.report import Report, columns
 from lib.search import Budget, Counts, Round
 from lib.settings import DepthPruning
@@ -77,6 +78,20 @@ def round_sayer(report: Report) -> Callable[[int, Round], None]:
             report.say("    " + row)
 
     return say_round
+
+
+def say_policy(report: Report, method: str, windows: int) -> None:
+    report.say()
+    report.say(f"Greedy search of {method}, loss on {windows} windows without each of what is left")
+
+
+def step_sayer(report: Report) -> Callable[[int, Step], None]:
+    """What says a step of another policy's search as it ends."""
+
+    def say_step(number: int, step: Step) -> None:
+        report.say(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
+
+    return say_step
 
 
 def say_plan(report: Report, plan: Plan, parameters: dict) -> None:

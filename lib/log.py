@@ -64,7 +64,7 @@ def _rows(result: dict, output_dir: Path) -> list[dict]:
         "actual_sparsity": f"{result['sparsity']:.6f}",
         "zero_shot_mean": f"{mean:.2f}" if (mean := result.get("zero_shot", {}).get("mean")) is not None else "",
         "model": result["model_name"],
-        "alpha": result["alpha"] if result["grad_type"] else "",
+        "alpha": "" if result["alpha"] is None else result["alpha"],
         "grad_type": result["grad_type"] or "",
         "grad_nsamples": result["grad_nsamples"] or "",
         "quantization": result.get("quantization", ""),

@@ -12,10 +12,12 @@ from pathlib import Path
 from lib.errors import InputError
 from lib.names import is_hub_model, short_name
 
+DEPTH_METHODS = ("ppllms", "shortgpt", "sleb", "blockpruner", "random")
 DENSE = "dense"
 UNIFORM = "uniform"
 PRUNERS = ("magnitude", "wanda", "sparsegpt", "ria")
-ALLOCATORS = ("alp",)
+ALPHAS = {"alp": 0.15, "owl": 0.08, "dlp": 0.15}  # of each allocator, its authors'
+ALLOCATORS = tuple(ALPHAS)
 GRADIENT_TYPES = ("l2", "l1", "l2_hundred_total")
 GRADIENT_LOSSES = ("last", "all")
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")  # those of ALP's table

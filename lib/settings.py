@@ -22,6 +22,7 @@ class DepthPruning:
     eval_datasets: list[str]
     output_dir: Path
     saved_plan: SavedPlan | None = None
+    method: str = "ppllms"
     num_blocks: int | None = None
     prune_rate: float = 0.25
     mha_remove_layers: int | None = None
@@ -58,6 +59,7 @@ class SparsityPruning:
     nsamples: int = 128
     seed: int = 0
     alpha: float = 0.15
+    owl_m: float = 5.0
     use_variant: bool = False
     a: float = 0.5
     percdamp: float = 0.01
@@ -103,7 +105,8 @@ class SparsityPruning:
     @property
     def needs_inputs(self) -> bool:
         """True when calibration text is needed."""
-        return any(pruner.needs_inputs for pruner in (self.pruner, self.rounder) if pruner)
+        by_inputs = self.is_allocated and not self.uses_gradients
+        return by_inputs or any(pruner.needs_inputs for pruner in (self.pruner, self.rounder) if pruner)
 
     @property
     def gradient_path(self) -> Path:
@@ -114,3 +117,8 @@ class SparsityPruning:
     def is_allocated(self) -> bool:
         """True when layers get sparsities of their own; n:m gives all the same."""
         return self.method.allocator != UNIFORM and not self.pattern.is_structured
+
+    @property
+    def uses_gradients(self) -> bool:
+        """True when those sparsities are ALP's, from connection sensitivity."""
+        return self.is_allocated and self.method.allocator == "alp"

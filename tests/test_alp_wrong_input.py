@@ -95,7 +95,7 @@ def refuse_gradient(tiny_folder, text_file, tmp_path, alp_arguments, monkeypatch
         (["--gradients", "no.json"], "gradients no.json: no such file; make it with save_gradient.py"),
         (
             ["--gradients", "x.json", "--prune_method", "ria"],
-            "--gradients: ria unstructured gives every layer the same",
+            "--gradients: ria unstructured does not use them",
         ),
         (["--nsample", "4"], "unrecognized arguments: --nsample 4"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 import ppllms
 from lib import cli
-from lib.allocators import alp_densities, importance
+from lib.allocators import importance, spread_densities
 from lib.batching import Batcher
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
@@ -98,9 +98,9 @@ def test_all_golden_runs_are_tested(stories):
 @pytest.mark.parametrize(
     "gradient_type, key", [("l2", "layer_density"), ("l2_hundred_total", "layer_density_l2_hundred_total")]
 )
-def test_alp_densities_are_those_of_the_reference(stories, gradient_type, key):
+def test_spread_densities_are_those_of_the_reference(stories, gradient_type, key):
     layers = connection_sensitivity(Decoder(stories.model), stories.gradient_windows, gradient_type)
-    densities = alp_densities(importance(layers), [layer.layer.count for layer in layers], 0.7, 0.15)
+    densities = spread_densities(importance(layers), [layer.layer.count for layer in layers], 0.7, 0.15)
     assert densities == pytest.approx(golden_run(stories, "wanda_alp", 0.7, "unstructured")[key], abs=1e-5)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lib.allocators import alp_densities, fit_to_target, importance
+from lib.allocators import fit_to_target, importance, spread_densities
 from lib.errors import InputError, RunError
 from lib.gradients import LayerSensitivity, Spread, connection_sensitivity, spread
 from lib.linears import find_linears, input_groups
@@ -113,7 +113,7 @@ def test_densities_are_alps_formula_where_nothing_is_clipped():
     assert scores == pytest.approx([0.6, 0.9, 0.8, 0.7])
     shifts = [(s - 0.6) / 0.3 * 2 * 0.15 for s in scores]
     expected = [shift - sum(shifts) / 4 + 0.3 for shift in shifts]
-    assert alp_densities(scores, [5, 5, 5, 5], 0.7, 0.15) == pytest.approx(expected, abs=1e-12)
+    assert spread_densities(scores, [5, 5, 5, 5], 0.7, 0.15) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.95, 0.999])
@@ -122,7 +122,7 @@ def test_densities_stay_in_range_and_meet_the_target_exactly(sparsity, alpha):
     generator = torch.Generator().manual_seed(0)
     for sizes in ([7] * 9, [3, 1, 4, 1, 5, 9, 2, 6, 5]):
         scores = importance(layers_of(torch.rand(9, generator=generator).tolist()))
-        densities = alp_densities(scores, sizes, sparsity, alpha)
+        densities = spread_densities(scores, sizes, sparsity, alpha)
         assert all(0 < density <= 1 for density in densities)
         assert mean(densities, sizes) == pytest.approx(1 - sparsity, abs=1e-12)
         order = sorted(range(9), key=scores.__getitem__)
@@ -136,5 +136,5 @@ def test_the_clip_gives_to_the_others_alike():
 
 
 def test_equal_importance_is_uniform():
-    assert alp_densities(importance(layers_of([2.0, 2.0])), [1, 9], 0.6, 0.3) == pytest.approx([0.4, 0.4])
+    assert spread_densities(importance(layers_of([2.0, 2.0])), [1, 9], 0.6, 0.3) == pytest.approx([0.4, 0.4])
     assert importance(layers_of([0.0, 0.0])) == [1.0, 1.0]

@@ -1,0 +1,60 @@
+"""One number per layer from its weights and their inputs: what OWL and DLP allocate sparsity by."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from lib.batching import Batcher
+from lib.linears import InputGroup
+from lib.model import Decoder
+from lib.prune import observe
+from lib.pruners import Wanda
+from lib.stream import Activations
+
+Summary = Callable[[torch.Tensor], float]
+
+
+def outlier_share(multiple: float) -> Summary:
+    """OWL's layerwise outlier distribution (arXiv:2310.05175, section 3): the share above `multiple` times the mean."""
+    return lambda scores: (scores > multiple * scores.mean()).double().mean().item()
+
+
+def median_share(medians: Sequence[float]) -> list[float]:
+    """DLP's importance of each layer (arXiv:2505.23807): 1 - its share of the layers' medians."""
+    total = sum(medians)
+    return [1 - (median / total if total else 0.0) for median in medians]
+
+
+def median(scores: torch.Tensor) -> float:
+    """The median of all scores of a layer; of an even number, the lower of the two in the middle."""
+    return scores.median().item()
+
+
+@torch.no_grad()
+def layer_scores(
+    decoder: Decoder,
+    groups: Sequence[Sequence[InputGroup]],
+    windows: torch.Tensor,
+    batcher: Batcher,
+    summary: Summary,
+    progress: Callable[[int], object] | None = None,
+) -> list[float]:
+    """The summary of each layer's scores |W| times input norm, Wanda's, those of all its linears in one vector.
+
+    The model stays dense; `windows` (N, T) are the calibration tokens. Raises `RunError` for what is not finite.
+    """
+    activations, scores, wanda = Activations(decoder, windows, batcher), [], Wanda()
+    for layer, layer_groups in enumerate(groups):
+        statistics = batcher.whole(partial(observe, activations, layer_groups, wanda), len(windows))
+        parts = [
+            (linear.weight.abs().float() * statistic.norms).flatten()
+            for group, statistic in zip(layer_groups, statistics, strict=True)
+            for linear in group.linears
+        ]
+        scores.append(summary(torch.cat([part.to(parts[0].device) for part in parts])))
+        if layer < len(groups) - 1:
+            activations.advance()
+        if progress:
+            progress(1)
+    return scores

@@ -1,0 +1,153 @@
+"""The policies of other papers choose what toggling sublayers and running the whole model chooses."""
+
+import json
+import sys
+
+import pytest
+
+from lib.batching import Batcher
+from lib.errors import InputError
+from lib.export import save_pruned
+from lib.loading import load_model
+from lib.model import Decoder
+from lib.names import ModelSource
+from lib.plan import Plan
+from lib.policies import Move, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
+from lib.search import Sweep
+from tests import reference
+from tests.command import run
+from tests.families import tiny_model, tiny_windows
+
+
+def oracle(model, windows, plan, moves):
+    """The loss of the model under a plan and each of some moves, by whole forwards of toggled models."""
+    plans = {move: move.added_to(plan) for move in moves}
+    toggled = {m: reference.toggled(model, after.mha_removed, after.ffn_removed) for m, after in plans.items()}
+    return {move: reference.total_loss(each, windows) for move, each in toggled.items()}
+
+
+def rate_of(decoder, *moves) -> float:
+    plan = Plan(4)
+    for move in moves:
+        plan = move.added_to(plan)
+    return decoder.removed_parameters(plan) / decoder.total_parameters
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "OPT", "GPTNeoX", "FalconSerial", "Mixtral"])
+@pytest.mark.parametrize("policy, moves_of", [(sleb, whole_layers), (blockpruner, sublayers)])
+def test_greedy_policies_are_those_of_whole_forwards(family, policy, moves_of, batcher):
+    model, windows = tiny_model(family), tiny_windows(3)
+    decoder = Decoder(tiny_model(family))
+    moves = moves_of(decoder)
+    whole = [Move(layer, True, True) for layer in (0, 1)]
+    plan, steps = policy(Sweep(decoder, windows, batcher), rate_of(decoder, *whole))
+    base = Plan(4)
+    for number, step in enumerate(steps):
+        expected = oracle(model, windows, base, step.losses)
+        assert step.losses == pytest.approx(expected, rel=1e-5)
+        assert step.selected == min(expected, key=expected.get)
+        assert number or list(step.losses) == moves
+        base = step.selected.added_to(base)
+    assert len(steps) >= 2 and base == plan
+
+
+def test_every_move_is_offered_that_comes_nearer_and_no_other(batcher):
+    decoder = Decoder(tiny_model("Llama"))
+    attention = rate_of(decoder, Move(0, attention=True))
+    plan, (step,) = blockpruner(Sweep(decoder, tiny_windows(2), batcher), attention)
+    assert set(step.losses) == {*(Move(i, attention=True) for i in range(4)), *(Move(i, ffn=True) for i in range(4))}
+    target = rate_of(decoder, *(Move(i, ffn=True) for i in range(2)))
+    plan, steps = blockpruner(Sweep(decoder, tiny_windows(2), batcher), target)
+    removed = decoder.removed_parameters(plan) / decoder.total_parameters
+    for move in sublayers(decoder):
+        if move.layer not in (plan.mha_removed if move.attention else plan.ffn_removed):
+            after = decoder.removed_parameters(move.added_to(plan)) / decoder.total_parameters
+            assert abs(after - target) >= abs(removed - target)
+
+
+def test_shortgpt_takes_the_lowest_block_influence():
+    decoder = Decoder(tiny_model("Llama"))
+    target = rate_of(decoder, Move(0, True, True), Move(1, True, True))
+    plan = shortgpt(decoder, [0.4, 0.1, 0.3, 0.1], target)
+    assert plan == Plan(4, (1, 3), (1, 3))
+
+
+def test_random_layers_follow_the_seed():
+    decoder = Decoder(tiny_model("Llama", num_hidden_layers=12))
+    plans = [random_layers(decoder, 0.2, seed) for seed in (0, 0, 1, 2)]
+    assert plans[0] == plans[1] and len(set(plans)) == 3
+    assert all(plan.mha_removed == plan.ffn_removed for plan in plans)
+
+
+def test_the_last_attention_stays(batcher):
+    decoder = Decoder(tiny_model("Llama"))
+    moves = [Move(layer, attention=True) for layer in range(4)]
+    sweep, rate = Sweep(decoder, tiny_windows(1), batcher), rate_of(decoder, *moves)
+    plan, _ = greedy(sweep, moves, 0.8 * rate)
+    assert len(plan.mha_removed) == 3
+    with pytest.raises(InputError, match="cannot be reached"):
+        greedy(sweep, moves, rate)
+
+
+@pytest.mark.parametrize("target", [0.001, 0.99])
+def test_a_rate_out_of_reach_is_refused(target):
+    with pytest.raises(InputError, match="cannot be reached by this method"):
+        shortgpt(Decoder(tiny_model("Llama")), [1, 2, 3, 4], target)
+
+
+def test_a_model_pruned_before_loses_what_it_has(batcher, tmp_path):
+    save_pruned(Decoder(tiny_model("Llama")), Plan(4, (1,), (0,)), None, tmp_path / "out")
+    decoder = Decoder(load_model(ModelSource(str(tmp_path / "out"))))
+    assert whole_layers(decoder) == [Move(2, True, True), Move(3, True, True)]
+    assert Move(0, ffn=True) not in sublayers(decoder) and Move(0, attention=True) in sublayers(decoder)
+    plan, _ = sleb(Sweep(decoder, tiny_windows(2), Batcher(2)), rate_of(decoder, Move(2, True, True)))
+    assert plan.mha_removed in ((2,), (3,))
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_rate(arguments):
+    """The arguments of a run that goes by the rate alone."""
+    at = arguments.index("--mha_remove_layers")
+    return [*arguments[:at], *arguments[at + 4 :], "--eval_ppl", "no", "--overwrite", "--prune_rate", 0.1]
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "sleb", "blockpruner", "random"])
+def test_a_run_prunes_by_each_method(by_rate, tmp_path, monkeypatch, method):
+    command = [*by_rate, "--method", method, "--save_model", tmp_path / "out"]
+    assert run(*command, monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["method"] == method and result["parameters"]["actual_rate"] == pytest.approx(0.1, abs=0.03)
+    assert ("bi_scores" in result) == (method == "shortgpt")
+    saved = load_model(ModelSource(str(tmp_path / "out")))
+    left = result["parameters"]["total"] - result["parameters"]["removed"]
+    assert sum(parameter.numel() for parameter in saved.parameters()) == left
+    for step in result.get("rounds", []):
+        assert step["loss"] == min(step["losses"].values()) == step["losses"][step["selected"]]
+    assert bool(result.get("rounds")) == (method in ("sleb", "blockpruner"))
+
+
+def test_the_plan_of_a_method_is_applied_again(by_rate, tmp_path, monkeypatch):
+    assert run(*by_rate, "--method", "blockpruner", monkeypatch=monkeypatch) == 0
+    found = json.loads((tmp_path / "run/result.json").read_text())
+    command = ["--apply_plan", tmp_path / "run/result.json", "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
+    assert run(*command, monkeypatch=monkeypatch) == 0
+    applied = json.loads((tmp_path / "applied/result.json").read_text())
+    assert [applied[name] for name in ("mha_removed", "ffn_removed")] == [found["mha_removed"], found["ffn_removed"]]
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--method", "sleb", "--mha_remove_layers", 1], "--mha_remove_layers: is of --method ppllms"),
+        (["--method", "random", "--bi_windows", 1], "--bi_windows: random takes no Block Influence"),
+        (["--method", "shortgpt", "--prune_rate", 0.9], "--prune_rate 0.9 cannot be reached by this method"),
+        (["--method", "wanda"], "--method: invalid choice: 'wanda'"),
+    ],
+)
+def test_flags_that_do_not_fit_a_method_are_refused(by_rate, tmp_path, monkeypatch, capsys, flags, problem):
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(run(*by_rate, *flags, monkeypatch=monkeypatch))
+    assert ended.value.code == 2 and problem in capsys.readouterr().err and not (tmp_path / "run").exists()
