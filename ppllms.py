@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lib import cli, gguf_file, names
 from lib.errors import InputError
+from lib.files import RESULT
 from lib.methods import DEPTH_METHODS
 from lib.plan import SavedPlan, read_plan
 
@@ -96,7 +97,7 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def check_plan_stays(plan: Path, targets: dict[str, Path | None]) -> None:
-    """Raises `InputError` when the plan is, or lies in, what a run would replace."""
+    """Raises `InputError` when the plan is, or lies in, a file or folder that would be replaced."""
     for flag, target in targets.items():
         if target and target.resolve() in (plan.resolve(), *plan.resolve().parents):
             raise InputError(f"{flag} {target}: would replace the plan {plan}; name another")
@@ -117,7 +118,8 @@ def check(args: argparse.Namespace) -> None:
         names.check_text(source)
     cli.check_output(args, args.model_name)
     if args.apply_plan:
-        check_plan_stays(args.apply_plan, {"--output_dir": args.output_dir, "--save_model": args.save_model})
+        result = args.output_dir / RESULT if args.output_dir else None
+        check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
     if names.is_hub_model(args.model_name) or any(map(names.is_hub_text, sources)):
         cli.prefer_cache_without_network()
 
@@ -130,7 +132,7 @@ def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) ->
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
         print(f"{what:<12}{name}: {size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB")
-    if found.before.parameters != saved.parameters:
+    if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 
 

@@ -283,14 +283,14 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
         with report.timed("save"):
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, settings.overwrite)
         report.result(result)
-    if settings.semi_structured:
-        result["tokens_per_second"] = compare_speed(settings, job)
-        report.result(result)
-        alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
     plot = report.folder / SPARSITY
     title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"
     has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], settings.target_sparsity, title)
     try:
+        if settings.semi_structured:
+            result["tokens_per_second"] = compare_speed(settings, job)
+            report.result(result)
+            alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
         if job.zero_shot:
             with report.timed("zero_shot"), kernels(settings, job):
                 result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)

@@ -106,7 +106,7 @@ def check_config(settings: DepthPruning, config) -> int:
 
 def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
     """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
-    if layers < 2:
+    if layers < 2 and settings.method != "blockpruner":
         raise InputError(f"{having}; pruning needs at least 2")
     if (settings.mha_remove_layers or 0) >= layers:
         raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
@@ -185,12 +185,7 @@ def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan,
     with report.timed("search"):
         say_step = depth_report.step_sayer(report)
         plan, steps = policy(Sweep(job.decoder, job.windows, job.batcher), settings.prune_rate, say_step)
-    rounds = [
-        {"losses": {str(move): loss for move, loss in step.losses.items()}, "selected": str(step.selected)}
-        | {"loss": step.loss}
-        for step in steps
-    ]
-    return plan, {"rounds": rounds}
+    return plan, {"rounds": describe_rounds(steps)}
 
 
 def search_ppllms(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
@@ -204,8 +199,24 @@ def search_ppllms(report: Report, settings: DepthPruning, job: Job) -> tuple[Pla
     return plan, {
         "bi_scores": bi_scores,
         "candidates": candidates,
-        "rounds": [{"losses": r.losses, "selected": r.selected, "loss": r.loss} for r in rounds],
+        "rounds": describe_rounds(rounds),
     }
+
+
+def describe_rounds(rounds: list[Round]) -> list[dict]:
+    """The `rounds` of result.json: removals by the numbers of layers, or in words."""
+
+    def label(removal):
+        return removal if isinstance(removal, int) else str(removal)
+
+    return [
+        {
+            "losses": {label(removal): loss for removal, loss in found.losses.items()},
+            "selected": label(found.selected),
+            "loss": found.loss,
+        }
+        for found in rounds
+    ]
 
 
 def rank_layers(report: Report, settings: DepthPruning, job: Job) -> list[float]:

@@ -9,7 +9,6 @@ from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
 from lib.plan import Plan, SavedPlan
-from lib.policies import Step
 from lib.report import Report, columns
 from lib.search import Budget, Counts, Round
 from lib.settings import DepthPruning
@@ -34,7 +33,7 @@ def say_model(report: Report, name: str, decoder: Decoder) -> None:
 def say_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
     """The plan, and a note when the model that is given has another number of parameters than the plan's."""
     report.say(f"Plan        {saved.path}, found for {saved.model}")
-    if saved.parameters != parameters:
+    if not saved.fits(parameters):
         report.say(f"Note        that model has {saved.parameters:,} parameters: is this another?")
 
 
@@ -85,10 +84,10 @@ def say_policy(report: Report, method: str, windows: int) -> None:
     report.say(f"Greedy search of {method}, loss on {windows} windows without each of what is left")
 
 
-def step_sayer(report: Report) -> Callable[[int, Step], None]:
+def step_sayer(report: Report) -> Callable[[int, Round], None]:
     """What says a step of another policy's search as it ends."""
 
-    def say_step(number: int, step: Step) -> None:
+    def say_step(number: int, step: Round) -> None:
         report.say(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
 
     return say_step

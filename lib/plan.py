@@ -63,6 +63,10 @@ class SavedPlan:
     plan: Plan
     parameters: int  # of that model
 
+    def fits(self, parameters: int) -> bool:
+        """True for a model of about as many parameters; a fine-tuned one may have some tokens more."""
+        return abs(parameters - self.parameters) <= 0.01 * self.parameters
+
 
 def read_plan(path: Path) -> SavedPlan:
     """The plan in a `result.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""

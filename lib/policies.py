@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lib.errors import InputError
 from lib.model import Decoder
 from lib.plan import Mode, Plan
-from lib.search import Sweep, Trial
+from lib.search import Round, Sweep, Trial
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,7 @@ class Move:
         return Trial(self.layer, Mode(mode.attention and not self.attention, mode.ffn and not self.ffn))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a search: the loss of every move that was tried, and the one chosen."""
-
-    losses: dict[Move, float]
-    selected: Move
-
-    @property
-    def loss(self) -> float:
-        return self.losses[self.selected]
-
-
-OnStep = Callable[[int, Step], object]
+OnStep = Callable[[int, Round], object]
 
 
 def whole_layers(decoder: Decoder) -> list[Move]:
@@ -78,12 +66,12 @@ def random_layers(decoder: Decoder, target: float, seed: int) -> Plan:
     return in_turn(decoder, moves, target)
 
 
-def sleb(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Step]]:
+def sleb(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Round]]:
     """SLEB (arXiv:2402.09025): step by step the whole layer without which the loss is lowest."""
     return greedy(sweep, whole_layers(sweep.decoder), target, on_step)
 
 
-def blockpruner(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Step]]:
+def blockpruner(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Round]]:
     """BlockPruner (arXiv:2406.10594): step by step the attention or FFN without which the loss is lowest."""
     return greedy(sweep, sublayers(sweep.decoder), target, on_step)
 
@@ -126,7 +114,7 @@ def in_turn(decoder: Decoder, moves: Sequence[Move], target: float) -> Plan:
 
 def greedy(
     sweep: Sweep, moves: Sequence[Move], target: float, on_step: OnStep | None = None
-) -> tuple[Plan, list[Step]]:
+) -> tuple[Plan, list[Round]]:
     """Step by step the move of lowest loss, of equals the first, as long as one comes nearer to `target`.
 
     `target` is the share of all parameters to remove. Raises `InputError` when it is out of reach.
@@ -135,7 +123,7 @@ def greedy(
     check_reachable(decoder, moves, target)
     while near := _nearer(decoder, plan, [move for move in moves if not _is_taken(plan, move)], target):
         losses = sweep.losses(plan, [move.trial(plan) for move in near])
-        steps.append(Step(dict(zip(near, losses, strict=True)), near[losses.index(min(losses))]))
+        steps.append(Round(dict(zip(near, losses, strict=True)), near[losses.index(min(losses))]))
         plan = steps[-1].selected.added_to(plan)
         if on_step:
             on_step(len(steps), steps[-1])

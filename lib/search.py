@@ -1,7 +1,7 @@
 """Which sublayers to remove: the parameter budget, the sweep that measures removals, and the greedy search."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -220,10 +220,13 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the greedy search: the loss of closing each candidate whole, and the one chosen."""
+    """One round of a greedy search: the loss of each removal that was tried, and the one chosen.
 
-    losses: dict[int, float]
-    selected: int
+    For PP-LLMs a removal is the number of the candidate that is closed whole; for others see `lib.policies`.
+    """
+
+    losses: dict
+    selected: Hashable
 
     @property
     def loss(self) -> float:
