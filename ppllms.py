@@ -90,6 +90,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError(f"--{name}: is of --method ppllms; {args.method} goes by --prune_rate; leave it out")
         if args.method not in ("ppllms", "shortgpt") and name == "bi_windows":
             raise InputError(f"--bi_windows: {args.method} takes no Block Influence; leave it out")
+        if args.method == "random" and name in ("dataset", "nsamples"):
+            raise InputError(f"--{name}: --method random looks at no text; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
     if "save_format" in given and not args.save_model:
@@ -113,7 +115,8 @@ def check(args: argparse.Namespace) -> None:
             "attention is removed from layers that lose their FFN"
         )
     cli.check_device(args)
-    sources = [*([] if args.apply_plan else [args.dataset]), *(args.eval_datasets if args.eval_ppl else [])]
+    needs_windows = not args.apply_plan and args.method != "random"
+    sources = [*([args.dataset] if needs_windows else []), *(args.eval_datasets if args.eval_ppl else [])]
     for source in sources:
         names.check_text(source)
     cli.check_output(args, args.model_name)

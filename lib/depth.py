@@ -142,7 +142,7 @@ def load_windows(
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """The calibration windows of a search, and those of every evaluation text; text is tokenized here, once."""
     windows = None
-    if not settings.saved_plan:
+    if settings.needs_windows:
         corpus = load_corpus(settings.dataset, "train")
         windows = calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
         check_tokens(settings.model_name, windows, vocab_size)
@@ -172,11 +172,11 @@ def budget_of(decoder: Decoder) -> Budget:
 
 def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
     """The plan that the method finds, and what result.json says of its making."""
+    if settings.method == "random":
+        return random_layers(job.decoder, settings.prune_rate, settings.seed), {}
     depth_report.say_calibration(report, settings.dataset, job.windows, settings.seed)
     if settings.method == "ppllms":
         return search_ppllms(report, settings, job)
-    if settings.method == "random":
-        return random_layers(job.decoder, settings.prune_rate, settings.seed), {}
     if settings.method == "shortgpt":
         bi_scores = rank_layers(report, settings, job)
         return shortgpt(job.decoder, bi_scores, settings.prune_rate), {"bi_scores": bi_scores}
@@ -292,9 +292,10 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
     }
     if settings.saved_plan:
         return described
+    described |= {"method": settings.method, "seed": settings.seed}
+    if not settings.needs_windows:
+        return described
     return described | {
-        "method": settings.method,
-        "seed": settings.seed,
         "nsamples": settings.nsamples,
         "dataset": settings.dataset,
         "windows": len(job.windows),

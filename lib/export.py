@@ -53,7 +53,8 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
     if save_format == "masked" and len(decoder.whole_layers) < decoder.num_layers:
         raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
     if save_format == "nemotron-nas":
-        nemotron.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))  # a search keeps what is not whole
+        # Without a plan yet: PP-LLMs leaves layers alone that are not whole.
+        nemotron.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))
         if decoder.has_weights:
             nemotron.check_model(model)
         else:

@@ -42,6 +42,11 @@ class DepthPruning:
     def model_name(self) -> str:
         return self.source.name
 
+    @property
+    def needs_windows(self) -> bool:
+        """True when calibration text is needed."""
+        return self.saved_plan is None and self.method != "random"
+
 
 @dataclass(frozen=True)
 class SparsityPruning:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import lib.depth
 from lib.batching import Batcher
 from lib.errors import InputError
 from lib.export import save_pruned
@@ -114,7 +115,18 @@ def by_rate(arguments):
     return [*arguments[:at], *arguments[at + 4 :], "--eval_ppl", "no", "--overwrite", "--prune_rate", 0.1]
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "sleb", "blockpruner", "random"])
+def test_random_looks_at_no_text(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lib.depth, "load_corpus", None)
+    command = ["--model_name", tiny_folder, "--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]
+    assert run(*command, "--output_dir", tmp_path / "run", monkeypatch=monkeypatch) == 0
+    assert "Calibration" not in capsys.readouterr().out
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["seed"] == 0 and not {"dataset", "nsamples", "windows"} & set(result)
+    assert run(*command, "--dataset", "demo", monkeypatch=monkeypatch) == 2
+    assert "--dataset: --method random looks at no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "sleb", "blockpruner"])
 def test_a_run_prunes_by_each_method(by_rate, tmp_path, monkeypatch, method):
     command = [*by_rate, "--method", method, "--save_model", tmp_path / "out"]
     assert run(*command, monkeypatch=monkeypatch) == 0
@@ -142,7 +154,7 @@ def test_the_plan_of_a_method_is_applied_again(by_rate, tmp_path, monkeypatch):
     "flags, problem",
     [
         (["--method", "sleb", "--mha_remove_layers", 1], "--mha_remove_layers: is of --method ppllms"),
-        (["--method", "random", "--bi_windows", 1], "--bi_windows: random takes no Block Influence"),
+        (["--method", "sleb", "--bi_windows", 1], "--bi_windows: sleb takes no Block Influence"),
         (["--method", "shortgpt", "--prune_rate", 0.9], "--prune_rate 0.9 cannot be reached by this method"),
         (["--method", "wanda"], "--method: invalid choice: 'wanda'"),
     ],
