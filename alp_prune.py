@@ -7,6 +7,11 @@ SparseGPT or RIA say which weights. Then perplexity is measured, and the model s
     python alp_prune.py                                                  # bundled demo model and text
     python alp_prune.py --model Enoch/llama-7b-hf --prune_method wanda_alp --sparsity_ratio 0.7 --save_log
     python alp_prune.py --model PATH --prune_method sparsegpt --sparsity_type 2:4 --save_model OUT
+
+Several methods, sparsities, models or seeds make a table, which goes on where it was stopped:
+
+    python alp_prune.py --preset demo
+    python alp_prune.py --model PATH --prune_method wanda wanda_alp --sparsity_ratio 0.5 0.6 0.7 --output_dir OUT
 """
 
 import argparse
@@ -17,8 +22,20 @@ from pathlib import Path
 from lib import cli, log, names
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import ALPHAS, DENSE, ZERO_SHOT_TASKS, GradientSettings, Quantization, parse_method
+from lib.methods import (
+    ALPHAS,
+    DENSE,
+    UNSTRUCTURED,
+    ZERO_SHOT_TASKS,
+    GradientSettings,
+    Method,
+    Pattern,
+    Quantization,
+    parse_method,
+)
+from lib.presets import ALP_PRESETS
 
+AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)
 
 
@@ -26,7 +43,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+        "--model",
+        type=cli.name,
+        nargs="+",
+        default=["demo"],
+        help="hub id or local folder, or several (default: the bundled demo model)",
     )
     group.add_argument("--model_name", type=cli.name, help="its name in output paths and logs (default: from --model)")
     group.add_argument("--cache_dir", type=cli.folder, help="folder for the hub's files (default: the hub's own)")
@@ -56,23 +77,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--save", type=cli.folder, help="results folder; given, it asks for --save_log (default: results)"
     )
+    cli.set_preset(parser, ALP_PRESETS, arguments)
     args = parser.parse_args(arguments)
-    is_demo = names.is_demo(args.model)
-    args.model_name = args.model_name or names.short_name(args.model)
-    args.calibration_dataset = args.calibration_dataset or ("demo" if is_demo else "c4")
-    args.dataset = list(dict.fromkeys(args.dataset or (["demo"] if is_demo else ["wikitext2"])))
+    if args.model_name and len(args.model) > 1:
+        raise InputError("--model_name: is the name of one model; leave it out")
     return args
 
 
 def add_pruning_flags(group) -> None:
     group.add_argument(
         "--prune_method",
-        default="wanda_alp",
+        nargs="+",
+        default=["wanda_alp"],
         help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
     )
-    group.add_argument("--sparsity_ratio", type=cli.share, help="share of the weights that goes (default: 0.7, or n/m)")
     group.add_argument(
-        "--sparsity_type", type=cli.pattern, default="unstructured", help="unstructured, or n:m such as 2:4 or 4:8"
+        "--sparsity_ratio", type=cli.share, nargs="+", help="share of the weights that goes (default: 0.7, or n/m)"
+    )
+    group.add_argument(
+        "--sparsity_type",
+        type=cli.pattern,
+        nargs="+",
+        default=[UNSTRUCTURED],
+        help="unstructured, or n:m such as 2:4 or 4:8",
     )
     group.add_argument(
         "--semi_structured", action="store_true", help="2:4: evaluate in torch's sparse kernels (recent NVIDIA GPUs)"
@@ -111,66 +138,110 @@ def add_quantization_flags(group) -> None:
     group.add_argument("--static-groups", action="store_true", help="gptq: the scales of groups are set beforehand")
 
 
-def check(args: argparse.Namespace) -> dict:
-    """All that can be checked before torch is imported; returns what the flags mean together, by setting."""
-    names.check_model(args.model)
-    method = parse_method(args.prune_method)
-    ratio = check_sparsity(args, method)
-    quantization = check_quantization(args, method)
+def check(args: argparse.Namespace) -> None:
+    """All that can be checked before torch is imported, but for what each run checks. Raises `InputError`."""
+    for model in args.model:
+        names.check_model(model)
     if args.tasks and not args.eval_zero_shot:
         raise InputError("--tasks: needs --eval_zero_shot")
     if args.eval_zero_shot and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--eval_zero_shot: lm_eval is not installed; pip install lm-eval")
-    if "/" in args.model_name or args.model_name in (".", ".."):
+    if args.model_name and ("/" in args.model_name or args.model_name in (".", "..")):
         raise InputError(f"--model_name {args.model_name}: is used in file names; give one without slashes")
     cli.check_device(args)
-    sources = [args.calibration_dataset, *args.dataset]
-    for source in sources:
+    sources = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
+    for source in sorted(sources):
         names.check_text(source)
-    cli.check_output(args, args.model)
-    gradients = GradientSettings(
-        args.calibration_dataset, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed
-    )
-    if method.allocator == "alp" and not args.gradients:
-        check_writable(gradients.path(args.model, args.dtype).parent, "gradients")
-    if args.gradients and (method.allocator != "alp" or args.sparsity_type.is_structured):
-        raise InputError(f"--gradients: {args.prune_method} {args.sparsity_type} does not use them; leave them out")
-    log_folder = (args.save or Path("results")) if args.save or args.save_log else None
-    if log_folder:
+    if cli.is_grid(args, AXES):
+        cli.check_grid_output(args)
+    else:
+        cli.check_output(args, args.model[0])
+    if args.gradients and (len(args.model) > 1 or len(args.seed) > 1):
+        raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
+    if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log.check(log_folder)
-    if names.is_hub_model(args.model) or any(map(names.is_hub_text, sources)) or args.eval_zero_shot:
+    if any(map(names.is_hub_model, args.model)) or any(map(names.is_hub_text, sources)) or args.eval_zero_shot:
         cli.prefer_cache_without_network()
+
+
+def calibration_text(args: argparse.Namespace, model: str) -> str:
+    return args.calibration_dataset or ("demo" if names.is_demo(model) else "c4")
+
+
+def eval_texts(args: argparse.Namespace, model: str) -> list[str]:
+    return list(dict.fromkeys(args.dataset or (["demo"] if names.is_demo(model) else ["wikitext2"])))
+
+
+def log_folder_of(args: argparse.Namespace) -> Path | None:
+    return (args.save or Path("results")) if args.save or args.save_log else None
+
+
+def cells(args: argparse.Namespace) -> list[dict]:
+    """The settings of each run, as far as they are not the flags themselves. Raises `InputError`."""
+    methods = list(dict.fromkeys(parse_method(name) for name in args.prune_method))
+    found = [
+        cell(args, model, seed, method, pattern, ratio)
+        for model in dict.fromkeys(args.model)
+        for seed in args.seed
+        for method in methods
+        for pattern in args.sparsity_type
+        for ratio in check_ratios(args, pattern)
+    ]
+    if args.use_variant and not any(one["use_variant"] for one in found):
+        raise InputError("--use_variant: is a way of wanda to prune unstructured; leave it out")
+    for one in found:
+        if args.semi_structured and (str(one["pattern"]) != "2:4" or one["method"].pruner == DENSE):
+            raise InputError("--semi_structured: the kernels are for 2:4 sparse weights; add --sparsity_type 2:4")
+    if args.gradients and not any(uses_gradients(one) for one in found):
+        asked = f"{' '.join(args.prune_method)} {' '.join(map(str, args.sparsity_type))}"
+        raise InputError(f"--gradients: {asked} does not use them; leave them out")
+    for one in found:
+        if uses_gradients(one) and not args.gradients:
+            check_writable(one["gradients"].path(one["source"].name, args.dtype).parent, "gradients")
+    return found
+
+
+def uses_gradients(one: dict) -> bool:
+    return one["method"].allocator == "alp" and not one["pattern"].is_structured
+
+
+def cell(args: argparse.Namespace, model: str, seed: int, method: Method, pattern: Pattern, ratio: float) -> dict:
+    """The settings of one run. Raises `InputError`."""
+    text = calibration_text(args, model)
     return {
-        "source": cli.model_source(args, args.model),
+        "source": cli.model_source(args, model),
+        "model_name": args.model_name or names.short_name(model),
+        "calibration_dataset": text,
+        "dataset": eval_texts(args, model),
+        "seed": seed,
         "method": method,
         "alpha": ALPHAS.get(method.allocator, 0.0) if args.alpha is None else args.alpha,
-        "pattern": args.sparsity_type,
+        "pattern": pattern,
         "sparsity_ratio": ratio,
-        "quantization": quantization,
-        "gradients": gradients,
+        "use_variant": args.use_variant and method.pruner == "wanda" and not pattern.is_structured,
+        "quantization": check_quantization(args, method, pattern),
+        "gradients": GradientSettings(text, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, seed),
         "gradient_file": args.gradients,
-        "log": log_folder,
+        "log": log_folder_of(args),
         "tasks": tuple(args.tasks or ZERO_SHOT_TASKS) if args.eval_zero_shot else (),
     }
 
 
-def check_sparsity(args: argparse.Namespace, method) -> float:
-    """The sparsity ratio that ratio and pattern give together."""
-    pattern, ratio = args.sparsity_type, args.sparsity_ratio
-    if args.use_variant and (method.pruner != "wanda" or pattern.is_structured):
-        raise InputError("--use_variant: is a way of wanda to prune unstructured; leave it out")
-    if args.semi_structured and (str(pattern) != "2:4" or method.pruner == DENSE):
-        raise InputError("--semi_structured: the kernels are for 2:4 sparse weights; add --sparsity_type 2:4")
+def check_ratios(args: argparse.Namespace, pattern: Pattern) -> list[float]:
+    """The sparsity ratios that are asked for with a pattern: n:m has its own. Raises `InputError`."""
+    ratios = args.sparsity_ratio
     if not pattern.is_structured:
-        return 0.7 if ratio is None else ratio
-    if ratio is not None and abs(ratio - pattern.n / pattern.m) > 0.005:
-        share = f"{pattern.n / pattern.m:.4g}"
-        raise InputError(f"--sparsity_ratio {ratio:g}: --sparsity_type {pattern} prunes {share}; leave the ratio out")
-    return pattern.n / pattern.m
+        return list(dict.fromkeys(ratios or [0.7]))
+    own = pattern.n / pattern.m
+    if ratios and UNSTRUCTURED not in args.sparsity_type and (off := [r for r in ratios if abs(r - own) > 0.005]):
+        raise InputError(
+            f"--sparsity_ratio {off[0]:g}: --sparsity_type {pattern} prunes {own:.4g}; leave the ratio out"
+        )
+    return [own]
 
 
-def check_quantization(args: argparse.Namespace, method) -> Quantization | None:
+def check_quantization(args: argparse.Namespace, method: Method, pattern: Pattern) -> Quantization | None:
     """The quantization that the flags ask for together; None for none."""
     asked = {
         "--gptq": args.gptq,
@@ -190,21 +261,27 @@ def check_quantization(args: argparse.Namespace, method) -> Quantization | None:
             raise InputError(f"{flag}: needs --gptq")
     if args.static_groups and args.groupsize is None:
         raise InputError("--static-groups: needs --groupsize")
-    if args.act_order and method.pruner == "sparsegpt" and args.sparsity_type.is_structured:
-        raise InputError(
-            f"--act-order: takes apart the neighbours of {args.sparsity_type}; leave it out with sparsegpt"
-        )
+    if args.act_order and method.pruner == "sparsegpt" and pattern.is_structured:
+        raise InputError(f"--act-order: takes apart the neighbours of {pattern}; leave it out with sparsegpt")
     return Quantization(args.wbits, is_compensated, args.sym, args.groupsize, args.act_order, args.static_groups)
 
 
 def main() -> None:
     args = parse()
-    settings = check(args)
-    args.output_dir = args.output_dir or cli.default_output_dir("alp_prune", args.model_name)
-    from lib.alp import SparsityPruning, run  # imports torch
+    is_grid = cli.is_grid(args, AXES)
+    if is_grid:
+        args.output_dir = args.output_dir or cli.grid_output_dir("alp_prune", args)
+    check(args)
+    runs = cells(args)
+    args.output_dir = args.output_dir or cli.default_output_dir("alp_prune", runs[0]["model_name"])
+    from lib.alp import SparsityPruning, run, run_all  # imports torch
 
-    same = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
-    run(SparsityPruning(**{**same, **settings}))
+    shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
+    settings = [SparsityPruning(**{**shared, **one}) for one in runs]
+    if is_grid:
+        run_all(settings, args.output_dir, args.overwrite)
+    else:
+        run(settings[0])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ perplexity is measured, and a smaller model saved.
     python ppllms.py --model_name meta-llama/Llama-2-13b-hf --num_blocks 40 --prune_rate 0.25
     python ppllms.py --model_name PATH --mha_remove_layers 10 --ffn_remove_layers 10 --save_model OUT
 
+Several methods, rates, models or seeds make a table, which goes on where it was stopped:
+
+    python ppllms.py --preset demo
+    python ppllms.py --model_name PATH --method ppllms blockpruner beam --prune_rate 0.15 0.25 --output_dir OUT
+
 A plan that was found can be applied again, to the model or to a GGUF file of it:
 
     python ppllms.py --apply_plan runs/.../result.json --save_model OUT
@@ -23,11 +28,19 @@ from lib.errors import InputError
 from lib.files import RESULT
 from lib.methods import DEPTH_METHODS
 from lib.plan import SavedPlan, read_plan
+from lib.presets import DEPTH_PRESETS
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
-OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method")
-OF_PPLLMS = ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
+OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method", "beam_width", "preset")
+OF_METHODS = {  # flags that say nothing to other methods
+    "mha_ffn_ratio": ("ppllms", "beam"),
+    "bi_windows": ("ppllms", "shortgpt", "beam"),
+    "beam_width": ("beam",),
+    "dataset": tuple(method for method in DEPTH_METHODS if method != "random"),
+    "nsamples": tuple(method for method in DEPTH_METHODS if method != "random"),
+}
+AXES = ("model_name", "method", "prune_rate", "seed")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
 
@@ -35,17 +48,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     group = parser.add_argument_group("model and budget")
     group.add_argument(
-        "--model_name", type=cli.name, help="hub id or local folder (default: the bundled demo, or that of the plan)"
+        "--model_name",
+        type=cli.name,
+        nargs="+",
+        help="hub id or local folder, or several (default: the bundled demo, or that of the plan)",
     )
-    group.add_argument("--method", choices=DEPTH_METHODS, default="ppllms", help="how to choose (default: ppllms)")
+    group.add_argument(
+        "--method", choices=DEPTH_METHODS, nargs="+", default=["ppllms"], help="how to choose (default: ppllms)"
+    )
     group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
     group.add_argument(
-        "--prune_rate", type=cli.between_0_and_1, default=0.25, help="share of all parameters to remove (default: 0.25)"
+        "--prune_rate",
+        type=cli.between_0_and_1,
+        nargs="+",
+        default=[0.25],
+        help="share of all parameters to remove, or several (default: 0.25)",
     )
     group.add_argument("--mha_remove_layers", type=cli.count, help="layers to lose attention (default: automatic)")
     group.add_argument("--ffn_remove_layers", type=cli.count, help="layers to lose their FFN (default: automatic)")
     group.add_argument(
         "--mha_ffn_ratio", type=cli.ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
+    )
+    group.add_argument(
+        "--beam_width", type=cli.positive, default=1, help="beam: plans kept for each amount removed (default: 1)"
     )
     group = parser.add_argument_group("text")
     text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
@@ -69,13 +94,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--gguf", type=cli.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
     )
+    cli.set_preset(parser, DEPTH_PRESETS, arguments)
     args, given = cli.parse_and_tell(parser, arguments)
     check_together(args, given)
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
-    args.model_name = args.model_name or (args.saved_plan.model if args.saved_plan else "demo")
-    is_demo = names.is_demo(args.model_name)
-    args.dataset = args.dataset or ("demo" if is_demo else "c4")
-    args.eval_datasets = list(dict.fromkeys(args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])))
+    args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args
 
 
@@ -86,14 +109,16 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     for name in sorted(given):
         if args.gguf and name not in OF_A_GGUF:
             raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
-        if args.method != "ppllms" and name in OF_PPLLMS:
-            raise InputError(f"--{name}: is of --method ppllms; {args.method} goes by --prune_rate; leave it out")
-        if args.method not in ("ppllms", "shortgpt") and name == "bi_windows":
-            raise InputError(f"--bi_windows: {args.method} takes no Block Influence; leave it out")
-        if args.method == "random" and name in ("dataset", "nsamples"):
-            raise InputError(f"--{name}: --method random looks at no text; leave it out")
+        if name in ("mha_remove_layers", "ffn_remove_layers") and args.method != ["ppllms"]:
+            raise InputError(f"--{name}: is of --method ppllms; others go by --prune_rate; leave it out")
+        if name in OF_METHODS and not set(args.method) & set(OF_METHODS[name]):
+            raise InputError(f"--{name}: --method {' '.join(args.method)} has no use for it; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
+    if len(args.prune_rate) > 1 and None not in (args.mha_remove_layers, args.ffn_remove_layers):
+        raise InputError("--prune_rate: with both counts given the rate has no effect; give one, or none")
+    if args.apply_plan and len(args.model_name or ()) > 1:
+        raise InputError("--model_name: a plan is applied to one model; give one")
     if "save_format" in given and not args.save_model:
         raise InputError("--save_format: needs --save_model")
 
@@ -105,9 +130,31 @@ def check_plan_stays(plan: Path, targets: dict[str, Path | None]) -> None:
             raise InputError(f"{flag} {target}: would replace the plan {plan}; name another")
 
 
+def cells(args: argparse.Namespace) -> list[dict]:
+    """The settings of each run that differ from one to the next: model by model, seed by seed."""
+    return [
+        {"model_name": name, "seed": seed, "method": method, "prune_rate": rate, **texts(args, name)}
+        for name in dict.fromkeys(args.model_name)
+        for seed in args.seed
+        for method in args.method
+        for rate in args.prune_rate
+    ]
+
+
+def texts(args: argparse.Namespace, model: str) -> dict:
+    """The texts of a run on a model: as given, or as is usual for it."""
+    is_demo = names.is_demo(model)
+    evaluation = args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])
+    return {
+        "dataset": args.dataset or ("demo" if is_demo else "c4"),
+        "eval_datasets": list(dict.fromkeys(evaluation)),
+    }
+
+
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
-    names.check_model(args.model_name)
+    for name in args.model_name:
+        names.check_model(name)
     mha, ffn = args.mha_remove_layers, args.ffn_remove_layers
     if mha is not None and ffn is not None and mha > ffn:
         raise InputError(
@@ -115,15 +162,24 @@ def check(args: argparse.Namespace) -> None:
             "attention is removed from layers that lose their FFN"
         )
     cli.check_device(args)
-    needs_windows = not args.apply_plan and args.method != "random"
-    sources = [*([args.dataset] if needs_windows else []), *(args.eval_datasets if args.eval_ppl else [])]
+    needs_windows = not args.apply_plan and args.method != ["random"]
+    sources: dict[str, None] = {}
+    for name in args.model_name:
+        of_model = texts(args, name)
+        sources |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
+        sources |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in sources:
         names.check_text(source)
-    cli.check_output(args, args.model_name)
+    if cli.is_grid(args, AXES):
+        cli.check_grid_output(args)
+        if not args.eval_ppl:
+            raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
+    else:
+        cli.check_output(args, args.model_name[0])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
-    if names.is_hub_model(args.model_name) or any(map(names.is_hub_text, sources)):
+    if any(map(names.is_hub_model, args.model_name)) or any(map(names.is_hub_text, sources)):
         cli.prefer_cache_without_network()
 
 
@@ -144,12 +200,19 @@ def main() -> None:
     if args.gguf:
         prune_gguf(*args.gguf, args.saved_plan, args.overwrite)
         return
+    is_grid = cli.is_grid(args, AXES)
+    if is_grid:
+        args.output_dir = args.output_dir or cli.grid_output_dir("ppllms", args)
     check(args)
-    args.output_dir = args.output_dir or cli.default_output_dir("ppllms", args.model_name)
-    from lib.depth import DepthPruning, run  # imports torch
+    args.output_dir = args.output_dir or cli.default_output_dir("ppllms", args.model_name[0])
+    from lib.depth import DepthPruning, run, run_all  # imports torch
 
-    settings = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
-    run(DepthPruning(cli.model_source(args, args.model_name), **settings))
+    shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
+    runs = [DepthPruning(cli.model_source(args, cell.pop("model_name")), **{**shared, **cell}) for cell in cells(args)]
+    if is_grid:
+        run_all(runs, args.output_dir, args.overwrite)
+    else:
+        run(runs[0])
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from lib.report import quiet_libraries
 
 def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:
     @torch.no_grad()
-    def window_losses(input_ids: torch.Tensor) -> torch.Tensor:
+    def window_losses(input_ids: torch.Tensor, scored: int) -> torch.Tensor:
         input_ids = input_ids.to(model.device)
         logits = model(input_ids=input_ids, use_cache=False).logits
-        return token_losses(logits[:, :-1], input_ids[:, 1:]).mean(dim=1)
+        return token_losses(logits[:, :-1], input_ids[:, 1:])[:, -scored:].mean(dim=1)
 
     model.eval()
-    return perplexity(window_losses, windows, Batcher(4))
+    return perplexity(window_losses, windows, Batcher(4)).value
 
 
 def train(model: torch.nn.Module, windows: torch.Tensor, args: argparse.Namespace) -> None:

@@ -1,23 +1,26 @@
 """The ALP run, from settings to result.json: load, measure, allocate, prune, measure again, save."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import importance, spread_densities, uniform_densities
 from lib.batching import Batcher, automatic_batch_size
 from lib.data import evaluation_windows, load_corpus, sampled_windows
-from lib.evaluate import perplexity
+from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
-from lib.inputs import check_tokens, dtype_name, window_length
+from lib.grid import Grid, run_grid
+from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.methods import DENSE
+from lib.methods import DENSE, GradientSettings
 from lib.model import Decoder
 from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
@@ -31,104 +34,156 @@ from lib.zero_shot import ZeroShot
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows (N, T) of a run; None where the run needs none."""
+    """The windows (N, T) of the runs on one model, as far as any of them needs some."""
 
-    calibration: torch.Tensor | None
-    gradients: torch.Tensor | None
+    calibration: dict[int, torch.Tensor]  # by seed
+    gradients: dict[GradientSettings, torch.Tensor]
     evaluation: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What a run works on, all of it checked."""
+    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
 
     tokenizer: object
     decoder: Decoder
     groups: list[list[InputGroup]]
     texts: Texts
-    gradients: artefact.Artefact | None  # those that were found
+    gradients: dict[GradientSettings, artefact.Artefact]  # those that are known
+    weights: list[torch.Tensor]  # of all linears, as they were; empty when nothing begins with them again
     zero_shot: ZeroShot | None
     batcher: Batcher
     seqlen: int  # tokens of a window
+    dense: dict[str, Perplexity] | None = None  # on each text
+    scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [linear for layer in self.groups for group in layer for linear in group.linears]
+
+    def restore(self) -> None:
+        """Gives the linears the weights that they had."""
+        for linear, weight in zip(self.linears, self.weights, strict=False):
+            linear.weight.data.copy_(weight)
 
 
 def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
-    job = prepare(report, settings)
-    report.seconds.update(dict.fromkeys(("allocate", "prune", "evaluate", "save"), 0.0))
+    job = prepare(report, [settings])
     report.open(settings.output_dir)
     alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
+    result = prune_and_measure(report, settings, job)
+    alp_report.say_result(report, result)
+    finish(report, settings, job, result)
+    return result
 
-    perplexities = {"dense": measure(report, job)}
+
+def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
+    """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
+    quiet_libraries()
+    grid = Grid(
+        across="sparsity",
+        check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
+        prepare=prepare,
+        run=run_cell,
+    )
+    run_grid(grid, cells, folder, anew)
+
+
+def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
+    """One cell of a grid, from the weights as they were."""
+    job.restore()
+    result = prune_and_measure(report, settings, job)
+    try:
+        try_out(report, settings, job, result)
+    finally:
+        if settings.log:
+            log.append(settings.log, result, settings.output_dir)
+    return result
+
+
+def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> dict:
+    """Prunes the model, and measures it before and after: what result.json says."""
+    report.seconds.update(dict.fromkeys(("allocate", "prune", "evaluate", "save"), 0.0))
+    job.dense = job.dense or measure(report, settings, job)
+    perplexities = {"dense": job.dense}
     scores, densities = allocate(report, settings, job)
     parts, zeros = {}, {}
     if settings.method.pruner == DENSE:
         perplexities["pruned"], zeros["pruned"] = perplexities["dense"], count_zeros(job.groups)
-    for stage, pruner in stages(settings, job.groups):
-        parts[stage] = prune(report, job, stage, pruner, densities)
+    for stage, pruner in stages(settings, job):
+        parts[stage] = prune(report, settings, job, stage, pruner, densities)
         zeros[stage] = count_zeros(job.groups)
         with kernels(settings, job):
-            perplexities[stage] = measure(report, job)
-
-    result = {
+            perplexities[stage] = measure(report, settings, job)
+    return {
         **describe_run(settings, job),
         "importance": scores,
         "layer_density": densities,
         "sparsity": share(zeros["pruned"]),
         "layer_sparsity": [share([layer]) for layer in zeros["pruned"]],
         **({"quantized_sparsity": share(zeros["quantized"])} if settings.quantization else {}),
-        "perplexity": {
-            text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset
-        },
+        **as_fields({text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset}),
         "seconds": report.seconds,
         "prune_seconds": parts,
         "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
         "environment": environment(job.decoder.device),
     }
-    alp_report.say_result(report, result)
-    finish(report, settings, job, result)
-    return result
 
 
 # Before work starts ---------------------------------------------------------------------------------------------------
 
 
-def prepare(report: Report, settings: SparsityPruning) -> Job:
-    """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
-    gradients = None
-    if settings.uses_gradients:
-        gradients = sensitivity.find(settings.gradient_path, must_exist=settings.gradient_file is not None)
+def prepare(report: Report, cells: Sequence[SparsityPruning]) -> Job:
+    """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
+
+    Raises `InputError`, where it can before the weights are read.
+    """
+    settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
+    found = {
+        asked: sensitivity.find(cell.gradient_path, must_exist=cell.gradient_file is not None)
+        for asked, cell in by_gradients.items()
+    }
+    gradients = {asked: known for asked, known in found.items() if known}
     with report.timed("load"):
         device = resolve_device(settings.source.device)
         if settings.semi_structured:
             semi_structured.check_device(device)
         config = load_config(settings.source)
-        seqlen = check_config(settings, config)
+        seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(settings.source)
     with report.timed("data"):
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
-        texts = load_texts(settings, tokenizer, seqlen, config.vocab_size)
-        if gradients:
-            artefact.check_settings(gradients, settings.gradient_path, settings.gradients, texts.gradients)
+        texts = load_texts(cells, tokenizer, seqlen, config.vocab_size)
+        for asked, known in gradients.items():
+            artefact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
     with report.timed("load"):
-        decoder = load_decoder(settings)
-        if gradients:
-            artefact.check_model(gradients, settings.gradient_path, settings.model, decoder)
+        decoder = Decoder(load_model(settings.source))
+        for cell in cells:
+            check_not_offloaded(check_linears(cell, decoder))
+        for asked, known in gradients.items():
+            artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
     batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
-    return Job(tokenizer, decoder, groups, texts, gradients, zero_shot, batcher, seqlen)
+    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen)
+    if len(cells) > 1 or settings.rounds_while_pruning:
+        job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
+    return job
 
 
-def check_config(settings: SparsityPruning, config) -> int:
+def check_config(cells: Sequence[SparsityPruning], config) -> int:
     """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
-    seqlen = window_length(settings.model, config, settings.seqlen)
-    if settings.uses_gradients:
-        window_length(settings.model, config, settings.gradients.seqlen, "--grad_seqlen")
-    outline = load_outline(config, settings.source.trust_remote_code)
+    seqlen = window_length(cells[0].model, config, cells[0].seqlen)
+    check_stride(cells[0].eval_stride, seqlen)
+    if any(cell.uses_gradients for cell in cells):
+        window_length(cells[0].model, config, cells[0].gradients.seqlen, "--grad_seqlen")
+    outline = load_outline(config, cells[0].source.trust_remote_code)
     if outline is not None:
-        check_linears(settings, Decoder(outline, has_weights=False))
+        decoder = Decoder(outline, has_weights=False)
+        for cell in cells:
+            check_linears(cell, decoder)
     return seqlen
 
 
@@ -144,39 +199,34 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     return linears
 
 
-def load_texts(settings: SparsityPruning, tokenizer, seqlen: int, vocab_size: int) -> Texts:
-    """All the text of a run, tokenized; only what the run needs is read."""
-    calibration, gradients = None, None
-    if settings.needs_inputs or settings.uses_gradients:
+def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
+    """All the text of the runs, tokenized; only what one of them needs is read."""
+    settings, calibration, gradients = cells[0], {}, {}
+    if any(cell.needs_text for cell in cells):
         corpus = load_corpus(settings.calibration_dataset, "train")
-        if settings.needs_inputs:
-            calibration = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
-        if settings.uses_gradients:
-            gradients = sensitivity.gradient_windows(settings.gradients, corpus, tokenizer)
-    evaluation = {text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen) for text in settings.dataset}
-    for windows in (calibration, gradients, *evaluation.values()):
-        if windows is not None:
-            check_tokens(settings.model, windows, vocab_size)
+        for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
+            calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
+        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
+            gradients[asked] = sensitivity.gradient_windows(asked, corpus, tokenizer)
+    stride = settings.eval_stride
+    evaluation = {
+        text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen, stride) for text in settings.dataset
+    }
+    for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):
+        check_tokens(settings.model, windows, vocab_size)
     return Texts(calibration, gradients, evaluation)
-
-
-def load_decoder(settings: SparsityPruning) -> Decoder:
-    """The model, checked to be one that can be pruned as asked for."""
-    decoder = Decoder(load_model(settings.source))
-    check_not_offloaded(check_linears(settings, decoder))
-    return decoder
 
 
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-def measure(report: Report, job: Job) -> dict[str, float]:
+def measure(report: Report, settings: SparsityPruning, job: Job) -> dict[str, Perplexity]:
     """Perplexity of the model as it is on every evaluation text."""
     losses = plan_window_losses(job.decoder, Plan(job.decoder.num_layers))
     perplexities = {}
     for text, windows in job.texts.evaluation.items():
         with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
-            perplexities[text] = perplexity(losses, windows, job.batcher, progress)
+            perplexities[text] = perplexity(losses, windows, job.batcher, progress, settings.eval_stride)
     return perplexities
 
 
@@ -184,7 +234,7 @@ def kernels(settings: SparsityPruning, job: Job) -> AbstractContextManager:
     """Inside, the pruned model runs in torch's 2:4 kernels if that was asked for."""
     if not settings.semi_structured:
         return nullcontext()
-    return semi_structured.compressed([linear for layer in job.groups for group in layer for linear in group.linears])
+    return semi_structured.compressed(job.linears)
 
 
 def compare_speed(settings: SparsityPruning, job: Job) -> dict[str, float]:
@@ -210,26 +260,31 @@ def score_layers(report: Report, settings: SparsityPruning, job: Job) -> list[fl
     """How important each layer is to the allocator: the more, the more of it stays."""
     if settings.uses_gradients:
         return importance(find_gradients(report, settings, job).layers)
-    is_owl = settings.method.allocator == "owl"
+    is_owl, windows = settings.method.allocator == "owl", job.texts.calibration[settings.seed]
     summary = outlier_share(settings.owl_m) if is_owl else median
-    with report.progress(job.decoder.num_layers, settings.method.allocator) as progress:
-        scores = layer_scores(job.decoder, job.groups, job.texts.calibration, job.batcher, summary, progress)
-    return scores if is_owl else median_share(scores)
+    known = (settings.method.allocator, settings.owl_m, settings.seed)
+    if known not in job.scores:
+        with report.progress(job.decoder.num_layers, settings.method.allocator) as progress:
+            job.scores[known] = layer_scores(job.decoder, job.groups, windows, job.batcher, summary, progress)
+    return job.scores[known] if is_owl else median_share(job.scores[known])
 
 
 def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artefact.Artefact:
     """The sensitivities that were found, or new ones, which are kept."""
-    path = settings.gradient_path
-    if job.gradients:
+    path, asked = settings.gradient_path, settings.gradients
+    if asked in job.gradients:
         report.say(f"            found in {path}")
-        return job.gradients
+        return job.gradients[asked]
     report.say(f"            not in {path} yet: computing, and keeping them there")
-    found = sensitivity.compute(report, job.decoder, settings.model, settings.gradients, job.texts.gradients)
+    found = sensitivity.compute(report, job.decoder, settings.model, asked, job.texts.gradients[asked])
     artefact.write(path, found)
+    job.gradients[asked] = found
     return found
 
 
-def prune(report: Report, job: Job, stage: str, pruner: Pruner, densities: Sequence[float]) -> dict[str, float]:
+def prune(
+    report: Report, settings: SparsityPruning, job: Job, stage: str, pruner: Pruner, densities: Sequence[float]
+) -> dict[str, float]:
     """Runs one pruner over the model; the seconds of its parts."""
     parts: dict[str, float] = {}
     sparsities = [1 - density for density in densities]
@@ -239,7 +294,7 @@ def prune(report: Report, job: Job, stage: str, pruner: Pruner, densities: Seque
             job.groups,
             pruner,
             sparsities,
-            job.texts.calibration,
+            job.texts.calibration.get(settings.seed),
             job.batcher,
             report.say,
             progress,
@@ -248,22 +303,14 @@ def prune(report: Report, job: Job, stage: str, pruner: Pruner, densities: Seque
     return parts
 
 
-def stages(settings: SparsityPruning, groups: Sequence[Sequence[InputGroup]]) -> Iterator[tuple[str, Pruner]]:
-    """(name of the model that comes out, what makes it): `pruned`, then `quantized`, as far as they are asked for.
-
-    SparseGPT rounds while it prunes, so that its second stage begins with the dense weights again, of which a copy is
-    kept in host memory meanwhile.
-    """
-    pruner, rounder = settings.pruner, settings.rounder
-    linears = [linear for layer in groups for group in layer for linear in group.linears]
-    begins_anew = rounder is not None and settings.method.pruner == "sparsegpt"
-    dense = [linear.weight.detach().to("cpu", copy=True) for linear in linears] if begins_anew else []
+def stages(settings: SparsityPruning, job: Job) -> Iterator[tuple[str, Pruner]]:
+    """(name of the model that comes out, what makes it): `pruned`, then `quantized`, as far as they are asked for."""
     if settings.method.pruner != DENSE:
-        yield "pruned", pruner
-    if rounder:
-        for linear, weight in zip(linears, dense, strict=False):
-            linear.weight.data.copy_(weight)
-        yield "quantized", rounder
+        yield "pruned", settings.pruner
+    if settings.rounds_while_pruning:
+        job.restore()
+    if settings.rounder:
+        yield "quantized", settings.rounder
 
 
 def sizes_of(groups: Sequence[Sequence[InputGroup]]) -> list[int]:
@@ -287,19 +334,30 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"
     has_plot = plot_sparsity(plot, result["layer_sparsity"], result["importance"], settings.target_sparsity, title)
     try:
-        if settings.semi_structured:
-            result["tokens_per_second"] = compare_speed(settings, job)
-            report.result(result)
-            alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
-        if job.zero_shot:
-            with report.timed("zero_shot"), kernels(settings, job):
-                result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
-            report.result(result)
-            alp_report.say_zero_shot(report, result["zero_shot"])
+        try_out(report, settings, job, result, report.result)
     finally:
         logged = log.append(settings.log, result, settings.output_dir) if settings.log else None
     plot = plot if has_plot else "none: matplotlib is not installed (pip install matplotlib)"
     alp_report.say_written(report, path, plot, settings.save_model, logged)
+
+
+def try_out(
+    report: Report,
+    settings: SparsityPruning,
+    job: Job,
+    result: dict,
+    keep: Callable[[dict], object] = lambda result: None,
+) -> None:
+    """Adds the speed in 2:4 kernels and the accuracy on tasks to the result, as far as they are asked for."""
+    if settings.semi_structured:
+        result["tokens_per_second"] = compare_speed(settings, job)
+        keep(result)
+        alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
+    if job.zero_shot:
+        with report.timed("zero_shot"), kernels(settings, job):
+            result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
+        keep(result)
+        alp_report.say_zero_shot(report, result["zero_shot"])
 
 
 def describe_run(settings: SparsityPruning, job: Job) -> dict:
@@ -323,6 +381,7 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "dataset": settings.calibration_dataset,
         "nsamples": settings.nsamples,
         "seqlen": job.seqlen,
+        "eval_stride": settings.eval_stride,
         "seed": settings.seed,
         "dtype": dtype_name(job.decoder.model),
         "batch_size": job.batcher.size,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib import sensitivity
+from lib.evaluate import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.methods import DENSE, UNIFORM
@@ -62,9 +63,10 @@ def say_result(report: Report, result: dict) -> None:
         report.say("  " + row)
     report.say(f"  all: {result['sparsity']:.4f}")
     report.say()
-    report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))})")
+    report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))}), ± standard error over windows")
     for text, found in result["perplexity"].items():
-        report.say(f"  {text}: {' -> '.join(f'{value:.3f}' for value in found.values())}")
+        errors = result["perplexity_standard_error"][text]
+        report.say(f"  {text}: {' -> '.join(str(Perplexity(found[stage], errors[stage])) for stage in found)}")
 
 
 def say_speed(report: Report, speed: dict[str, float], tokens: int) -> None:

@@ -1,5 +1,6 @@
 """Runs a function over calibration windows in batches, halving the batch when memory runs out."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,6 +15,13 @@ def automatic_batch_size(device: torch.device, seqlen: int) -> int:
     """Windows in a first batch: about 32k tokens on an accelerator, 1k on a CPU, whose caches are the limit."""
     tokens = 1024 if device.type == "cpu" else 32768
     return max(1, tokens // seqlen)
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Batcher:
@@ -67,5 +75,4 @@ class Batcher:
 
     def _halve(self, tried: int) -> None:
         self.size = max(1, min(self.size, tried) // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()

@@ -1,14 +1,17 @@
 """What the command lines share: flags, their types, checks that need no model, and exit statuses. Imports no torch."""
 
 import argparse
+import hashlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lib import ledger
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import RESULT, check_model_folder, check_writable
 from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES, Pattern, parse_pattern
@@ -145,19 +148,22 @@ def add_device_flags(group) -> None:
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the pruning scripts have in common: how to run, and where to write."""
     group = parser.add_argument_group("running")
-    group.add_argument("--seed", type=count, default=0, help="seed of the calibration text (default: 0)")
+    group.add_argument(
+        "--seed", type=count, nargs="+", default=[0], help="one or several, of the calibration text (default: 0)"
+    )
     group.add_argument(
         "--seqlen", type=positive, help="tokens in a window (default: the model's context, at most 2048)"
     )
     group.add_argument(
         "--batch_size", type=positive, help="windows at once (default: large, halved when memory runs out)"
     )
+    group.add_argument(
+        "--eval_stride", type=positive, help="evaluation windows begin so many tokens apart (default: a window)"
+    )
     add_device_flags(group)
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output_dir", type=folder, help="folder for result.json, log.txt and plots (default: runs/...)"
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace the result or the model in these folders")
+    group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
+    group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
 
 
 def add_gradient_flags(group, ngrad: str) -> None:
@@ -191,6 +197,28 @@ def default_output_dir(tool: str, model: str) -> Path:
     return base if not base.exists() else next(name for name in names if not name.exists())
 
 
+def set_preset(parser: Parser, presets: dict[str, dict], arguments: list[str] | None) -> None:
+    """Adds the flag `--preset` to a parser that has all others, and lets what it names be their defaults."""
+    parser.add_argument("--preset", choices=presets, help="the settings of a whole table; other flags change them")
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    ahead.add_argument("--preset")
+    with suppress(argparse.ArgumentError):  # which the parser itself will tell
+        name = ahead.parse_known_args(arguments)[0].preset
+        parser.set_defaults(**presets.get(name, {}))
+
+
+def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
+    """True when the arguments ask for several runs, or for a table of them."""
+    return args.preset is not None or any(len(getattr(args, axis) or ()) > 1 for axis in axes)
+
+
+def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
+    """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command goes on."""
+    asked = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
+    digest = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:8]
+    return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
+
+
 def parse_and_tell(parser: Parser, arguments: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """The arguments, and which of them were given rather than left at their defaults."""
     args = parser.parse_args(arguments)
@@ -207,6 +235,8 @@ def check_output(args: argparse.Namespace, model: str) -> None:
     check_writable(args.output_dir or Path("runs"), "--output_dir")
     if args.output_dir and (args.output_dir / RESULT).exists() and not args.overwrite:
         raise InputError(f"--output_dir {args.output_dir}: holds a result; name another folder or add --overwrite")
+    if args.output_dir and (args.output_dir / ledger.FILE).exists():
+        raise InputError(f"--output_dir {args.output_dir}: holds a grid of results; name another folder")
     if not args.save_model:
         return
     check_model_folder(args.save_model, args.overwrite, "--save_model")
@@ -215,6 +245,15 @@ def check_output(args: argparse.Namespace, model: str) -> None:
         raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
     if not is_hub_model(model) and target == Path(locate_model(model)).resolve():
         raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
+
+
+def check_grid_output(args: argparse.Namespace) -> None:
+    """Raises `InputError` unless the folder of a grid can be written, and holds no other kind of result."""
+    check_writable(args.output_dir, "--output_dir")
+    if (args.output_dir / RESULT).exists():
+        raise InputError(f"--output_dir {args.output_dir}: holds the result of a single run; name another folder")
+    if args.save_model:
+        raise InputError("--save_model: saves one model; leave it out, or give one value for each flag")
 
 
 def prefer_cache_without_network() -> None:

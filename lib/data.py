@@ -1,7 +1,8 @@
 """Names and paths of text -> windows of tokens, (N, T).
 
 A source is told by what it contains, not by its path: C4 by the file names and columns of the public repository,
-WikiText by its ` = Title = ` headings, anything else by file type. The sampling is that of the reference code.
+WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its column, anything else by file type. The
+sampling is that of the reference code.
 """
 
 import random
@@ -70,7 +71,10 @@ def _load_local(source: str, path: Path, purpose: str) -> Corpus:
     if len(kinds) > 1:
         raise InputError(f"dataset {source}: files of several types ({', '.join(sorted(kinds))}); give one of them")
     if kinds == {"txt"}:
-        return Corpus(source, [file.read_text(encoding="utf-8", errors="replace") for file in files])
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        if all(_is_ptb(text) for text in texts):
+            return _corpus_of_ptb(source, [line for text in texts for line in text.splitlines()])
+        return Corpus(source, texts)
     import datasets
 
     with _input_errors(source, "cannot be read"):
@@ -158,12 +162,26 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
     if set(rows.column_names) == _C4_COLUMNS:
         documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
+    if column == _PTB_COLUMN:
+        return _corpus_of_ptb(source, rows[column])
     head = [line for line in rows[:10][column] if line and line.strip()]
     if head and re.fullmatch(r" = .+ = \n?", head[0]):
         return Corpus(source, [(" " if purpose == "train" else "\n\n").join(rows[:][column])])
     return Corpus(source, rows[column])
 
 
+def _is_ptb(text: str) -> bool:
+    """True for the Penn Treebank as it is customary: a sentence a line between spaces, in small letters but for N."""
+    lines = text[:20_000].splitlines()[:50]
+    return len(lines) > 1 and all(re.fullmatch(r" ([^\sA-Z]+ |N )+", line) for line in lines[:-1])
+
+
+def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
+    """One document of all sentences, joined by a space: what the GPTQ code calls ptb-new."""
+    return Corpus(source, [" ".join(sentence.strip() for sentence in sentences if sentence)])
+
+
+_PTB_COLUMN = "sentence"  # of its copies as tables
 _STRING_TYPES = ("string", "large_string", "string_view")
 
 
@@ -214,10 +232,14 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
     return torch.stack(windows)
 
 
-def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int) -> torch.Tensor:
-    """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start."""
+def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
+    """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start.
+
+    One after the other, or with a `stride` one every so many tokens of the same text.
+    """
     text = corpus.separator.join(document or "" for document in corpus.documents)
-    return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
+    windows = cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
+    return windows.flatten().unfold(0, seqlen, stride) if stride else windows
 
 
 def tokenize(text: str, tokenizer) -> torch.Tensor:

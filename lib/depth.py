@@ -1,6 +1,8 @@
 """The PP-LLMs run, from settings to result.json: load, count, rank, search (or take a saved plan), measure, save."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -9,41 +11,70 @@ from lib.batching import Batcher, automatic_batch_size
 from lib.bi import block_influence
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
-from lib.evaluate import perplexity
+from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import check_format, save_pruned
-from lib.inputs import check_tokens, dtype_name, window_length
+from lib.grid import Grid, run_grid
+from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder
 from lib.modeling_pruned import skip_lists
 from lib.names import local_path, short_name
 from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
-from lib.policies import blockpruner, check_reachable, moves_of, random_layers, shortgpt, sleb
+from lib.policies import beam, blockpruner, check_reachable, moves_of, random_layers, shortgpt, sleb
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.settings import DepthPruning
 from lib.stream import plan_window_losses
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What a run works on, all of it checked."""
+    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
 
     tokenizer: object
     decoder: Decoder
-    windows: torch.Tensor | None  # (N, T), for the search
+    windows: dict[int, torch.Tensor]  # (N, T), for the search, by seed
     eval_windows: dict[str, torch.Tensor]  # of each text
     batcher: Batcher
     seqlen: int  # tokens of a window
+    dense: dict[str, Perplexity] = field(default_factory=dict)  # on each text
+    bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
+    _sweep: tuple[int, Sweep] | None = None
+
+    def sweep(self, seed: int) -> Sweep:
+        """Measures losses on the windows of a seed; it is kept until another seed is asked for."""
+        if self._sweep is None or self._sweep[0] != seed:
+            self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
+        return self._sweep[1]
 
 
 def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     report = Report()
-    job = prepare(report, settings)
+    job = prepare(report, [settings])
     report.open(settings.output_dir)
     depth_report.say_model(report, settings.model_name, job.decoder)
+    plan, result = find_plan(report, settings, job)
+    finish(report, settings, job, plan, result)
+    return result
+
+
+def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
+    """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
+    quiet_libraries()
+    grid = Grid(
+        across="share of the parameters removed",
+        check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
+        prepare=prepare,
+        run=lambda report, settings, job: find_plan(report, settings, job)[1],
+    )
+    run_grid(grid, cells, folder, anew)
+
+
+def find_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """The plan, searched or given, and all that result.json says of it."""
     if settings.saved_plan:
         plan, found = settings.saved_plan.plan, {"applied_plan": str(settings.saved_plan.path)}
         depth_report.say_saved_plan(report, settings.saved_plan, job.decoder.total_parameters)
@@ -57,40 +88,54 @@ def run(settings: DepthPruning) -> dict:
         "mha_removed": list(plan.mha_removed),
         "ffn_removed": list(plan.ffn_removed),
         "parameters": parameters,
-        "perplexity": measure(report, job, plan),
+        **measure(report, settings, job, plan),
         "seconds": report.seconds,
         "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
         "environment": environment(job.decoder.device),
     }
-    finish(report, settings, job, plan, result)
-    return result
+    return plan, result
 
 
 # Before work starts ---------------------------------------------------------------------------------------------------
 
 
-def prepare(report: Report, settings: DepthPruning) -> Job:
-    """Loads and checks everything. Raises `InputError`, where it can before the weights are read."""
-    source = settings.source
+def prepare(report: Report, cells: Sequence[DepthPruning]) -> Job:
+    """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
+
+    Raises `InputError`, where it can before the weights are read.
+    """
+    settings, source = cells[0], cells[0].source
     with report.timed("load"):
         resolve_device(source.device)
         config = load_config(source)
-        seqlen = check_config(settings, config)
+        seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        windows, eval_windows = load_windows(settings, tokenizer, seqlen, config.vocab_size)
+        windows, eval_windows = load_windows(cells, tokenizer, seqlen, config.vocab_size)
     with report.timed("load"):
-        outline = load_outline(config, source.trust_remote_code)
-        if outline is not None:
-            check_decoder(settings, Decoder(outline, has_weights=False))
         decoder = Decoder(load_model(source))
-        check_decoder(settings, decoder)
+        for cell in cells:
+            check_decoder(cell, decoder)
     batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
     return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
 
 
-def check_config(settings: DepthPruning, config) -> int:
-    """Checks counts and window length against a model's config; returns the window length in tokens."""
+def check_config(cells: Sequence[DepthPruning], config) -> int:
+    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    seqlen = window_length(cells[0].model_name, config, cells[0].seqlen)
+    check_stride(cells[0].eval_stride, seqlen)
+    for settings in cells:
+        check_layers(settings, config)
+    outline = load_outline(config, cells[0].source.trust_remote_code)
+    if outline is not None:
+        decoder = Decoder(outline, has_weights=False)
+        for settings in cells:
+            check_decoder(settings, decoder)
+    return seqlen
+
+
+def check_layers(settings: DepthPruning, config) -> None:
+    """Checks a run's numbers of layers against a model's config. Raises `InputError`."""
     layers, name = config.num_hidden_layers, settings.model_name
     if settings.num_blocks not in (None, layers):
         raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
@@ -101,12 +146,11 @@ def check_config(settings: DepthPruning, config) -> int:
     else:
         whole = layers - sum(map(bool, skip_lists(config)))
         check_counts(settings, whole, f"{name} has {whole} {'' if whole == layers else 'whole '}decoder layers")
-    return window_length(name, config, settings.seqlen)
 
 
 def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
     """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
-    if layers < 2 and settings.method != "blockpruner":
+    if layers < 2 and settings.method not in ("blockpruner", "beam"):
         raise InputError(f"{having}; pruning needs at least 2")
     if (settings.mha_remove_layers or 0) >= layers:
         raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
@@ -138,17 +182,17 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
 
 
 def load_windows(
-    settings: DepthPruning, tokenizer, seqlen: int, vocab_size: int
-) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """The calibration windows of a search, and those of every evaluation text; text is tokenized here, once."""
-    windows = None
-    if settings.needs_windows:
+    cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
+) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+    """The calibration windows of each seed, and those of every evaluation text; text is tokenized here, once."""
+    settings, windows = cells[0], {}
+    seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
+    if seeds:
         corpus = load_corpus(settings.dataset, "train")
-        windows = calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, settings.seed)
-        check_tokens(settings.model_name, windows, vocab_size)
-    sources = settings.eval_datasets if settings.eval_ppl else []
-    eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen) for s in sources}
-    for tokens in eval_windows.values():
+        windows = {seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds}
+    sources, stride = settings.eval_datasets if settings.eval_ppl else [], settings.eval_stride
+    eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen, stride) for s in sources}
+    for tokens in (*windows.values(), *eval_windows.values()):
         check_tokens(settings.model_name, tokens, vocab_size)
     return windows, eval_windows
 
@@ -174,18 +218,46 @@ def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan,
     """The plan that the method finds, and what result.json says of its making."""
     if settings.method == "random":
         return random_layers(job.decoder, settings.prune_rate, settings.seed), {}
-    depth_report.say_calibration(report, settings.dataset, job.windows, settings.seed)
-    if settings.method == "ppllms":
-        return search_ppllms(report, settings, job)
-    if settings.method == "shortgpt":
-        bi_scores = rank_layers(report, settings, job)
-        return shortgpt(job.decoder, bi_scores, settings.prune_rate), {"bi_scores": bi_scores}
-    policy = {"sleb": sleb, "blockpruner": blockpruner}[settings.method]
-    depth_report.say_policy(report, settings.method, len(job.windows))
+    depth_report.say_calibration(report, settings.dataset, job.windows[settings.seed], settings.seed)
+    return SEARCHES[settings.method](report, settings, job)
+
+
+def search_shortgpt(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """ShortGPT: Block Influence only."""
+    bi_scores = rank_layers(report, settings, job)
+    return shortgpt(job.decoder, bi_scores, settings.prune_rate), {"bi_scores": bi_scores}
+
+
+def search_greedy(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """SLEB or BlockPruner."""
+    sweep, policy = job.sweep(settings.seed), {"sleb": sleb, "blockpruner": blockpruner}[settings.method]
+    depth_report.say_policy(report, settings.method, len(sweep.windows))
     with report.timed("search"):
-        say_step = depth_report.step_sayer(report)
-        plan, steps = policy(Sweep(job.decoder, job.windows, job.batcher), settings.prune_rate, say_step)
+        plan, steps = policy(sweep, settings.prune_rate, depth_report.step_sayer(report))
     return plan, {"rounds": describe_rounds(steps)}
+
+
+def search_beam(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
+    """Ours: the beam search beside the plans of all other methods that can reach the rate."""
+    sweep, others, bi_scores = job.sweep(settings.seed), {}, {}
+    sweep.asked.clear()
+    for method in ("shortgpt", "ppllms", "sleb", "blockpruner"):
+        other = replace(settings, method=method, save_model=None)
+        try:
+            check_decoder(other, job.decoder)
+        except InputError:
+            continue  # it has no plan for this rate
+        others[method], told = SEARCHES[method](report, other, job)
+        bi_scores |= {name: value for name, value in told.items() if name == "bi_scores"}
+    with report.timed("search"):
+        found = beam(sweep, settings.prune_rate, settings.beam_width, others)
+        losses = {method: sweep.loss(plan) for method, plan in others.items()}
+    depth_report.say_beam(report, found, losses)
+    return found.plan, {
+        **bi_scores,
+        "beam": {"width": settings.beam_width, "loss": found.loss, "origin": found.origin, "others": losses},
+        "trials": {"measured": found.trials, "at_most": found.at_most},
+    }
 
 
 def search_ppllms(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:
@@ -195,7 +267,7 @@ def search_ppllms(report: Report, settings: DepthPruning, job: Job) -> tuple[Pla
     counts = find_counts(settings, decoder)
     candidates = choose_candidates(bi_scores, counts.ffn, decoder.whole_layers)
     depth_report.say_counts(report, settings, budget_of(decoder), counts, candidates)
-    plan, rounds = search_mha(report, job, candidates, counts)
+    plan, rounds = search_mha(report, job.sweep(settings.seed), candidates, counts)
     return plan, {
         "bi_scores": bi_scores,
         "candidates": candidates,
@@ -221,21 +293,30 @@ def describe_rounds(rounds: list[Round]) -> list[dict]:
 
 def rank_layers(report: Report, settings: DepthPruning, job: Job) -> list[float]:
     """Block Influence of all layers, said as a table."""
-    chosen = job.windows[: settings.bi_windows]
-    with report.timed("bi"), report.progress(len(chosen), "Block Influence") as progress:
-        bi_scores = block_influence(job.decoder, chosen, job.batcher, progress)
-    depth_report.say_influence(report, bi_scores, chosen)
-    return bi_scores
+    chosen = job.windows[settings.seed][: settings.bi_windows]
+    if settings.seed not in job.bi_scores:
+        with report.timed("bi"), report.progress(len(chosen), "Block Influence") as progress:
+            job.bi_scores[settings.seed] = block_influence(job.decoder, chosen, job.batcher, progress)
+    depth_report.say_influence(report, job.bi_scores[settings.seed], chosen)
+    return job.bi_scores[settings.seed]
 
 
-def search_mha(report: Report, job: Job, candidates: list[int], counts: Counts) -> tuple[Plan, list[Round]]:
+def search_mha(report: Report, sweep: Sweep, candidates: list[int], counts: Counts) -> tuple[Plan, list[Round]]:
     """The greedy search, each round said as it ends."""
-    depth_report.say_search(report, counts, len(job.windows))
-    sweep = Sweep(job.decoder, job.windows, job.batcher)
-    with report.timed("search"), report.progress(counts.mha * len(job.windows), "search") as progress:
+    windows = len(sweep.windows)
+    depth_report.say_search(report, counts, windows)
+    with report.timed("search"), report.progress(counts.mha * windows, "search") as progress:
         on_round = depth_report.round_sayer(report)
         return greedy_search(sweep, candidates, counts.mha, on_round, progress)
 
+
+SEARCHES = {
+    "ppllms": search_ppllms,
+    "shortgpt": search_shortgpt,
+    "sleb": search_greedy,
+    "blockpruner": search_greedy,
+    "beam": search_beam,
+}
 
 # After it -------------------------------------------------------------------------------------------------------------
 
@@ -248,19 +329,22 @@ def count_parameters(settings: DepthPruning, decoder: Decoder, plan: Plan) -> di
     return {"total": total, "removed": removed, "target_rate": target, "actual_rate": removed / total}
 
 
-def measure(report: Report, job: Job, plan: Plan) -> dict[str, dict[str, float]]:
-    """Perplexity of the dense and of the pruned model on every evaluation text: {text: {dense, pruned}}."""
-    perplexities: dict[str, dict[str, float]] = {}
-    plans = {"dense": Plan(job.decoder.num_layers), "pruned": plan}
+def measure(report: Report, settings: DepthPruning, job: Job, plan: Plan) -> dict[str, dict]:
+    """`perplexity` and `perplexity_standard_error`, of the dense and of the pruned model on every evaluation text."""
+
+    def measured(which: Plan, windows: torch.Tensor) -> Perplexity:
+        losses = plan_window_losses(job.decoder, which)
+        with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
+            return perplexity(losses, windows, job.batcher, progress, settings.eval_stride)
+
+    found: dict[str, dict[str, Perplexity]] = {}
     report.seconds["evaluate"] = 0.0
     for text, windows in job.eval_windows.items():
-        with report.timed("evaluate"), report.progress(2 * len(windows), "perplexity") as progress:
-            perplexities[text] = {
-                name: perplexity(plan_window_losses(job.decoder, which), windows, job.batcher, progress)
-                for name, which in plans.items()
-            }
-        depth_report.say_perplexity(report, text, perplexities[text], windows, is_first=len(perplexities) == 1)
-    return perplexities
+        if text not in job.dense:
+            job.dense[text] = measured(Plan(job.decoder.num_layers), windows)
+        found[text] = {"dense": job.dense[text], "pruned": measured(plan, windows)}
+        depth_report.say_perplexity(report, text, found[text], windows, is_first=len(found) == 1)
+    return as_fields(found)
 
 
 def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result: dict) -> None:
@@ -286,6 +370,7 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
         "model": settings.model_name,
         "model_path": local_path(settings.model_name),
         "seqlen": job.seqlen,
+        "eval_stride": settings.eval_stride,
         "dtype": dtype_name(job.decoder.model),
         "batch_size": job.batcher.size,
         "num_layers": job.decoder.num_layers,
@@ -295,9 +380,10 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
     described |= {"method": settings.method, "seed": settings.seed}
     if not settings.needs_windows:
         return described
+    windows = len(job.windows[settings.seed])
     return described | {
         "nsamples": settings.nsamples,
         "dataset": settings.dataset,
-        "windows": len(job.windows),
-        "bi_windows": min(settings.bi_windows or len(job.windows), len(job.windows)),
+        "windows": windows,
+        "bi_windows": min(settings.bi_windows or windows, windows),
     }

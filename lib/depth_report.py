@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
+from lib.evaluate import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
 from lib.plan import Plan, SavedPlan
+from lib.policies import Beam
 from lib.report import Report, columns
 from lib.search import Budget, Counts, Round
 from lib.settings import DepthPruning
@@ -93,6 +95,16 @@ def step_sayer(report: Report) -> Callable[[int, Round], None]:
     return say_step
 
 
+def say_beam(report: Report, found: Beam, others: dict[str, float]) -> None:
+    """What the beam search found, beside the losses of the other methods' plans."""
+    report.say()
+    report.say("Beam search: of every amount of removed parameters the plans of lowest loss, grown by every sublayer")
+    report.say("  loss of the plans of " + ", ".join(f"{method} {loss:.2f}" for method, loss in others.items()))
+    whose = "its own" if found.origin == "beam" else f"that of {found.origin}, taken up to the rate"
+    report.say(f"  chosen: {found.loss:.2f}, {whose}")
+    report.say(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
+
+
 def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
     total, removed = parameters["total"], parameters["removed"]
     report.say()
@@ -103,12 +115,14 @@ def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
     report.say(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 
-def say_perplexity(report: Report, text: str, found: dict[str, float], windows: torch.Tensor, is_first: bool) -> None:
+def say_perplexity(
+    report: Report, text: str, found: dict[str, Perplexity], windows: torch.Tensor, is_first: bool
+) -> None:
     if is_first:
         report.say()
-        report.say("Perplexity (dense -> pruned)")
+        report.say("Perplexity (dense -> pruned), ± standard error over windows")
     size = f"{len(windows)} windows of {windows.shape[1]} tokens"
-    report.say(f"  {text}: {found['dense']:.3f} -> {found['pruned']:.3f}  ({size})")
+    report.say(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
 
 
 def say_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:

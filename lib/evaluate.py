@@ -3,13 +3,24 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from lib.batching import Batcher
 from lib.errors import RunError
 
-WindowLosses = Callable[[torch.Tensor], torch.Tensor]
+WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (B, T), how many of the last are measured -> (B,)
+
+
+class Perplexity(NamedTuple):
+    """A perplexity, and its standard error over the windows that it was measured on."""
+
+    value: float
+    standard_error: float | None  # None for one window
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" ± {self.standard_error:.3f}" if self.standard_error is not None else "")
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -23,16 +34,49 @@ def perplexity(
     windows: torch.Tensor,
     batcher: Batcher,
     progress: Callable[[int], object] | None = None,
-) -> float:
+    stride: int | None = None,
+) -> Perplexity:
     """exp of the mean cross-entropy over windows (N, T), each predicted from its own start.
 
-    As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of a window, weighted by T, then over
-    windows. Raises `RunError` when it is not finite.
+    As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of a window, then over windows. With a
+    `stride` the windows begin so many tokens after each other, and each but the first is measured on the tokens that
+    the one before has not seen, so that these have T-stride tokens or more before them. Raises `RunError` when it is
+    not finite.
     """
-    losses = batcher.map(lambda rows: window_losses(windows[rows]), len(windows), progress)
-    mean = losses.double().mean().item()
+    seqlen = windows.shape[1]
+    parts = [(windows, seqlen - 1)]
+    if stride is not None and stride < seqlen - 1:
+        parts = [(windows[:1], seqlen - 1), (windows[1:], stride)]
+    found, counts = [], []
+    for part, tokens in parts:
+        if len(part):
+            found.append(batcher.map(lambda rows, p=part, t=tokens: window_losses(p[rows], t), len(part), progress))
+            counts += [tokens] * len(part)
+    losses, scored = torch.cat(found).double(), torch.tensor(counts, dtype=torch.float64)
+    mean = (losses * scored).sum().item() / scored.sum().item()
     if not math.isfinite(mean):
         raise RunError(f"the loss is {mean} on window {int((~losses.isfinite()).nonzero()[0])} of the evaluation text")
     if mean > math.log(sys.float_info.max):
         raise RunError(f"the perplexity is too large for a number: the mean loss is {mean:g}")
-    return math.exp(mean)
+    return Perplexity(math.exp(mean), _standard_error(losses, scored, mean))
+
+
+def as_fields(found: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
+    """The fields of result.json for {text: {stage: perplexity}}."""
+    return {
+        name: {text: {stage: getattr(one, part) for stage, one in stages.items()} for text, stages in found.items()}
+        for name, part in (("perplexity", "value"), ("perplexity_standard_error", "standard_error"))
+    }
+
+
+def _standard_error(losses: torch.Tensor, scored: torch.Tensor, mean: float) -> float | None:
+    """Of exp(mean), the mean loss (N,) weighted by tokens (N,), for windows drawn independently; None for one window.
+
+    The error of a ratio of sums, carried through exp by its slope.
+    """
+    count = len(losses)
+    if count == 1:
+        return None
+    variance = count / (count - 1) * ((scored * (losses - mean)) ** 2).sum().item() / scored.sum().item() ** 2
+    error = math.exp(mean) * math.sqrt(variance)
+    return error if math.isfinite(error) else None

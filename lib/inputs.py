@@ -19,6 +19,12 @@ def window_length(name: str, config, given: int | None, flag: str = "--seqlen") 
     return seqlen
 
 
+def check_stride(stride: int | None, seqlen: int) -> None:
+    """Raises `InputError` for windows that would leave tokens out between them."""
+    if stride is not None and stride > seqlen:
+        raise InputError(f"--eval_stride {stride}: is more than the {seqlen} tokens of a window; lower it")
+
+
 def check_tokens(name: str, windows: torch.Tensor, vocab_size: int) -> None:
     """Raises `InputError` for token ids (N, T) that the model's embedding does not have."""
     if windows.max() >= vocab_size:

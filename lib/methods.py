@@ -12,7 +12,7 @@ from pathlib import Path
 from lib.errors import InputError
 from lib.names import is_hub_model, short_name
 
-DEPTH_METHODS = ("ppllms", "shortgpt", "sleb", "blockpruner", "random")
+DEPTH_METHODS = ("ppllms", "shortgpt", "sleb", "blockpruner", "random", "beam")
 DENSE = "dense"
 UNIFORM = "uniform"
 PRUNERS = ("magnitude", "wanda", "sparsegpt", "ria")

@@ -1,5 +1,7 @@
 """What the names of models and texts mean, and checks of them that need no torch and no network."""
 
+import hashlib
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,20 @@ def short_name(model: str) -> str:
     return "demo" if is_demo(model) else Path(model).expanduser().absolute().name
 
 
+def stamp(name: str) -> str:
+    """A name of a model or text with what tells its versions apart: sizes and times of local files.
+
+    Hub ids are taken as they are. The demo text comes from the documentation of Python and of packages, so it goes by
+    Python's version.
+    """
+    path = Path(name).expanduser()
+    if is_demo(name) or not path.exists():
+        return f"demo, Python {platform.python_version()}" if is_demo(name) else name
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{path.absolute()} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+
+
 def check_model(name: str) -> None:
     """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
     if is_demo(name) or is_hub_model(name):
@@ -79,5 +95,7 @@ def is_hub_text(name: str) -> bool:
 
 def check_text(name: str) -> None:
     """Raises `InputError` for a path to text that does not exist; hub ids pass."""
+    if name == "ptb" and not Path(name).exists():
+        raise InputError("dataset ptb: is not on the hub in a form that loads; give the path of ptb.test.txt")
     if name != "demo" and not is_hub_text(name) and not Path(name).expanduser().exists():
         raise InputError(f"dataset {name}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 REMOVALS, SPARSITY = "block_influence.png", "sparsity.png"
 _BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
+_COLOURS = (_BLUE, _RED, _GREEN, _YELLOW, "#aa3377", "#66ccee")
+_STROKES = ("-", "--", ":", "-.")
 
 
 def plot_removals(
@@ -57,6 +59,39 @@ def plot_sparsity(
     return True
 
 
+def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> bool:
+    """Perplexity against a share: {method: [(share, perplexity), ...]}, one line each; False without matplotlib.
+
+    Methods of one pruner have one colour, and each of its allocators a stroke of its own.
+    """
+    if not has_matplotlib():
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pruners = list(dict.fromkeys(name.partition("_")[0] for name in lines))
+    allocators = list(dict.fromkeys(name.partition("_")[2] for name in lines))
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, points in lines.items():
+        pruner, _, allocator = name.partition("_")
+        colour = _COLOURS[pruners.index(pruner) % len(_COLOURS)]
+        stroke = _STROKES[allocators.index(allocator) % len(_STROKES)]
+        axes.plot(*zip(*sorted(points), strict=True), stroke, color=colour, marker="o", markersize=4, label=name)
+    axes.axhline(dense, color="0.6", linewidth=1)
+    axes.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), color="0.4", va="bottom")
+    axes.set(xlabel=across, ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes.set_title(title, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    _save(figure, path)
+    return True
+
+
 def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
@@ -85,6 +120,12 @@ def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence
     axes[-1].set_xticks(range(0, layers, max(1, layers // 20)))
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font does not have
         figure.savefig(path, dpi=150)

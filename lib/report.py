@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lib.files import RESULT, write_json
 from lib.plots import REMOVALS, SPARSITY
 
+LOG = "log.txt"
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
@@ -51,21 +52,37 @@ class Report:
         self.seconds: dict[str, float] = {}
         self.folder: Path | None = None
         self._lines: list[str] = []
+        self._is_quiet = False
 
-    def open(self, folder: Path) -> None:
-        """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt."""
+    def open(self, folder: Path, goes_on: bool = False) -> None:
+        """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt.
+
+        When it `goes_on`, it leaves the log of before, and adds to it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, REMOVALS, SPARSITY):
             (folder / name).unlink(missing_ok=True)
         self.folder = folder
-        (folder / "log.txt").write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
+        with (folder / LOG).open("a" if goes_on else "w", encoding="utf-8") as log:
+            log.write("".join(line + "\n" for line in self._lines))
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Inside, what is said stands in log.txt only."""
+        self._is_quiet = True
+        try:
+            yield
+        finally:
+            self._is_quiet = False
 
     def say(self, text: str = "") -> None:
         """Keeps a line, and prints it; a reader of stdout that has gone away does not end the run."""
         self._lines.append(text)
         if self.folder:
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
                 log.write(text + "\n")
+        if self._is_quiet:
+            return
         try:
             tqdm.write(text)
             sys.stdout.flush()

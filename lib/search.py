@@ -152,14 +152,35 @@ class Sweep:
     def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self._prefix = _Prefix((), 0)
+        self._losses: dict[tuple[Mode, ...], float] = {}
+        self.asked: set[tuple[Mode, ...]] = set()  # for the loss of which models, since this was last cleared
 
     def losses(
         self, base: Plan, trials: Sequence[Trial], progress: Callable[[int], object] | None = None
     ) -> list[float]:
         """For each trial, the sum over windows of mean token cross-entropy times T (fp32, summed in fp64).
 
-        Raises `RunError` naming the layer when a loss is not finite.
+        What was measured before, in whichever search, is not measured again. Raises `RunError` naming the layer when a
+        loss is not finite.
         """
+        tried = [(*base.modes[: trial.layer], trial.mode, *base.modes[trial.layer + 1 :]) for trial in trials]
+        self.asked |= set(tried)
+        new = {modes: trial for modes, trial in zip(tried, trials, strict=True) if modes not in self._losses}
+        if new:
+            self._losses |= zip(new, self._measure(base, list(new.values()), progress), strict=True)
+        elif progress:
+            progress(len(self.windows))
+        return [self._losses[modes] for modes in tried]
+
+    def loss(self, plan: Plan) -> float:
+        """The loss of the model under a plan."""
+        layer = min((*plan.mha_removed, *plan.ffn_removed), default=0)
+        return self.losses(plan, [Trial(layer, plan.mode(layer))])[0]
+
+    def _measure(
+        self, base: Plan, trials: Sequence[Trial], progress: Callable[[int], object] | None = None
+    ) -> list[float]:
+        """The losses of trials by a walk over all windows."""
         modes, known = base.modes, self._prefix
         below = modes[: min(trial.layer for trial in trials)]
         if not known.is_kept or known.modes != below[: len(known.modes)]:

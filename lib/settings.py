@@ -1,11 +1,11 @@
 """The settings of the two kinds of runs, and which pruners those of ALP mean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lib.methods import DENSE, UNIFORM, GradientSettings, Method, Pattern, Quantization
-from lib.names import ModelSource
+from lib.names import ModelSource, stamp
 from lib.plan import SavedPlan
 from lib.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 
@@ -35,12 +35,41 @@ class DepthPruning:
     seqlen: int | None = None
     batch_size: int | None = None
     overwrite: bool = False
+    eval_stride: int | None = None
+    beam_width: int = 1
     save_model: Path | None = None
     save_format: str = "hf"
 
     @property
     def model_name(self) -> str:
         return self.source.name
+
+    @property
+    def uses_influence(self) -> bool:
+        """True when the method goes by Block Influence."""
+        return self.method in ("ppllms", "shortgpt", "beam")
+
+    @property
+    def label(self) -> str:
+        """What tells a cell of a grid from the others of its model."""
+        return f"{self.method} {self.prune_rate:g} seed {self.seed}"
+
+    @property
+    def key(self) -> dict:
+        """All that the result of a search depends on."""
+        by_counts = {name: getattr(self, name) for name in ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")}
+        text = {"text": stamp(self.dataset), "nsamples": self.nsamples, "seed": self.seed}
+        return {
+            **_key_of_source(self.source),
+            "tool": "ppllms",
+            "method": self.method,
+            "prune_rate": self.prune_rate,
+            **(by_counts if self.method == "ppllms" else {}),
+            **(text if self.needs_windows else {"seed": self.seed}),
+            **({"bi_windows": self.bi_windows} if self.uses_influence else {}),
+            **({"beam_width": self.beam_width} if self.method == "beam" else {}),
+            **_key_of_evaluation(self.eval_datasets if self.eval_ppl else (), self.seqlen, self.eval_stride),
+        }
 
     @property
     def needs_windows(self) -> bool:
@@ -75,12 +104,54 @@ class SparsityPruning:
     overwrite: bool = False
     save_model: Path | None = None
     log: Path | None = None
+    eval_stride: int | None = None
     semi_structured: bool = False
     tasks: Sequence[str] = field(default_factory=tuple)
 
     @property
     def model(self) -> str:
         return self.source.name
+
+    @property
+    def label(self) -> str:
+        """What tells a cell of a grid from the others of its model."""
+        seed = f" seed {self.seed}" if self.needs_text else ""
+        return f"{self.method.name} {self.target_sparsity:g} {self.pattern}{seed}"
+
+    @property
+    def key(self) -> dict:
+        """All that the result depends on."""
+        pruner, allocator = self.method.pruner, self.method.allocator
+        of_pruner = {"ria": {"a": self.a}, "wanda": {"use_variant": self.use_variant}}.get(pruner, {})
+        if pruner == "sparsegpt" or self.quantization:
+            of_pruner["percdamp"] = self.percdamp
+        of_allocator = {"alpha": self.alpha, **({"owl_m": self.owl_m} if allocator == "owl" else {})}
+        of_gradients = {
+            **asdict(self.gradients),
+            "file": stamp(str(self.gradient_file)) if self.gradient_file else None,
+        }
+        text = {"text": stamp(self.calibration_dataset), "seed": self.seed}
+        return {
+            **_key_of_source(self.source),
+            "tool": "alp_prune",
+            "method": self.method.name,
+            "sparsity_ratio": self.target_sparsity,
+            "sparsity_type": "unstructured" if pruner == DENSE else str(self.pattern),
+            **of_pruner,
+            **(of_allocator if self.is_allocated else {}),
+            **({"gradients": of_gradients} if self.uses_gradients else {}),
+            **({"nsamples": self.nsamples} if self.needs_inputs else {}),
+            **(text if self.needs_text else {}),
+            "quantization": str(self.quantization) if self.quantization else None,
+            "semi_structured": self.semi_structured,
+            "tasks": [stamp(task) for task in self.tasks],
+            **_key_of_evaluation(self.dataset, self.seqlen, self.eval_stride),
+        }
+
+    @property
+    def needs_text(self) -> bool:
+        """True when windows of text are drawn by the seed."""
+        return self.needs_inputs or self.uses_gradients
 
     @property
     def target_sparsity(self) -> float:
@@ -103,13 +174,18 @@ class SparsityPruning:
         """What quantizes: SparseGPT while it prunes, from the dense weights; others what was pruned before."""
         if not self.quantization:
             return None
-        if self.method.pruner == "sparsegpt":
+        if self.rounds_while_pruning:
             return SparseGpt(self.pattern, self.percdamp, self.quantization)
         return Rounded(self.quantization, self.percdamp)
 
     @property
+    def rounds_while_pruning(self) -> bool:
+        """True when quantizing begins with the dense weights again, and not with the pruned ones."""
+        return self.quantization is not None and self.method.pruner == "sparsegpt"
+
+    @property
     def needs_inputs(self) -> bool:
-        """True when calibration text is needed."""
+        """True when calibration windows are needed."""
         by_inputs = self.is_allocated and not self.uses_gradients
         return by_inputs or any(pruner.needs_inputs for pruner in (self.pruner, self.rounder) if pruner)
 
@@ -127,3 +203,11 @@ class SparsityPruning:
     def uses_gradients(self) -> bool:
         """True when those sparsities are ALP's, from connection sensitivity."""
         return self.is_allocated and self.method.allocator == "alp"
+
+
+def _key_of_source(source: ModelSource) -> dict:
+    return {"model": stamp(source.name), "dtype": source.dtype}
+
+
+def _key_of_evaluation(texts: Sequence[str], seqlen: int | None, stride: int | None) -> dict:
+    return {"eval": [stamp(text) for text in texts], "seqlen": seqlen, "eval_stride": stride}

@@ -35,19 +35,24 @@ def final_hidden_states(decoder: Decoder, input_ids: torch.Tensor, modes: Sequen
 
 
 @torch.no_grad()
-def tail_losses(decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each window, in fp32: (B, T, D) and ids (B, T) -> (B,), over the T-1 predicted tokens.
+def tail_losses(
+    decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor, scored: int | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of each window, in fp32: (B, T, D) and ids (B, T) -> (B,), over its last `scored` tokens.
 
-    The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and the vocabulary are.
+    None: over all T-1 that are predicted. The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and
+    the vocabulary are.
     """
     labels = input_ids[:, 1:].to(hidden_states.device)
+    scored = scored or labels.shape[1]
+    labels, hidden_states = labels[:, -scored:], hidden_states[:, :-1][:, -scored:]
     at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)  # tokens
     if hidden_states.device.type == "cpu":
         at_once = min(at_once, _TOKENS_AT_ONCE_ON_CPU)
     rows = max(1, at_once // labels.shape[1])  # whole windows in a piece, or a piece of one window
     piece = min(at_once, labels.shape[1])
     losses = []
-    for row_states, row_labels in zip(hidden_states[:, :-1].split(rows), labels.split(rows), strict=True):
+    for row_states, row_labels in zip(hidden_states.split(rows), labels.split(rows), strict=True):
         pieces = []
         for states, piece_labels in zip(row_states.split(piece, dim=1), row_labels.split(piece, dim=1), strict=True):
             logits = decoder.logits(states)
@@ -57,13 +62,13 @@ def tail_losses(decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.
 
 
 def plan_window_losses(decoder: Decoder, plan: Plan) -> WindowLosses:
-    """The loss function of the model under a plan: ids (B, T) -> mean cross-entropy (B,).
+    """The loss function of the model under a plan: ids (B, T) -> mean cross-entropy (B,) of the last `scored` tokens.
 
     Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
     """
 
-    def window_losses(input_ids: torch.Tensor) -> torch.Tensor:
-        losses = tail_losses(decoder, final_hidden_states(decoder, input_ids, plan.modes), input_ids)
+    def window_losses(input_ids: torch.Tensor, scored: int) -> torch.Tensor:
+        losses = tail_losses(decoder, final_hidden_states(decoder, input_ids, plan.modes), input_ids, scored)
         if not losses.isfinite().all():
             raise RunError(describe_nonfinite(decoder, input_ids, plan.modes))
         return losses

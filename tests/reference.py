@@ -1,6 +1,7 @@
 """What the fast code must agree with: slow, obvious versions that use nothing but the model's own forward."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -87,7 +88,24 @@ def block_influence(model: nn.Module, windows: torch.Tensor) -> list[float]:
 
 def model_window_losses(model: nn.Module):
     """The loss of a causal language model by its own forward, one window at a time: (B, T) ids -> fp32 (B,)."""
-    return lambda windows: torch.tensor([total_loss(model, row) / windows.shape[1] for row in windows.split(1)])
+
+    def window_losses(windows, scored):
+        assert scored == windows.shape[1] - 1
+        return torch.tensor([total_loss(model, row) / windows.shape[1] for row in windows.split(1)])
+
+    return window_losses
+
+
+@torch.no_grad()
+def strided_perplexity(model: nn.Module, tokens: torch.Tensor, seqlen: int, stride: int) -> float:
+    """Perplexity of tokens (length,), each predicted once: by the window of its first appearance, token by token."""
+    losses, seen = [], 1  # the first token is predicted from nothing
+    for start in range(0, len(tokens) - seqlen + 1, stride):
+        logits = model(input_ids=tokens[None, start : start + seqlen]).logits[0].double().log_softmax(-1)
+        for place in range(seen, start + seqlen):
+            losses.append(-logits[place - start - 1, tokens[place]].item())
+        seen = start + seqlen
+    return math.exp(sum(losses) / len(losses))
 
 
 # ALP ------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path
     windows = evaluation_windows(
         load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
     )
-    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
+    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1)).value
     assert found == pytest.approx(result["perplexity"][str(text_file)]["pruned"], rel=1e-5)
     linears = saved_linears(tmp_path / "out").values()
     assert sum((w == 0).sum() for w in linears) / sum(w.numel() for w in linears) == pytest.approx(result["sparsity"])

@@ -29,8 +29,37 @@ def test_block_influence_is_that_of_the_hooked_model(family, batcher):
 def test_perplexity_is_that_of_whole_forwards(family, batcher):
     model, windows = tiny_model(family), tiny_windows(5)
     expected = math.exp(reference.total_loss(model, windows) / windows.numel())
-    found = perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, batcher)
+    found = perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, batcher).value
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "OPT", "GPTNeoX"])
+@pytest.mark.parametrize("stride", [1, 5, 15, 16])
+def test_a_stride_measures_every_token_once_with_more_before_it(family, stride):
+    model, tokens = tiny_model(family), tiny_windows(3).flatten()
+    windows = tokens.unfold(0, 16, stride)
+    found = perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, Batcher(2), stride=stride)
+    expected = reference.strided_perplexity(model, tokens, 16, stride if stride < 16 else 15)
+    if stride == 16:  # windows side by side, whose first tokens nothing predicts
+        expected = math.exp(reference.total_loss(model, windows) / windows.numel())
+    assert found.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_resampled_windows():
+    """The deviation of perplexities of texts drawn anew, by the bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    losses = 2 + 0.5 * torch.randn(400, generator=generator)
+    found = perplexity(lambda rows, scored: losses[rows[:, 0]], torch.arange(400)[:, None].expand(-1, 9), Batcher(64))
+    drawn = losses[torch.randint(0, 400, (4000, 400), generator=generator)].double().mean(dim=1).exp()
+    assert found.value == pytest.approx(losses.double().mean().exp().item())
+    assert found.standard_error == pytest.approx(drawn.std().item(), rel=0.05)
+    literal = losses.double().std().item() / math.sqrt(400) * found.value
+    assert found.standard_error == pytest.approx(literal)
+
+
+def test_one_window_has_no_standard_error(batcher):
+    found = perplexity(lambda rows, scored: torch.ones(len(rows)), tiny_windows(1), batcher)
+    assert found.standard_error is None and str(found) == "2.718"
 
 
 def test_token_losses_are_taken_in_fp32():
@@ -72,19 +101,19 @@ def test_a_head_that_gives_nan_is_told_from_the_layers(batcher):
 def test_the_batch_halves_when_memory_runs_out_and_results_stay():
     windows, tried = tiny_windows(7), []
 
-    def losses(ids):
+    def losses(ids, scored):
         tried.append(len(ids))
         if len(ids) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return ids.float().mean(dim=1) / 100
 
     batcher = Batcher(7)
-    assert perplexity(losses, windows, batcher) == pytest.approx(math.exp(windows.float().mean() / 100), rel=1e-6)
+    assert perplexity(losses, windows, batcher).value == pytest.approx(math.exp(windows.float().mean() / 100), rel=1e-6)
     assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and batcher.size == 1
 
 
 def test_out_of_memory_with_one_window_is_raised():
-    def losses(ids):
+    def losses(ids, scored):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     with pytest.raises(RuntimeError, match="can't allocate"):
@@ -92,7 +121,7 @@ def test_out_of_memory_with_one_window_is_raised():
 
 
 def test_other_errors_are_not_taken_for_missing_memory():
-    def losses(ids):
+    def losses(ids, scored):
         raise RuntimeError("shapes do not match")
 
     batcher = Batcher(4)

@@ -82,6 +82,41 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
     assert load_corpus(str(tmp_path / "story.txt"), "train").documents == ["Once.\n\n  Twice. \n"]
 
 
+PTB = " no it was n't black monday \n but while the new york stock exchange did n't fall N points <unk> \n"
+
+
+def test_the_penn_treebank_is_one_document_of_its_sentences(tmp_path):
+    sentences = "no it was n't black monday but while the new york stock exchange did n't fall N points <unk>"
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text(PTB if split != "valid" else PTB.replace("fall", "rise"))
+    for source, purpose in ((tmp_path / "ptb.test.txt", "test"), (tmp_path, "test"), (tmp_path, "train")):
+        assert load_corpus(str(source), purpose).documents == [sentences]
+    rows = datasets.Dataset.from_dict({"sentence": [line.strip() for line in PTB.splitlines()]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert load_corpus(str(tmp_path / "rows.parquet"), "test").documents == [sentences]
+
+
+@pytest.mark.parametrize(
+    "text", [" One day he left . \n It was N . \n", "no it was\nbut while\n", " a b \n\n c \n d \n"]
+)
+def test_other_lines_are_not_taken_for_the_penn_treebank(tmp_path, text):
+    (tmp_path / "story.txt").write_text(text)
+    assert load_corpus(str(tmp_path / "story.txt"), "test").documents == [text]
+
+
+def test_the_penn_treebank_by_name_says_what_to_give(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="give the path of ptb.test.txt"):
+        load_corpus("ptb", "test")
+
+
+def test_windows_with_a_stride_cover_the_same_text(demo_tokenizer):
+    corpus = Corpus("words", [" ".join(f"word {i}" for i in range(400))], max_windows=5)
+    plain, strided = (evaluation_windows(corpus, demo_tokenizer, 32, stride) for stride in (None, 8))
+    assert plain.shape == (5, 32) and strided.shape == (17, 32)
+    assert torch.equal(strided[::4], plain) and torch.equal(strided[1][:-8], strided[0][8:])
+
+
 def test_files_named_for_a_split_serve_its_purpose(tmp_path):
     for name in ("train.txt", "my-validation.txt", "contest.txt"):
         (tmp_path / name).write_text(name)

@@ -135,7 +135,7 @@ def test_masks_and_perplexity_are_those_of_the_reference(stories, method, ratio,
     if not has_perplexity:
         return
     c4 = evaluation_windows(load_corpus(stories.c4, "test"), stories.tokenizer, 512)
-    found = perplexity(plan_window_losses(decoder, Plan(5)), c4, Batcher(2))
+    found = perplexity(plan_window_losses(decoder, Plan(5)), c4, Batcher(2)).value
     assert found == pytest.approx(expected["ppl_c4"], rel=0.02 if pair.pruner == "sparsegpt" else 0.005)
 
 

@@ -13,7 +13,7 @@ from lib.loading import load_model
 from lib.model import Decoder
 from lib.names import ModelSource
 from lib.plan import Plan
-from lib.policies import Move, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
+from lib.policies import Move, beam, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
 from lib.search import Sweep
 from tests import reference
 from tests.command import run
@@ -105,6 +105,107 @@ def test_a_model_pruned_before_loses_what_it_has(batcher, tmp_path):
     assert plan.mha_removed in ((2,), (3,))
 
 
+# Beam -----------------------------------------------------------------------------------------------------------------
+
+
+def every_plan(decoder) -> list[Plan]:
+    """All ways to remove sublayers of four layers that leave an attention."""
+    return [
+        Plan(4, tuple(i for i in range(4) if mask >> i & 1), tuple(i for i in range(4) if mask >> i & 16))
+        for mask in range(256)
+        if mask & 15 != 15
+    ]
+
+
+def off(decoder, plan, target) -> float:
+    """How far a plan ends from a share."""
+    return abs(decoder.removed_parameters(plan) / decoder.total_parameters - target)
+
+
+def nearest(decoder, target) -> list[Plan]:
+    """The plans that no removal of one more sublayer would bring nearer to a share, and that were nearing it."""
+
+    plans = every_plan(decoder)
+    parents = {plan: [other for other in plans if is_one_more(other, plan)] for plan in plans}
+    children = {plan: [other for other in plans if is_one_more(plan, other)] for plan in plans}
+    return [
+        plan
+        for plan in plans
+        if all(off(decoder, child, target) >= off(decoder, plan, target) for child in children[plan])
+        and any(off(decoder, plan, target) < off(decoder, parent, target) for parent in parents[plan])
+    ]
+
+
+def is_one_more(plan, other) -> bool:
+    """True when `other` is `plan` and one sublayer more."""
+    less = {*plan.mha_removed, *(10 + i for i in plan.ffn_removed)}
+    more = {*other.mha_removed, *(10 + i for i in other.ffn_removed)}
+    return less < more and len(more) == len(less) + 1
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize("target", [0.15, 0.3])
+def test_a_wide_beam_finds_the_best_of_all_plans(family, target, batcher):
+    model, windows = tiny_model(family), tiny_windows(2)
+    decoder = Decoder(tiny_model(family))
+    found = beam(Sweep(decoder, windows, batcher), target, 1000, {})
+    losses = {}
+    for plan in nearest(decoder, target):
+        losses[plan.modes] = reference.total_loss(reference.toggled(model, plan.mha_removed, plan.ffn_removed), windows)
+    assert found.loss == pytest.approx(min(losses.values()), rel=1e-5)
+    assert losses[found.plan.modes] == pytest.approx(found.loss, rel=1e-5) and found.origin == "beam"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "OPT"])
+@pytest.mark.parametrize("target", [0.15, 0.22, 0.35])
+def test_the_beam_is_never_worse_than_the_others(family, target, batcher):
+    decoder, windows = Decoder(tiny_model(family)), tiny_windows(3)
+    sweep = Sweep(decoder, windows, batcher)
+    others = {
+        "sleb": sleb(sweep, target)[0],
+        "blockpruner": blockpruner(sweep, target)[0],
+        "shortgpt": shortgpt(decoder, [0.3, 0.1, 0.2, 0.4], target),
+    }
+    found = beam(sweep, target, 1, others)
+    assert found.trials == len(sweep.asked) <= found.at_most
+    half = max(rate_of(decoder, move) for move in sublayers(decoder)) / 2
+    assert off(decoder, found.plan, target) <= half
+    compared = []
+    for name, plan in others.items():
+        completed, _ = greedy(sweep, sublayers(decoder), target, base=plan)
+        for one in (plan, completed):
+            if off(decoder, one, target) <= half and one in (completed, others["blockpruner"]):
+                assert found.loss <= sweep.loss(one), name
+                compared.append(one)
+    assert compared
+    again = beam(Sweep(decoder, windows, batcher), target, 1, others)
+    assert (again.plan, again.loss) == (found.plan, found.loss)
+
+
+def test_a_plan_of_another_method_is_taken_where_it_is_better(batcher):
+    decoder = Decoder(tiny_model("Llama"))
+    sweep, target = Sweep(decoder, tiny_windows(2), batcher), rate_of(decoder, Move(0, True, True))
+    best = min(nearest(decoder, target), key=sweep.loss)
+    found = beam(sweep, target, 1, {"sleb": best})
+    assert found.loss == sweep.loss(best)
+
+
+def test_nothing_is_measured_twice(batcher, monkeypatch):
+    decoder = Decoder(tiny_model("Llama"))
+    sweep, measured = Sweep(decoder, tiny_windows(2), batcher), []
+    measure = sweep._measure
+
+    def watched(base, trials, progress):
+        measured.extend((*base.modes[: t.layer], t.mode, *base.modes[t.layer + 1 :]) for t in trials)
+        return measure(base, trials, progress)
+
+    monkeypatch.setattr(sweep, "_measure", watched)
+    for target in (0.2, 0.3):
+        others = {"blockpruner": blockpruner(sweep, target)[0], "sleb": sleb(sweep, target)[0]}
+        beam(sweep, target, 2, others)
+    assert len(measured) == len(set(measured)) == len(sweep.asked)
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +224,17 @@ def test_random_looks_at_no_text(tiny_folder, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["seed"] == 0 and not {"dataset", "nsamples", "windows"} & set(result)
     assert run(*command, "--dataset", "demo", monkeypatch=monkeypatch) == 2
-    assert "--dataset: --method random looks at no text" in capsys.readouterr().err
+    assert "--dataset: --method random has no use for it" in capsys.readouterr().err
+
+
+def test_the_beam_tells_what_it_measured(by_rate, tmp_path, monkeypatch, capsys):
+    assert run(*by_rate, "--method", "beam", "--beam_width", 2, monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    found, trials = result["beam"], result["trials"]
+    assert found["width"] == 2 and set(found["others"]) <= {"shortgpt", "ppllms", "sleb", "blockpruner"}
+    assert found["loss"] <= found["others"]["blockpruner"] and 8 < trials["measured"] <= trials["at_most"]
+    said = capsys.readouterr().out
+    assert f"{trials['measured']:,} models measured" in said and f"chosen: {found['loss']:.2f}" in said
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "sleb", "blockpruner"])
@@ -154,8 +265,10 @@ def test_the_plan_of_a_method_is_applied_again(by_rate, tmp_path, monkeypatch):
     "flags, problem",
     [
         (["--method", "sleb", "--mha_remove_layers", 1], "--mha_remove_layers: is of --method ppllms"),
-        (["--method", "sleb", "--bi_windows", 1], "--bi_windows: sleb takes no Block Influence"),
+        (["--method", "sleb", "--bi_windows", 1], "--bi_windows: --method sleb has no use for it"),
         (["--method", "shortgpt", "--prune_rate", 0.9], "--prune_rate 0.9 cannot be reached by this method"),
+        (["--method", "sleb", "--beam_width", 2], "--beam_width: --method sleb has no use for it"),
+        (["--method", "beam", "--ffn_remove_layers", 1], "--ffn_remove_layers: is of --method ppllms"),
         (["--method", "wanda"], "--method: invalid choice: 'wanda'"),
     ],
 )

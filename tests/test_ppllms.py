@@ -60,7 +60,7 @@ def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_fi
         load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
     )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1))
+    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1)).value
     assert found == pytest.approx(reported["pruned"], rel=1e-5)
     assert found != pytest.approx(reported["dense"], rel=1e-4)
 

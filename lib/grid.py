@@ -1,0 +1,151 @@
+"""Runs of many settings: a model is loaded once for all its cells, and a cell that is finished is not done again."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import Generic, TypeVar
+
+from lib.batching import free_memory
+from lib.errors import InputError, RunError, is_out_of_memory
+from lib.files import whole_file
+from lib.ledger import Ledger, canonical
+from lib.names import short_name
+from lib.plots import plot_grid
+from lib.report import Report
+from lib.settings import DepthPruning, SparsityPruning
+from lib.tables import Entry, csv_table, entries, markdown
+
+Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Grid(Generic[Settings, Job]):
+    """A tool as a grid needs it."""
+
+    across: str  # what the plots have below: `sparsity`, say
+    check: Callable[[Sequence[Settings]], object]  # `InputError` for what is wrong with the cells of one model
+    prepare: Callable[[Report, Sequence[Settings]], Job]  # loads what all cells of one model need
+    run: Callable[[Report, Settings, Job], dict]  # one cell; as in result.json
+
+
+def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False) -> None:
+    """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
+
+    `anew`: what is there is done away with.
+
+    Raises `InputError` before anything is run, and `RunError` at the end when cells failed: the others are done first.
+    """
+    unique: dict[str, Settings] = {}
+    for cell in cells:
+        unique.setdefault(canonical(cell.key), cell)
+    cells, ledger, report = list(unique.values()), Ledger(folder, anew), Report()
+    missing = [cell for cell in cells if ledger.find(cell.key) is None]
+    for _, of_model in groupby(missing, key=lambda cell: cell.source.name):
+        grid.check(list(of_model))
+    report.open(folder, goes_on=not anew)
+    ledger.open()
+    done = f", {len(cells) - len(missing)} of them done before" if len(missing) < len(cells) else ""
+    report.say(f"Grid        {len(cells)} cells{done}; finished ones are kept in {ledger.path}")
+    failed: list[Exception] = []
+    try:
+        for _, of_model in groupby(missing, key=lambda cell: cell.source.name):
+            failed += _run_model(grid, report, list(of_model), ledger, cells)
+    except KeyboardInterrupt as error:
+        kept = sum(ledger.find(cell.key) is not None for cell in cells)
+        raise RunError(f"stopped; {kept} of {len(cells)} cells are kept, and the same command goes on") from error
+    _write_plots(grid, report, _write_tables(report, cells, ledger), folder)
+    if failed:
+        if len(failed) == len(missing) and isinstance(failed[0], InputError):
+            raise failed[0]
+        raise RunError(f"{len(failed)} of {len(cells)} cells failed ({failed[0]}); the same command tries them again")
+
+
+def _run_model(grid: Grid, report: Report, missing: list[Settings], ledger: Ledger, cells: Sequence[Settings]) -> list:
+    """Runs the missing cells of one model; what went wrong, for each that failed."""
+    name = missing[0].source.name
+    report.say(f"Model       {name}: {len(missing)} cells")
+    report.seconds = {}
+    try:
+        with report.quietly():
+            job = grid.prepare(report, missing)
+    except Exception as error:
+        return _told(report, name, error) * len(missing)
+    failed, shared = [], dict(report.seconds)
+    for number, cell in enumerate(missing, 1):
+        report.seconds = dict(shared)
+        what = f"  {number}/{len(missing)} {cell.label}"
+        try:
+            with report.quietly():
+                report.say(what)
+                result = grid.run(report, cell, job)
+        except Exception as error:
+            failed += _told(report, what.strip(), error)
+            continue
+        ledger.add(cell.key, result)
+        found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
+        seconds = sum(report.seconds.values()) - sum(shared.values())
+        report.say(f"{what}: {found or 'not measured'} ({seconds:.0f} s)")
+        _write_tables(report, cells, ledger)
+    del job
+    free_memory()
+    return failed
+
+
+def _told(report: Report, what: str, error: Exception) -> list[Exception]:
+    """Says what went wrong, for the grid to go on; raises errors that are no matter of model, text or memory."""
+    if not isinstance(error, InputError | RunError) and not is_out_of_memory(error):
+        raise error
+    reason = " ".join(str(error).split()) if isinstance(error, InputError | RunError) else "out of memory"
+    report.say(f"  failed: {what}: {reason}")
+    free_memory()
+    kept = error.with_traceback(None) if isinstance(error, InputError | RunError) else RunError(reason)
+    return [kept]  # without the frames that hold its tensors
+
+
+def _write_tables(report: Report, cells: Sequence[Settings], ledger: Ledger) -> list[Entry]:
+    """Writes the tables of what is finished, in the order of the cells."""
+    results = [ledger.find(cell.key) for cell in cells]
+    found = entries([result for result in results if result])
+    for name, content in (("table.md", markdown(found)), ("table.csv", csv_table(found))):
+        with whole_file(report.folder / name) as draft:
+            draft.write_text(content, encoding="utf-8")
+    return found
+
+
+def _write_plots(grid: Grid, report: Report, found: Sequence[Entry], folder: Path) -> None:
+    """A plot for each model and text, of all methods; says what was written."""
+    report.say()
+    report.say((folder / "table.md").read_text(encoding="utf-8"))
+    report.say("Written")
+    for name in ("table.md", "table.csv"):
+        report.say(f"  table   {folder / name}")
+    measured = [entry for entry in found if entry.metric == "perplexity"]
+    for model, text in dict.fromkeys((entry.model, entry.text) for entry in measured):
+        here = [entry for entry in measured if (entry.model, entry.text) == (model, text)]
+        names = f"{short_name(model)}-{short_name(text)}" if model != text else short_name(model)
+        path = folder / f"perplexity-{re.sub(r'[^A-Za-z0-9_.-]', '-', names)[:150]}.png"
+        dense = next(entry.value for entry in here if entry.is_dense)
+        title = f"{short_name(model)}, perplexity on {short_name(text)}"
+        lines = _lines([entry for entry in here if not entry.is_dense])
+        if lines and not plot_grid(path, lines, dense, grid.across, title):
+            report.say("  plots   none: matplotlib is not installed (pip install matplotlib)")
+            return
+        if lines:
+            report.say(f"  plot    {path}")
+
+
+def _lines(found: Sequence[Entry]) -> dict[str, list[tuple[float, float]]]:
+    """{method: [(share, perplexity), ...]}, each point the mean over the seeds of a setting; n:m apart."""
+    by_point: dict[tuple[str, str], list[Entry]] = {}
+    for entry in found:
+        name = f"{entry.method} {entry.setting}" if ":" in entry.setting else entry.method
+        by_point.setdefault((name, entry.setting), []).append(entry)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (name, _), of_point in by_point.items():
+        point = (mean(entry.share for entry in of_point), mean(entry.value for entry in of_point))
+        lines.setdefault(name, []).append(point)
+    return lines

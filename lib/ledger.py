@@ -1,0 +1,59 @@
+"""The file of a grid's finished cells, `results.jsonl`: one line each, added whole or not at all. Imports no torch."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from lib.errors import InputError
+
+FILE = "results.jsonl"
+
+
+class Ledger:
+    """What was found for the cells of a grid, each by its key: a dict of all that the result depends on."""
+
+    def __init__(self, folder: Path, anew: bool = False):
+        """Reads what is there, unless it is to begin `anew`. Raises `InputError` for a file that no grid wrote.
+
+        A last line that was cut off while it was written, by a loss of power say, counts as not there.
+        """
+        self.path, self._anew = folder / FILE, anew
+        self._found: dict[str, dict] = {}
+        content = self.path.read_bytes() if self.path.exists() and not anew else b""
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                self._found[canonical(entry["key"])] = entry["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                advice = "move the file away, or name another --output_dir"
+                raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
+
+    def open(self) -> None:
+        """Deletes what is there, when it is to begin anew."""
+        if self._anew:
+            self.path.unlink(missing_ok=True)
+
+    def find(self, key: dict) -> dict | None:
+        """The result of the cell of that key; None when it is not there."""
+        return self._found.get(canonical(key))
+
+    def add(self, key: dict, result: dict) -> None:
+        """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once."""
+        line = (json.dumps({"key": key, "result": result}, allow_nan=False) + "\n").encode()
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._found[canonical(key)] = json.loads(line)["result"]
+
+
+def canonical(key: dict) -> str:
+    """A key as text, the same for equal keys."""
+    return json.dumps(key, sort_keys=True, allow_nan=False)

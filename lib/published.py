@@ -1,0 +1,103 @@
+"""Figures of the papers, to hold ours against; all of them, with their sources, are in `published.csv`."""
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from lib.methods import ALPHAS
+from lib.names import short_name
+
+SOURCES = {
+    "ALP": "ALP: Adaptive Layerwise Pruning in Large Language Models, tables of results",
+    "DLP": "the authors' README of DLP (arXiv:2505.23807)",
+    "BlockPruner": "BlockPruner (arXiv:2406.10594), table of results",
+    "SLEB": "SLEB (arXiv:2402.09025), table of results",
+}
+_MODELS = {  # the names that their hub ids end with
+    "LLaMA-1 7B": ("llama-7b-hf", "llama-7b"),
+    "LLaMA-1 13B": ("llama-13b-hf", "llama-13b"),
+    "LLaMA-2 7B": ("llama-2-7b-hf", "llama-2-7b"),
+    "LLaMA-2 13B": ("llama-2-13b-hf", "llama-2-13b"),
+    "LLaMA-3 8B": ("meta-llama-3-8b", "llama-3-8b"),
+    "OPT 6.7B": ("opt-6.7b",),
+    "OPT 13B": ("opt-13b",),
+}
+_TEXTS = {
+    "wikitext2": ("wikitext2", "wikitext", "wikitext-2-raw-v1"),
+    "c4": ("c4",),
+}
+_SEQLEN, _NSAMPLES = 2048, 128
+_NEAR = 0.005  # two shares of removed parameters are the same setting when they differ by less
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published figure: `value` is a perplexity on `text`, or an accuracy in percent on a task or as their mean.
+
+    `rate` is the sparsity, or the share of parameters that is removed.
+    """
+
+    source: str
+    tool: str
+    model: str
+    method: str
+    rate: float
+    metric: str
+    text: str
+    value: float
+    note: str
+
+
+@cache
+def figures() -> tuple[Figure, ...]:
+    """All of them."""
+    with (Path(__file__).parent / "published.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return tuple(Figure(**{**row, "rate": float(row["rate"]), "value": float(row["value"])}) for row in rows)
+
+
+def find(result: dict, metric: str, text: str, is_dense: bool = False) -> Figure | None:
+    """The published figure for a perplexity or accuracy in a result.json, or for that of its dense model.
+
+    Model, method, rate, text and the settings of the papers must match: windows of 2048 tokens one after the other, 128
+    calibration samples, the usual alpha, no quantization. None when there is no such figure.
+    """
+    rates = [0.0] if is_dense else _rates(result)
+    if result["seqlen"] != _SEQLEN or result.get("eval_stride") or not (is_dense or _is_usual(result)):
+        return None
+    method = "dense" if is_dense else _method(result)
+    for figure in figures():
+        if (
+            (figure.tool, figure.method, figure.metric) == (result["tool"], method, metric)
+            and short_name(result["model"]).lower() in _MODELS[figure.model]
+            and (figure.text == text or short_name(text).lower() in _TEXTS.get(figure.text, ()))
+            and any(abs(rate - figure.rate) < _NEAR for rate in rates)
+        ):
+            return figure
+    return None
+
+
+def _method(result: dict) -> str:
+    return result["prune_method"] if result["tool"] == "alp_prune" else result["method"]
+
+
+def _rates(result: dict) -> list[float]:
+    """The shares that a result stands for: some papers tell the one aimed at, others the one removed."""
+    if result["tool"] == "alp_prune":
+        return [result["sparsity_ratio"]]
+    rates = result["parameters"]
+    return [rate for rate in (rates["target_rate"], rates["actual_rate"]) if rate is not None]
+
+
+def _is_usual(result: dict) -> bool:
+    """True when the settings are those of the papers."""
+    if result["tool"] == "ppllms":
+        return True
+    allocator = result["prune_method"].rpartition("_")[2]
+    return (
+        result["sparsity_type"] == "unstructured"
+        and result["nsamples"] == _NSAMPLES
+        and result["alpha"] in (None, ALPHAS.get(allocator))
+        and "quantization" not in result
+    )

@@ -1,0 +1,212 @@
+"""The tables of a grid: `table.md` to read, `table.csv` to work with. No times in them, so that two runs compare equal.
+
+Imports no torch.
+"""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lib.names import short_name
+from lib.published import SOURCES, Figure, find
+
+DENSE_ROW = "dense"
+_WORTH_TELLING = 0.005  # a share removed is told where it differs by more from the one asked for
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure of one cell: a perplexity on a text, or an accuracy in percent on a task."""
+
+    model: str
+    method: str
+    setting: str  # the column it stands in: `50%`, `2:4`
+    share: float  # of the parameters removed, or of the weights that are zero, as measured
+    seed: int
+    metric: str
+    text: str
+    value: float
+    standard_error: float | None
+    figure: Figure | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == DENSE_ROW
+
+
+def entries(results: Sequence[dict]) -> list[Entry]:
+    """All figures of the results (as in result.json), in their order; those of each dense model once, and first."""
+    found: dict[tuple, Entry] = {}
+    for result in results:
+        for entry in (*_dense_entries(result), *_cell_entries(result)):
+            found.setdefault((entry.model, entry.method, entry.setting, entry.seed, entry.metric, entry.text), entry)
+    return list(found.values())
+
+
+def _dense_entries(result: dict) -> Iterable[Entry]:
+    for text, values in result["perplexity"].items():
+        error = result["perplexity_standard_error"][text]["dense"]
+        figure = find(result, "perplexity", text, is_dense=True)
+        yield Entry(result["model"], DENSE_ROW, "", 0.0, 0, "perplexity", text, values["dense"], error, figure)
+
+
+def _cell_entries(result: dict) -> Iterable[Entry]:
+    is_alp = result["tool"] == "alp_prune"
+    method = result["prune_method" if is_alp else "method"]
+    if is_alp:
+        is_structured = result["sparsity_type"] != "unstructured"
+        setting = result["sparsity_type"] if is_structured else _percent(result["sparsity_ratio"])
+    else:
+        setting = _percent(result["parameters"]["target_rate"])
+    for text, values in result["perplexity"].items():
+        for stage, value in values.items():
+            if stage == "dense" or (method, stage) == (DENSE_ROW, "pruned"):
+                continue
+            share = result["sparsity" if stage == "pruned" else "quantized_sparsity"] if is_alp else None
+            share = result["parameters"]["actual_rate"] if share is None else share
+            error = result["perplexity_standard_error"][text][stage]
+            figure = find(result, "perplexity", text)
+            name = method if stage == "pruned" else f"{method} {stage}"
+            yield Entry(result["model"], name, setting, share, result["seed"], "perplexity", text, value, error, figure)
+    if method == DENSE_ROW:
+        setting = ""
+    zero_shot = result.get("zero_shot", {"shown": {}, "mean": None})
+    for task, value in (*zero_shot["shown"].items(), ("mean", zero_shot["mean"])):
+        if value is not None:
+            figure = find(result, "accuracy", task, is_dense=method == DENSE_ROW)
+            seed, share = result["seed"], result["sparsity"]
+            yield Entry(result["model"], method, setting, share, seed, "accuracy", task, value, None, figure)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%"
+
+
+# To work with ---------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("model", "method", "setting", "share", "seed", "metric", "text", "value", "standard_error")
+_COLUMNS += ("published", "difference", "source", "note")
+
+
+def csv_table(found: Sequence[Entry]) -> str:
+    """A row for each figure."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for entry in found:
+        figure = entry.figure
+        error = "" if entry.standard_error is None else f"{entry.standard_error:.4f}"
+        row = [entry.model, entry.method, entry.setting, f"{entry.share:.6f}", entry.seed, entry.metric, entry.text]
+        row += [f"{entry.value:.4f}", error]
+        if figure:
+            row += [figure.value, f"{entry.value - figure.value:.4f}", SOURCES[figure.source], figure.note]
+        writer.writerow(row + [""] * (len(_COLUMNS) - len(row)))
+    return out.getvalue()
+
+
+# To read --------------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: Sequence[Entry]) -> str:
+    """Tables of perplexity for each text, and of accuracy for each model, with the published figures beside ours."""
+    parts = []
+    for text in _distinct(entry.text for entry in found if entry.metric == "perplexity"):
+        parts += _perplexity_tables([entry for entry in found if (entry.metric, entry.text) == ("perplexity", text)])
+    accuracies = [entry for entry in found if entry.metric == "accuracy"]
+    for model in _distinct(entry.model for entry in accuracies):
+        parts += _accuracy_tables([entry for entry in accuracies if entry.model == model])
+    return "\n\n".join([*parts, *_legend(found)]) + "\n"
+
+
+def _perplexity_tables(found: Sequence[Entry]) -> list[str]:
+    """Of one text: a table for each model, with a column for each setting; with one setting a column for each model."""
+    settings = _distinct(entry.setting for entry in found if not entry.is_dense)
+    models = _distinct(entry.model for entry in found)
+    text = short_name(found[0].text)
+    if len(settings) <= 1 and len(models) > 1:
+        columns = {short_name(model): [entry for entry in found if entry.model == model] for model in models}
+        return [f"## Perplexity on {text}{f', {settings[0]}' if settings else ''}", _pivot(columns)]
+    parts = []
+    for model in models:
+        of_model = [entry for entry in found if entry.model == model]
+        dense = next(entry for entry in of_model if entry.is_dense)
+        error = "" if dense.standard_error is None else f" ± {dense.standard_error:.2f}"
+        heading = f"## {short_name(model)}: perplexity on {text}, dense {dense.value:.2f}{error}{_beside(dense)}"
+        columns = {s: [entry for entry in of_model if entry.setting == s and not entry.is_dense] for s in settings}
+        parts += [heading, *([_pivot(columns)] if settings else [])]
+    return parts
+
+
+def _accuracy_tables(found: Sequence[Entry]) -> list[str]:
+    """Of one model: a table for each setting, with a column for each task."""
+    tasks = _distinct(entry.text for entry in found)
+    settings = _distinct(entry.setting for entry in found if not entry.is_dense) or [""]
+    parts = []
+    for setting in settings:
+        chosen = [entry for entry in found if entry.setting == setting or entry.is_dense]
+        at = f", {setting}" if setting else ""
+        columns = {task: [entry for entry in chosen if entry.text == task] for task in tasks}
+        parts += [f"## {short_name(found[0].model)}: zero-shot accuracy in percent{at}", _pivot(columns)]
+    return parts
+
+
+def _pivot(columns: dict[str, list[Entry]]) -> str:
+    """A table with a row for each method; what is missing is a dash."""
+    methods = _distinct(entry.method for column in columns.values() for entry in column)
+    rows = [["", *columns]]
+    for method in methods:
+        cells = [[entry for entry in column if entry.method == method] for column in columns.values()]
+        rows.append([method, *(_cell(entries_) for entries_ in cells)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _cell(found: Sequence[Entry]) -> str:
+    """The mean over seeds, its standard deviation, the share that was removed, and what is published."""
+    if not found:
+        return "-"
+    values = [entry.value for entry in found]
+    text = f"{statistics.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2f}"
+    if any(map(_is_off, found)):
+        text += f" ({statistics.mean(entry.share for entry in found):.1%})"
+    return text + _beside(found[0], statistics.mean(values))
+
+
+def _beside(entry: Entry, value: float | None = None) -> str:
+    """The published figure, and ours less it."""
+    if entry.figure is None:
+        return ""
+    return f" [{entry.figure.value:g}, {(entry.value if value is None else value) - entry.figure.value:+.2f}]"
+
+
+def _is_off(entry: Entry) -> bool:
+    """True when clearly more or less went than was asked for."""
+    if entry.is_dense or ":" in entry.setting:
+        return False
+    return abs(entry.share - float(entry.setting.removesuffix("%")) / 100) >= _WORTH_TELLING
+
+
+def _legend(found: Sequence[Entry]) -> list[str]:
+    """What the signs of the tables mean, as far as there are any, and where published figures are from."""
+    lines = []
+    cells = [entry for entry in found if not entry.is_dense]
+    if len({entry.seed for entry in cells}) > 1:
+        lines.append("±: the standard deviation over seeds, beside a dense perplexity the standard error over windows.")
+    elif any(entry.standard_error is not None for entry in found):
+        lines.append("±: the standard error over windows.")
+    if any(_is_off(entry) for entry in cells):
+        lines.append("In brackets: the share that went, where it is not the one asked for.")
+    figures = [entry.figure for entry in found if entry.figure]
+    if figures:
+        sources = "; ".join(SOURCES[source] for source in _distinct(figure.source for figure in figures))
+        lines.append(f"[published, ours less that]: {sources}.")
+        lines += [f"- {note}" for note in _distinct(f"{f.method}, {f.text}: {f.note}" for f in figures if f.note)]
+    return ["\n".join(lines)] if lines else []
+
+
+def _distinct(values: Iterable) -> list:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,335 @@
+"""Grids: every cell is what a run of its own gives, models are loaded once, and what is finished stays finished."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import lib.alp
+import lib.depth
+from lib.errors import InputError, RunError
+from lib.ledger import FILE, Ledger
+from lib.plots import has_matplotlib
+from tests.command import ROOT, run, run_alp
+
+TABLES = ("table.md", "table.csv")
+
+
+@pytest.fixture
+def alp_grid(alp_arguments, tmp_path, monkeypatch):
+    """Runs a grid of alp_prune.py; gives the lines of its results."""
+    at = alp_arguments.index("--output_dir")
+
+    def grid(*flags, status=0, folder=tmp_path / "grid") -> list[dict]:
+        command = [*alp_arguments[:at], *alp_arguments[at + 2 :], "--output_dir", folder, *flags]
+        assert run_alp(*command, monkeypatch=monkeypatch) == status
+        return lines_of(folder)
+
+    return grid
+
+
+@pytest.fixture
+def depth_grid(arguments, tmp_path, monkeypatch):
+    """Runs a grid of ppllms.py; gives the lines of its results."""
+    at = arguments.index("--mha_remove_layers")
+
+    def grid(*flags, status=0, folder=tmp_path / "grid") -> list[dict]:
+        command = [*arguments[:at], "--output_dir", folder, *flags]
+        assert run(*command, monkeypatch=monkeypatch) == status
+        return lines_of(folder)
+
+    return grid
+
+
+def lines_of(folder) -> list[dict]:
+    path = folder / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables_of(folder) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in TABLES]
+
+
+def counted(monkeypatch, module, name) -> list:
+    """The calls of a function of a module, from now on."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or function(*args, **kwargs))
+    return calls
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_of_weights_is_a_run_of_its_own(alp_grid, alp_arguments, tmp_path, monkeypatch):
+    axes = ["--prune_method", "dense", "wanda_alp", "sparsegpt", "magnitude_owl", "--sparsity_ratio", 0.4, 0.6]
+    lines = alp_grid(*axes, "--sparsity_type", "unstructured", "2:4", "--seed", 0, 1)
+    cells = [line["result"] for line in lines]
+    # dense once; of 2:4, where owl is not used and magnitude looks at no text, one cell for both seeds
+    assert len(cells) == 1 + 2 * (2 * 3) + (2 + 2 + 1)
+    for method, ratio, pattern, seed in (("wanda_alp", 0.6, "unstructured", 1), ("sparsegpt", 0.5, "2:4", 0)):
+        command = [*alp_arguments, "--overwrite", "--prune_method", method, "--sparsity_ratio", ratio]
+        assert run_alp(*command, "--sparsity_type", pattern, "--seed", seed, monkeypatch=monkeypatch) == 0
+        alone = json.loads((tmp_path / "run/result.json").read_text())
+        asked = {"prune_method": method, "sparsity_ratio": ratio, "sparsity_type": pattern, "seed": seed}
+        (cell,) = [one for one in cells if asked.items() <= one.items()]
+        for name in alone.keys() - {"seconds", "prune_seconds", "peak_memory_bytes", "environment"}:
+            assert cell[name] == alone[name], name
+
+
+def test_a_cell_of_depth_is_a_run_of_its_own(depth_grid, tiny_folder, text_file, tmp_path, monkeypatch):
+    methods = ["ppllms", "shortgpt", "sleb", "blockpruner", "random", "beam"]
+    lines = depth_grid("--method", *methods, "--prune_rate", 0.08, 0.1, "--seed", 0, 1)
+    assert len(lines) == 6 * 2 * 2
+    for method in methods:
+        text = [] if method == "random" else ["--dataset", text_file, "--nsamples", 3]
+        command = ["--model_name", tiny_folder, *text, "--eval_datasets", text_file, "--method", method]
+        command += ["--prune_rate", 0.1, "--seed", 1, "--output_dir", tmp_path / "run", "--overwrite"]
+        assert run(*command, monkeypatch=monkeypatch) == 0
+        alone = json.loads((tmp_path / "run/result.json").read_text())
+        (cell,) = [
+            one
+            for one in (line["result"] for line in lines)
+            if (one["method"], one["seed"], one["parameters"]["target_rate"]) == (method, 1, 0.1)
+        ]
+        for name in alone.keys() - {"seconds", "peak_memory_bytes", "environment"}:
+            assert cell[name] == alone[name], (method, name)
+
+
+def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp_path, monkeypatch):
+    names = ("load_model", "sampled_windows", "evaluation_windows", "measure")
+    loaded, drawn, evaluated, measured = (counted(monkeypatch, lib.alp, name) for name in names)
+    taken = counted(monkeypatch, lib.sensitivity, "connection_sensitivity")
+    axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
+    assert len(alp_grid(*axes)) == 8
+    assert (len(loaded), len(drawn), len(evaluated), len(taken)) == (1, 2, 1, 2)
+    assert len(measured) == 1 + 8  # dense once
+    loaded, drawn = (
+        counted(monkeypatch, lib.depth, "load_model"),
+        counted(monkeypatch, lib.depth, "calibration_windows"),
+    )
+    influence, measured = (counted(monkeypatch, lib.depth, name) for name in ("block_influence", "perplexity"))
+    depth_grid("--method", "ppllms", "shortgpt", "sleb", "--prune_rate", 0.08, 0.1, folder=tmp_path / "depth")
+    assert (len(loaded), len(drawn), len(influence), len(measured)) == (1, 1, 1, 1 + 6)
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_not_done_again(alp_grid, tmp_path, monkeypatch, capsys):
+    axes = ["--prune_method", "wanda", "magnitude", "--sparsity_ratio", 0.4, 0.6]
+    first = alp_grid(*axes)
+    tables = tables_of(tmp_path / "grid")
+    monkeypatch.setattr(lib.alp, "load_model", None)
+    assert alp_grid(*axes) == first and tables_of(tmp_path / "grid") == tables
+    assert "4 cells, 4 of them done before" in capsys.readouterr().out
+    fewer = alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.6, 0.4)
+    assert fewer == first and "magnitude" not in (tmp_path / "grid/table.md").read_text()
+    monkeypatch.undo()
+
+
+def test_what_a_cell_depends_on_makes_another_cell(alp_grid, text_file, tmp_path):
+    text = shutil.copy(text_file, tmp_path / "own.txt")
+    axes = ["--prune_method", "wanda", "magnitude", "--calibration_dataset", text]
+    assert len(alp_grid(*axes)) == 2
+    assert len(alp_grid(*axes, "--nsamples", 3)) == 3  # magnitude looks at no text
+    assert len(alp_grid(*axes, "--a", 0.7, "--alpha", 0.3)) == 3  # of RIA, and of allocators
+    assert len(alp_grid(*axes, "--eval_stride", 64)) == 5
+    (tmp_path / "own.txt").write_text(text_file.read_text() + "More.")
+    assert len(alp_grid(*axes)) == 6
+    assert len(alp_grid(*axes, "--overwrite")) == 2
+
+
+@pytest.mark.parametrize("tool", ["alp_prune.py", "ppllms.py"])
+def test_a_killed_grid_goes_on_to_the_same_tables(tool, tiny_folder, text_file, tmp_path):
+    if tool == "ppllms.py":
+        axes = ["--method", "blockpruner", "sleb", "beam", "--prune_rate", "0.1", "0.15"]
+        text = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file]
+    else:
+        axes = ["--prune_method", "wanda_alp", "sparsegpt", "--sparsity_ratio", "0.3", "0.5", "0.7"]
+        text = ["--model", tiny_folder, "--calibration_dataset", text_file, "--dataset", text_file]
+    command = [sys.executable, ROOT / tool, *text, *axes, "--nsamples", "4", "--output_dir"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    subprocess.run([*command, tmp_path / "whole/out"], check=True, capture_output=True, cwd=tmp_path / "whole")
+    killed, results = tmp_path / "killed/out", tmp_path / "killed/out" / FILE
+    for lines in (1, 3):
+        process = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, cwd=tmp_path / "killed")
+        while process.poll() is None and len(lines_of(killed)) < lines:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 3 <= len(lines_of(killed)) < 6
+    with results.open("a") as file:
+        file.write('{"key": {"cut off')  # as power may leave it
+    subprocess.run([*command, killed], check=True, capture_output=True, cwd=tmp_path / "killed")
+    assert tables_of(killed) == tables_of(tmp_path / "whole/out")
+    assert len(lines_of(killed)) == 6
+
+
+def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsys):
+    prune, seen = lib.alp.prune, []
+
+    def stopped(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return prune(*args)
+
+    monkeypatch.setattr(lib.alp, "prune", stopped)
+    alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7, status=1)
+    assert "stopped; 1 of 3 cells are kept, and the same command goes on" in capsys.readouterr().err
+    assert "30%" in (tmp_path / "grid/table.md").read_text()
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(alp_grid, tmp_path, monkeypatch, capsys):
+    prune = lib.alp.prune
+
+    def failing(report, settings, *args):
+        if settings.sparsity_ratio == 0.5:
+            raise RunError("NaN in layer 2")
+        return prune(report, settings, *args)
+
+    monkeypatch.setattr(lib.alp, "prune", failing)
+    axes = ["--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7]
+    assert len(alp_grid(*axes, status=1)) == 2
+    told = capsys.readouterr()
+    assert "failed: 2/3 wanda 0.5 unstructured seed 0: NaN in layer 2" in told.out
+    assert "1 of 3 cells failed (NaN in layer 2); the same command tries them again" in told.err
+    monkeypatch.setattr(lib.alp, "prune", prune)
+    assert len(alp_grid(*axes)) == 3
+    whole = alp_grid(*axes, folder=tmp_path / "whole")
+    assert len(whole) == 3 and tables_of(tmp_path / "grid") == tables_of(tmp_path / "whole")
+
+
+def test_without_a_folder_the_same_command_goes_on(alp_arguments, tmp_path, monkeypatch):
+    at = alp_arguments.index("--output_dir")
+    command = [*alp_arguments[:at], *alp_arguments[at + 2 :], "--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5]
+    for _ in range(2):
+        assert run_alp(*command, monkeypatch=monkeypatch) == 0
+    (folder,) = (tmp_path / "here/runs").iterdir()
+    assert folder.name.startswith("alp_prune-grid-") and len(lines_of(folder)) == 2
+    assert run_alp(*command, "--nsamples", 3, monkeypatch=monkeypatch) == 0
+    assert len(list((tmp_path / "here/runs").iterdir())) == 2
+
+
+def test_several_models_stand_side_by_side(alp_grid, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    lines = alp_grid("--model", tiny_folder, other, "--prune_method", "dense", "wanda")
+    assert len(lines) == 4
+    assert "|  | tiny-llama | other |" in (tmp_path / "grid/table.md").read_text()
+
+
+def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
+    lines = alp_grid("--prune_method", "wanda", "wanda_owl", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1, "--save_log")
+    folder, text = tmp_path / "grid", str(text_file)
+    values = [
+        line["result"]["perplexity"][text]["pruned"]
+        for line in lines
+        if (line["result"]["prune_method"], line["result"]["sparsity_ratio"]) == ("wanda_owl", 0.6)
+    ]
+    mean, spread = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    table = (folder / "table.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith("| wanda_owl |")]
+    assert row.split(" | ")[2].startswith(f"{mean:.2f} ± {spread:.2f}")
+    rows = (folder / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1 + 8 and rows[1].startswith(f"{lines[0]['result']['model']},dense,,0.000000,0,perplexity")
+    assert table in capsys.readouterr().out
+    assert "Importance and density by layer" in (folder / "log.txt").read_text()
+    assert len((tmp_path / "here/results/log.tsv").read_text().splitlines()) == 9
+    if has_matplotlib():
+        assert (folder / "perplexity-tiny-llama-words.txt.png").stat().st_size > 10_000
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_preset_of_weights_in_a_small_form(tmp_path, monkeypatch, text_file):
+    monkeypatch.chdir(tmp_path)
+    small = ["--nsamples", 2, "--seqlen", 64, "--dataset", text_file, "--sparsity_ratio", 0.5, 0.6]
+    assert run_alp("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
+    rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[0] == "|  | 50% | 60% |" and len(rows) == 1 + 16 and "-" not in "".join(rows)
+
+
+def test_the_demo_preset_of_depth_in_a_small_form(tmp_path, monkeypatch, text_file):
+    monkeypatch.chdir(tmp_path)
+    small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--prune_rate", 0.25]
+    assert run("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
+    rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[0] == "|  | 25% |" and len(rows) == 1 + 6
+
+
+# Wrong input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--sparsity_ratio", 0.5, 0.6, "--save_model", "out"], "--save_model: saves one model"),
+        (["--sparsity_ratio", 0.5, 1.6], "--sparsity_ratio: '1.6' is not a number"),
+        (["--prune_method", "wanda", "wanda-alp"], "--prune_method wanda-alp: no such method; did you mean wanda_alp"),
+        (["--prune_method", "wanda", "ria", "--seed", 0, 1, "--gradients", "x.json"], "--gradients: are of one model"),
+        (["--model", "demo", "no/such/model/here"], "model no/such/model/here: no such folder"),
+        (["--model", "demo", "demo2", "--model_name", "x"], "--model_name: is the name of one model"),
+        (["--prune_method", "wanda", "ria", "--sparsity_type", "3:7"], "--sparsity_type 3:7"),
+        (["--preset", "alp-table3"], "--preset: invalid choice: 'alp-table3'"),
+        (["--sparsity_ratio", 0.5, 0.6, "--eval_stride", 4096], "--eval_stride 4096: is more than the"),
+        (["--eval_stride", 0], "--eval_stride: '0' is not a whole number of at least 1"),
+    ],
+)
+def test_a_bad_grid_of_weights_is_one_line(alp_grid, tmp_path, capsys, flags, problem):
+    with pytest.raises(SystemExit) as ended:
+        alp_grid(*flags, status=2)
+        sys.exit(2)
+    told = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and problem in told and "\n" not in told
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--prune_rate", 0.1, 0.2, "--eval_ppl", "no"], "--eval_ppl no: a table of runs is one of perplexities"),
+        (["--prune_rate", 0.1, 0.99], "--prune_rate 0.99 cannot be reached"),
+        (["--prune_rate", 0.1, 0.2, "--mha_remove_layers", 1, "--ffn_remove_layers", 2], "--prune_rate: with both"),
+        (["--method", "sleb", "beam", "--save_model", "out"], "--save_model: saves one model"),
+        (["--method", "sleb", "shortened"], "--method: invalid choice: 'shortened'"),
+    ],
+)
+def test_a_bad_grid_of_depth_is_one_line(depth_grid, tmp_path, capsys, flags, problem):
+    with pytest.raises(SystemExit) as ended:
+        depth_grid(*flags, status=2)
+        sys.exit(2)
+    told = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and problem in told and "\n" not in told
+    assert not (tmp_path / "grid").exists()
+
+
+def test_folders_of_runs_and_of_grids_are_not_mixed(alp_grid, alp_arguments, tmp_path, monkeypatch, capsys):
+    assert run_alp(*alp_arguments, "--prune_method", "magnitude", monkeypatch=monkeypatch) == 0
+    alp_grid("--sparsity_ratio", 0.5, 0.6, status=2, folder=tmp_path / "run")
+    assert "holds the result of a single run" in capsys.readouterr().err
+    alp_grid("--prune_method", "magnitude", "--sparsity_ratio", 0.5, 0.6)
+    command = [*alp_arguments[: alp_arguments.index("--output_dir")], "--output_dir", tmp_path / "grid", "--overwrite"]
+    assert run_alp(*command, monkeypatch=monkeypatch) == 2
+    assert "holds a grid of results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["no json\n", "[1]\n", '{"key": {}}\n', '{"result": {}}\n', "\n"])
+def test_results_of_something_else_are_refused(tmp_path, line):
+    (tmp_path / FILE).write_text(line)
+    with pytest.raises(InputError, match="line 1 is not of a grid's results"):
+        Ledger(tmp_path)
+
+
+def test_a_grid_of_two_runs_at_once_keeps_all_lines(tmp_path):
+    one, two = Ledger(tmp_path), Ledger(tmp_path)
+    one.add({"cell": 1}, {"x": 1.5})
+    two.add({"cell": 2}, {"x": None})
+    found = Ledger(tmp_path)
+    assert found.find({"cell": 1}) == {"x": 1.5} and found.find({"cell": 2}) == {"x": None}
+    assert found.find({"cell": 3}) is None
