@@ -12,7 +12,7 @@ from lib.batching import free_memory
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import whole_file
 from lib.ledger import Ledger, canonical
-from lib.names import short_name
+from lib.names import labels, short_name
 from lib.plots import plot_grid
 from lib.report import Report
 from lib.settings import DepthPruning, SparsityPruning
@@ -20,6 +20,7 @@ from lib.tables import Entry, csv_table, entries, markdown
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")
+Cells = dict[str, Settings]  # by their keys as text
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,47 @@ class Grid(Generic[Settings, Job]):
 def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False) -> None:
     """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
 
-    `anew`: what is there is done away with.
-
-    Raises `InputError` before anything is run, and `RunError` at the end when cells failed: the others are done first.
+    `anew`: what is there is done away with. Raises `InputError` before anything is run, and `RunError` at the end when
+    cells failed: the others are done first.
     """
-    unique: dict[str, Settings] = {}
+    ledger, report = Ledger(folder, anew), Report()
+    keyed: Cells = {}
     for cell in cells:
-        unique.setdefault(canonical(cell.key), cell)
-    cells, ledger, report = list(unique.values()), Ledger(folder, anew), Report()
-    missing = [cell for cell in cells if ledger.find(cell.key) is None]
-    for _, of_model in groupby(missing, key=lambda cell: cell.source.name):
-        grid.check(list(of_model))
+        keyed.setdefault(canonical(cell.key), cell)  # taken once: files may change while the grid runs
+    missing = {key: cell for key, cell in keyed.items() if ledger.find(key) is None}
+    models = [dict(pairs) for _, pairs in groupby(missing.items(), key=lambda pair: pair[1].source.name)]
+    for of_model in models:
+        grid.check(list(of_model.values()))
     report.open(folder, goes_on=not anew)
     ledger.open()
-    done = f", {len(cells) - len(missing)} of them done before" if len(missing) < len(cells) else ""
-    report.say(f"Grid        {len(cells)} cells{done}; finished ones are kept in {ledger.path}")
+    done = f", {len(keyed) - len(missing)} of them done before" if len(missing) < len(keyed) else ""
+    report.say(f"Grid        {len(keyed)} cells{done}; finished ones are kept in {ledger.path}")
     failed: list[Exception] = []
     try:
-        for _, of_model in groupby(missing, key=lambda cell: cell.source.name):
-            failed += _run_model(grid, report, list(of_model), ledger, cells)
+        for of_model in models:
+            failed += _run_model(grid, report, of_model, ledger, keyed)
     except KeyboardInterrupt as error:
-        kept = sum(ledger.find(cell.key) is not None for cell in cells)
-        raise RunError(f"stopped; {kept} of {len(cells)} cells are kept, and the same command goes on") from error
-    _write_plots(grid, report, _write_tables(report, cells, ledger), folder)
+        kept = sum(ledger.find(key) is not None for key in keyed)
+        raise RunError(f"stopped; {kept} of {len(keyed)} cells are kept, and the same command goes on") from error
+    _write_plots(grid, report, _write_tables(report, keyed, ledger), folder)
     if failed:
         if len(failed) == len(missing) and isinstance(failed[0], InputError):
             raise failed[0]
-        raise RunError(f"{len(failed)} of {len(cells)} cells failed ({failed[0]}); the same command tries them again")
+        raise RunError(f"{len(failed)} of {len(keyed)} cells failed ({failed[0]}); the same command tries them again")
 
 
-def _run_model(grid: Grid, report: Report, missing: list[Settings], ledger: Ledger, cells: Sequence[Settings]) -> list:
+def _run_model(grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed: Cells) -> list[Exception]:
     """Runs the missing cells of one model; what went wrong, for each that failed."""
-    name = missing[0].source.name
+    name = next(iter(missing.values())).source.name
     report.say(f"Model       {name}: {len(missing)} cells")
     report.seconds = {}
     try:
         with report.quietly():
-            job = grid.prepare(report, missing)
+            job = grid.prepare(report, list(missing.values()))
     except Exception as error:
         return _told(report, name, error) * len(missing)
     failed, shared = [], dict(report.seconds)
-    for number, cell in enumerate(missing, 1):
+    for number, (key, cell) in enumerate(missing.items(), 1):
         report.seconds = dict(shared)
         what = f"  {number}/{len(missing)} {cell.label}"
         try:
@@ -85,11 +86,11 @@ def _run_model(grid: Grid, report: Report, missing: list[Settings], ledger: Ledg
         except Exception as error:
             failed += _told(report, what.strip(), error)
             continue
-        ledger.add(cell.key, result)
+        ledger.add(key, result)
         found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
         seconds = sum(report.seconds.values()) - sum(shared.values())
-        report.say(f"{what}: {found or 'not measured'} ({seconds:.0f} s)")
-        _write_tables(report, cells, ledger)
+        report.say(f"{what}: {found} ({seconds:.0f} s)")
+        _write_tables(report, keyed, ledger)
     del job
     free_memory()
     return failed
@@ -106,9 +107,9 @@ def _told(report: Report, what: str, error: Exception) -> list[Exception]:
     return [kept]  # without the frames that hold its tensors
 
 
-def _write_tables(report: Report, cells: Sequence[Settings], ledger: Ledger) -> list[Entry]:
+def _write_tables(report: Report, keyed: Cells, ledger: Ledger) -> list[Entry]:
     """Writes the tables of what is finished, in the order of the cells."""
-    results = [ledger.find(cell.key) for cell in cells]
+    results = [ledger.find(key) for key in keyed]
     found = entries([result for result in results if result])
     for name, content in (("table.md", markdown(found)), ("table.csv", csv_table(found))):
         with whole_file(report.folder / name) as draft:
@@ -124,12 +125,13 @@ def _write_plots(grid: Grid, report: Report, found: Sequence[Entry], folder: Pat
     for name in ("table.md", "table.csv"):
         report.say(f"  table   {folder / name}")
     measured = [entry for entry in found if entry.metric == "perplexity"]
+    models, texts = labels(entry.model for entry in measured), labels(entry.text for entry in measured)
     for model, text in dict.fromkeys((entry.model, entry.text) for entry in measured):
         here = [entry for entry in measured if (entry.model, entry.text) == (model, text)]
-        names = f"{short_name(model)}-{short_name(text)}" if model != text else short_name(model)
-        path = folder / f"perplexity-{re.sub(r'[^A-Za-z0-9_.-]', '-', names)[:150]}.png"
+        names = f"{models[model]}-{texts[text]}" if model != text else models[model]
+        path = folder / f"perplexity-{re.sub(r'[^A-Za-z0-9_.-]', '-', names)[-150:]}.png"
         dense = next(entry.value for entry in here if entry.is_dense)
-        title = f"{short_name(model)}, perplexity on {short_name(text)}"
+        title = f"{models[model]}: perplexity on {texts[text]}"
         lines = _lines([entry for entry in here if not entry.is_dense])
         if lines and not plot_grid(path, lines, dense, grid.across, title):
             report.say("  plots   none: matplotlib is not installed (pip install matplotlib)")

@@ -11,7 +11,7 @@ FILE = "results.jsonl"
 
 
 class Ledger:
-    """What was found for the cells of a grid, each by its key: a dict of all that the result depends on."""
+    """What was found for the cells of a grid, each by its key: all that the result depends on, see `canonical`."""
 
     def __init__(self, folder: Path, anew: bool = False):
         """Reads what is there, unless it is to begin `anew`. Raises `InputError` for a file that no grid wrote.
@@ -26,7 +26,7 @@ class Ledger:
                 break
             try:
                 entry = json.loads(line)
-                self._found[canonical(entry["key"])] = entry["result"]
+                self._found[canonical(entry["key"])] = dict(entry["result"])
             except (ValueError, KeyError, TypeError) as error:
                 advice = "move the file away, or name another --output_dir"
                 raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
@@ -36,13 +36,13 @@ class Ledger:
         if self._anew:
             self.path.unlink(missing_ok=True)
 
-    def find(self, key: dict) -> dict | None:
-        """The result of the cell of that key; None when it is not there."""
-        return self._found.get(canonical(key))
+    def find(self, key: str) -> dict | None:
+        """The result of the cell of that canonical key; None when it is not there."""
+        return self._found.get(key)
 
-    def add(self, key: dict, result: dict) -> None:
+    def add(self, key: str, result: dict) -> None:
         """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once."""
-        line = (json.dumps({"key": key, "result": result}, allow_nan=False) + "\n").encode()
+        line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -51,7 +51,7 @@ class Ledger:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._found[canonical(key)] = json.loads(line)["result"]
+        self._found[key] = json.loads(line)["result"]
 
 
 def canonical(key: dict) -> str:

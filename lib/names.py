@@ -3,6 +3,8 @@
 import hashlib
 import platform
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +68,18 @@ def stamp(name: str) -> str:
     path = Path(name).expanduser()
     if is_demo(name) or not path.exists():
         return f"demo, Python {platform.python_version()}" if is_demo(name) else name
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    is_model = (path / "config.json").is_file()  # whose files stand side by side; below may be anything
+    found = [path] if path.is_file() else path.iterdir() if is_model else path.rglob("*")
+    files = sorted(file for file in found if file.is_file())
     stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path.absolute()} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """A short name for each of several models or texts; those that would be called the same keep their own."""
+    short = {name: short_name(name) for name in names}
+    shared = Counter(short.values())
+    return {name: label if shared[label] == 1 else name for name, label in short.items()}
 
 
 def check_model(name: str) -> None:

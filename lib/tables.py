@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lib.names import short_name
+from lib.names import labels
 from lib.published import SOURCES, Figure, find
 
 DENSE_ROW = "dense"
@@ -22,7 +22,7 @@ class Entry:
 
     model: str
     method: str
-    setting: str  # the column it stands in: `50%`, `2:4`
+    setting: str  # the column it stands in: `50%`, `2:4`, `2 MHA, 4 FFN`; none for a dense model
     share: float  # of the parameters removed, or of the weights that are zero, as measured
     seed: int
     metric: str
@@ -59,7 +59,9 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
         is_structured = result["sparsity_type"] != "unstructured"
         setting = result["sparsity_type"] if is_structured else _percent(result["sparsity_ratio"])
     else:
-        setting = _percent(result["parameters"]["target_rate"])
+        target = result["parameters"]["target_rate"]
+        counts = f"{len(result['mha_removed'])} MHA, {len(result['ffn_removed'])} FFN"
+        setting = counts if target is None else _percent(target)
     for text, values in result["perplexity"].items():
         for stage, value in values.items():
             if stage == "dense" or (method, stage) == (DENSE_ROW, "pruned"):
@@ -70,14 +72,15 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
             figure = find(result, "perplexity", text)
             name = method if stage == "pruned" else f"{method} {stage}"
             yield Entry(result["model"], name, setting, share, result["seed"], "perplexity", text, value, error, figure)
-    if method == DENSE_ROW:
-        setting = ""
-    zero_shot = result.get("zero_shot", {"shown": {}, "mean": None})
+    zero_shot, is_quantized = result.get("zero_shot", {"shown": {}, "mean": None}), "quantization" in result
+    is_dense = method == DENSE_ROW and not is_quantized
     for task, value in (*zero_shot["shown"].items(), ("mean", zero_shot["mean"])):
         if value is not None:
-            figure = find(result, "accuracy", task, is_dense=method == DENSE_ROW)
-            seed, share = result["seed"], result["sparsity"]
-            yield Entry(result["model"], method, setting, share, seed, "accuracy", task, value, None, figure)
+            figure = find(result, "accuracy", task, is_dense)
+            name, seed = f"{method} quantized" if is_quantized else method, result["seed"]
+            share = result["quantized_sparsity" if is_quantized else "sparsity"]
+            at = "" if is_dense else setting
+            yield Entry(result["model"], name, at, share, seed, "accuracy", task, value, None, figure)
 
 
 def _percent(share: float) -> str:
@@ -111,35 +114,35 @@ def csv_table(found: Sequence[Entry]) -> str:
 
 def markdown(found: Sequence[Entry]) -> str:
     """Tables of perplexity for each text, and of accuracy for each model, with the published figures beside ours."""
-    parts = []
-    for text in _distinct(entry.text for entry in found if entry.metric == "perplexity"):
-        parts += _perplexity_tables([entry for entry in found if (entry.metric, entry.text) == ("perplexity", text)])
-    accuracies = [entry for entry in found if entry.metric == "accuracy"]
-    for model in _distinct(entry.model for entry in accuracies):
-        parts += _accuracy_tables([entry for entry in accuracies if entry.model == model])
+    parts, models = [], labels(entry.model for entry in found)
+    for text, label in labels(entry.text for entry in found if entry.metric == "perplexity").items():
+        of_text = [entry for entry in found if (entry.metric, entry.text) == ("perplexity", text)]
+        parts += _perplexity_tables(of_text, models, label)
+    for model in _distinct(entry.model for entry in found if entry.metric == "accuracy"):
+        of_model = [entry for entry in found if (entry.metric, entry.model) == ("accuracy", model)]
+        parts += _accuracy_tables(of_model, models[model])
     return "\n\n".join([*parts, *_legend(found)]) + "\n"
 
 
-def _perplexity_tables(found: Sequence[Entry]) -> list[str]:
+def _perplexity_tables(found: Sequence[Entry], names: dict[str, str], text: str) -> list[str]:
     """Of one text: a table for each model, with a column for each setting; with one setting a column for each model."""
     settings = _distinct(entry.setting for entry in found if not entry.is_dense)
     models = _distinct(entry.model for entry in found)
-    text = short_name(found[0].text)
     if len(settings) <= 1 and len(models) > 1:
-        columns = {short_name(model): [entry for entry in found if entry.model == model] for model in models}
+        columns = {names[model]: [entry for entry in found if entry.model == model] for model in models}
         return [f"## Perplexity on {text}{f', {settings[0]}' if settings else ''}", _pivot(columns)]
     parts = []
     for model in models:
         of_model = [entry for entry in found if entry.model == model]
         dense = next(entry for entry in of_model if entry.is_dense)
         error = "" if dense.standard_error is None else f" ± {dense.standard_error:.2f}"
-        heading = f"## {short_name(model)}: perplexity on {text}, dense {dense.value:.2f}{error}{_beside(dense)}"
+        heading = f"## {names[model]}: perplexity on {text}, dense {dense.value:.2f}{error}{_beside(dense)}"
         columns = {s: [entry for entry in of_model if entry.setting == s and not entry.is_dense] for s in settings}
         parts += [heading, *([_pivot(columns)] if settings else [])]
     return parts
 
 
-def _accuracy_tables(found: Sequence[Entry]) -> list[str]:
+def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
     """Of one model: a table for each setting, with a column for each task."""
     tasks = _distinct(entry.text for entry in found)
     settings = _distinct(entry.setting for entry in found if not entry.is_dense) or [""]
@@ -148,7 +151,7 @@ def _accuracy_tables(found: Sequence[Entry]) -> list[str]:
         chosen = [entry for entry in found if entry.setting == setting or entry.is_dense]
         at = f", {setting}" if setting else ""
         columns = {task: [entry for entry in chosen if entry.text == task] for task in tasks}
-        parts += [f"## {short_name(found[0].model)}: zero-shot accuracy in percent{at}", _pivot(columns)]
+        parts += [f"## {model}: zero-shot accuracy in percent{at}", _pivot(columns)]
     return parts
 
 
@@ -185,7 +188,7 @@ def _beside(entry: Entry, value: float | None = None) -> str:
 
 def _is_off(entry: Entry) -> bool:
     """True when clearly more or less went than was asked for."""
-    if entry.is_dense or ":" in entry.setting:
+    if entry.metric != "perplexity" or not entry.setting.endswith("%"):
         return False
     return abs(entry.share - float(entry.setting.removesuffix("%")) / 100) >= _WORTH_TELLING
 

@@ -12,7 +12,7 @@ import pytest
 import lib.alp
 import lib.depth
 from lib.errors import InputError, RunError
-from lib.ledger import FILE, Ledger
+from lib.ledger import FILE, Ledger, canonical
 from lib.plots import has_matplotlib
 from tests.command import ROOT, run, run_alp
 
@@ -223,6 +223,40 @@ def test_several_models_stand_side_by_side(alp_grid, tiny_folder, tmp_path):
     assert "|  | tiny-llama | other |" in (tmp_path / "grid/table.md").read_text()
 
 
+def test_models_and_texts_of_the_same_name_are_told_apart(alp_grid, tiny_folder, text_file, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "more" / tiny_folder.name)
+    same = shutil.copy(text_file, tmp_path / "more")
+    alp_grid("--model", tiny_folder, other, "--dataset", text_file, same, "--prune_method", "magnitude")
+    table = (tmp_path / "grid/table.md").read_text()
+    assert f"| {tiny_folder} | {other} |" in table
+    assert f"## Perplexity on {text_file}, 70%" in table and f"## Perplexity on {same}, 70%" in table
+    assert not has_matplotlib() or len(list((tmp_path / "grid").glob("*.png"))) == 4
+
+
+def test_a_model_may_have_results_in_its_folder(alp_grid, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    axes = ["--model", model, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5]
+    assert len(alp_grid(*axes, folder=model / "runs/grid")) == len(alp_grid(*axes, folder=model / "runs/grid")) == 2
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert len(alp_grid(*axes, folder=model / "runs/grid")) == 4
+
+
+def test_a_grid_of_counts(depth_grid, tmp_path):
+    depth_grid("--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--seed", 0, 1)
+    assert "|  | 1 MHA, 2 FFN |" in (tmp_path / "grid/table.md").read_text()
+
+
+def test_a_grid_of_quantized_models(alp_grid, tmp_path):
+    cells = alp_grid("--prune_method", "dense", "wanda", "sparsegpt", "--sparsity_ratio", 0.5, "--wbits", 4)
+    assert len(cells) == 3
+    table = (tmp_path / "grid/table.md").read_text()
+    for method, value in (("wanda", "pruned"), ("wanda quantized", "quantized"), ("sparsegpt", "pruned")):
+        (result,) = [c["result"] for c in cells if c["result"]["prune_method"] == method.split()[0]]
+        (found,) = result["perplexity"].values()
+        assert f"| {method} | - | {found[value]:.2f}" in table
+    assert "| dense quantized | " in table and "| dense |" not in table
+
+
 def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
     lines = alp_grid("--prune_method", "wanda", "wanda_owl", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1, "--save_log")
     folder, text = tmp_path / "grid", str(text_file)
@@ -327,9 +361,10 @@ def test_results_of_something_else_are_refused(tmp_path, line):
 
 
 def test_a_grid_of_two_runs_at_once_keeps_all_lines(tmp_path):
+    keys = [canonical({"cell": number, "a": 0.1}) for number in range(3)]
     one, two = Ledger(tmp_path), Ledger(tmp_path)
-    one.add({"cell": 1}, {"x": 1.5})
-    two.add({"cell": 2}, {"x": None})
+    one.add(keys[0], {"x": 1.5})
+    two.add(keys[1], {"x": None})
     found = Ledger(tmp_path)
-    assert found.find({"cell": 1}) == {"x": 1.5} and found.find({"cell": 2}) == {"x": None}
-    assert found.find({"cell": 3}) is None
+    assert [found.find(key) for key in keys] == [{"x": 1.5}, {"x": None}, None]
+    assert canonical({"a": 0.1, "cell": 0}) == keys[0]

@@ -39,6 +39,8 @@ def depth_result(method: str, target: float, actual: float, value: float, text="
         "tool": "ppllms",
         "model": "/models/Llama-2-7b-hf",
         "method": method,
+        "mha_removed": [1],
+        "ffn_removed": [1],
         "parameters": {"target_rate": target, "actual_rate": actual},
         "seqlen": 2048,
         "seed": 0,
@@ -124,6 +126,15 @@ def test_tables_show_the_figure_and_the_difference():
     assert SOURCES["ALP"] in table and "divided by five: 46.22" in table
     (row,) = [line for line in csv_table(found).splitlines() if ",wanda_alp," in line]
     assert row.startswith("Enoch/llama-7b-hf,wanda_alp,70%,0.700000,0,perplexity,wikitext2,24.6400,,24.14,0.5000,")
+
+
+def test_a_quantized_model_is_told_as_such():
+    found = {"wikitext2": {"dense": 5.7, "pruned": 5.7, "quantized": 5.9}}
+    zero_shot = {"shown": {"boolq": 65.0}, "mean": 65.0}
+    changes = {"quantization": "4 bits", "quantized_sparsity": 0.1, "zero_shot": zero_shot, "alpha": None}
+    result = alp_result(prune_method="dense", sparsity_ratio=0.0, sparsity=0.0, perplexity=found, **changes)
+    table = markdown(entries([result]))
+    assert "| dense quantized | 5.90 (10.0%) |" in table and "| dense quantized | 65.00 | 65.00 |" in table
 
 
 def test_tables_of_depth_tell_what_went_and_what_is_published():
