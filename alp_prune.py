@@ -78,7 +78,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--save", type=cli.folder, help="results folder; given, it asks for --save_log (default: results)"
     )
     cli.set_preset(parser, ALP_PRESETS, arguments)
-    args = parser.parse_args(arguments)
+    args, given = cli.parse_and_tell(parser, arguments)
+    args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
     return args
@@ -152,6 +153,7 @@ def check(args: argparse.Namespace) -> None:
     sources = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
     for source in sorted(sources):
         names.check_text(source)
+    cli.check_apart(args.output_dir or Path("runs"), sources)
     if cli.is_grid(args, AXES):
         cli.check_grid_output(args)
     else:
@@ -230,11 +232,14 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
 
 def check_ratios(args: argparse.Namespace, pattern: Pattern) -> list[float]:
     """The sparsity ratios that are asked for with a pattern: n:m has its own. Raises `InputError`."""
-    ratios = args.sparsity_ratio
-    if not pattern.is_structured:
+    ratios, own = args.sparsity_ratio, pattern.n / pattern.m if pattern.is_structured else None
+    if own is None:
         return list(dict.fromkeys(ratios or [0.7]))
-    own = pattern.n / pattern.m
-    if ratios and UNSTRUCTURED not in args.sparsity_type and (off := [r for r in ratios if abs(r - own) > 0.005]):
+    if (
+        args.ratio_is_given
+        and UNSTRUCTURED not in args.sparsity_type
+        and (off := [r for r in ratios if abs(r - own) > 0.005])
+    ):
         raise InputError(
             f"--sparsity_ratio {off[0]:g}: --sparsity_type {pattern} prunes {own:.4g}; leave the ratio out"
         )

@@ -170,6 +170,7 @@ def check(args: argparse.Namespace) -> None:
         sources |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in sources:
         names.check_text(source)
+    cli.check_apart(args.output_dir or Path("runs"), sources)
     if cli.is_grid(args, AXES):
         cli.check_grid_output(args)
         if not args.eval_ppl:

@@ -95,12 +95,12 @@ def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
 def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
     """One cell of a grid, from the weights as they were."""
     job.restore()
+    alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
     result = prune_and_measure(report, settings, job)
-    try:
-        try_out(report, settings, job, result)
-    finally:
-        if settings.log:
-            log.append(settings.log, result, settings.output_dir)
+    alp_report.say_result(report, result)
+    try_out(report, settings, job, result)
+    if settings.log:
+        log.append(settings.log, result, settings.output_dir)
     return result
 
 
@@ -371,6 +371,7 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
         "sparsity_ratio": settings.target_sparsity,
         "sparsity_type": str(settings.pattern),
         "alpha": settings.alpha if settings.is_allocated else None,
+        "owl_m": settings.owl_m if settings.is_allocated and settings.method.allocator == "owl" else None,
         "grad_type": settings.gradients.gradient_type if by_gradients else None,
         "grad_nsamples": settings.gradients.nsamples if by_gradients else None,
         "gradients": asdict(settings.gradients) if by_gradients else None,

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -245,6 +245,14 @@ def check_output(args: argparse.Namespace, model: str) -> None:
         raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
     if not is_hub_model(model) and target == Path(locate_model(model)).resolve():
         raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
+
+
+def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
+    """Raises `InputError` for an output folder within a folder of text, which the next run would read as text."""
+    for text in texts:
+        folder = Path(text).expanduser()
+        if folder.is_dir() and folder.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
+            raise InputError(f"--output_dir {output_dir}: lies in the folder of text {text}; name another")
 
 
 def check_grid_output(args: argparse.Namespace) -> None:

@@ -162,7 +162,7 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
     if set(rows.column_names) == _C4_COLUMNS:
         documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
-    if column == _PTB_COLUMN:
+    if column == _PTB_COLUMN and _is_ptb("\n".join(f" {sentence.strip()} " for sentence in rows[:200][column])):
         return _corpus_of_ptb(source, rows[column])
     head = [line for line in rows[:10][column] if line and line.strip()]
     if head and re.fullmatch(r" = .+ = \n?", head[0]):
@@ -171,9 +171,10 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
 
 
 def _is_ptb(text: str) -> bool:
-    """True for the Penn Treebank as it is customary: a sentence a line between spaces, in small letters but for N."""
-    lines = text[:20_000].splitlines()[:50]
-    return len(lines) > 1 and all(re.fullmatch(r" ([^\sA-Z]+ |N )+", line) for line in lines[:-1])
+    """True for the Penn Treebank as it is customary: a sentence a line between spaces, small letters, N and <unk>."""
+    head = text[:_PTB_HEAD]
+    lines = head.splitlines()[: -1 if len(text) > _PTB_HEAD else None]
+    return " <unk> " in head and all(re.fullmatch(r" ([^\sA-Z]+ |N )+", line) for line in lines)
 
 
 def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
@@ -182,6 +183,7 @@ def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
 
 
 _PTB_COLUMN = "sentence"  # of its copies as tables
+_PTB_HEAD = 20_000  # characters
 _STRING_TYPES = ("string", "large_string", "string_view")
 
 
@@ -235,7 +237,7 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
 def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
     """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start.
 
-    One after the other, or with a `stride` one every so many tokens of the same text.
+    One after the other, or with a `stride` one every so many tokens of the same text, as far as whole windows go.
     """
     text = corpus.separator.join(document or "" for document in corpus.documents)
     windows = cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]

@@ -249,13 +249,17 @@ def search_beam(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan,
             continue  # it has no plan for this rate
         others[method], told = SEARCHES[method](report, other, job)
         bi_scores |= {name: value for name, value in told.items() if name == "bi_scores"}
+    total = job.decoder.total_parameters
     with report.timed("search"):
+        known = {
+            method: {"loss": sweep.loss(plan), "actual_rate": job.decoder.removed_parameters(plan) / total}
+            for method, plan in others.items()
+        }
         found = beam(sweep, settings.prune_rate, settings.beam_width, others)
-        losses = {method: sweep.loss(plan) for method, plan in others.items()}
-    depth_report.say_beam(report, found, losses)
+    depth_report.say_beam(report, found, known, job.decoder.removed_parameters(found.plan) / total)
     return found.plan, {
         **bi_scores,
-        "beam": {"width": settings.beam_width, "loss": found.loss, "origin": found.origin, "others": losses},
+        "beam": {"width": settings.beam_width, "loss": found.loss, "origin": found.origin, "others": known},
         "trials": {"measured": found.trials, "at_most": found.at_most},
     }
 

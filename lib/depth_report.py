@@ -95,13 +95,14 @@ def step_sayer(report: Report) -> Callable[[int, Round], None]:
     return say_step
 
 
-def say_beam(report: Report, found: Beam, others: dict[str, float]) -> None:
-    """What the beam search found, beside the losses of the other methods' plans."""
+def say_beam(report: Report, found: Beam, others: dict[str, dict], rate: float) -> None:
+    """What the beam search found, a share of `rate`, beside losses and shares of the other methods' plans."""
     report.say()
     report.say("Beam search: of every amount of removed parameters the plans of lowest loss, grown by every sublayer")
-    report.say("  loss of the plans of " + ", ".join(f"{method} {loss:.2f}" for method, loss in others.items()))
+    for method, plan in others.items():
+        report.say(f"  {method}: loss {plan['loss']:.2f} with {plan['actual_rate']:.2%} removed")
     whose = "its own" if found.origin == "beam" else f"that of {found.origin}, taken up to the rate"
-    report.say(f"  chosen: {found.loss:.2f}, {whose}")
+    report.say(f"  chosen: loss {found.loss:.2f} with {rate:.2%} removed, {whose}")
     report.say(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
 
 

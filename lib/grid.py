@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -20,6 +21,7 @@ from lib.tables import Entry, csv_table, entries, markdown
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")
+Result = TypeVar("Result")
 Cells = dict[str, Settings]  # by their keys as text
 
 
@@ -48,21 +50,22 @@ def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = F
     for of_model in models:
         grid.check(list(of_model.values()))
     report.open(folder, goes_on=not anew)
-    ledger.open()
+    again = "the same command without --overwrite" if anew else "the same command"
     done = f", {len(keyed) - len(missing)} of them done before" if len(missing) < len(keyed) else ""
     report.say(f"Grid        {len(keyed)} cells{done}; finished ones are kept in {ledger.path}")
     failed: list[Exception] = []
     try:
         for of_model in models:
             failed += _run_model(grid, report, of_model, ledger, keyed)
+            free_memory()
     except KeyboardInterrupt as error:
         kept = sum(ledger.find(key) is not None for key in keyed)
-        raise RunError(f"stopped; {kept} of {len(keyed)} cells are kept, and the same command goes on") from error
+        raise RunError(f"stopped; {kept} of {len(keyed)} cells are kept, and {again} goes on") from error
     _write_plots(grid, report, _write_tables(report, keyed, ledger), folder)
     if failed:
         if len(failed) == len(missing) and isinstance(failed[0], InputError):
             raise failed[0]
-        raise RunError(f"{len(failed)} of {len(keyed)} cells failed ({failed[0]}); the same command tries them again")
+        raise RunError(f"{len(failed)} of {len(keyed)} cells failed ({failed[0]}); {again} tries them again")
 
 
 def _run_model(grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed: Cells) -> list[Exception]:
@@ -70,57 +73,67 @@ def _run_model(grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed
     name = next(iter(missing.values())).source.name
     report.say(f"Model       {name}: {len(missing)} cells")
     report.seconds = {}
-    try:
-        with report.quietly():
-            job = grid.prepare(report, list(missing.values()))
-    except Exception as error:
-        return _told(report, name, error) * len(missing)
+    job = _tried(report, name, partial(grid.prepare, report, list(missing.values())))
+    if isinstance(job, Exception):
+        return [job] * len(missing)
     failed, shared = [], dict(report.seconds)
     for number, (key, cell) in enumerate(missing.items(), 1):
         report.seconds = dict(shared)
         what = f"  {number}/{len(missing)} {cell.label}"
-        try:
-            with report.quietly():
-                report.say(what)
-                result = grid.run(report, cell, job)
-        except Exception as error:
-            failed += _told(report, what.strip(), error)
+        result = _tried(report, what.strip(), partial(grid.run, report, cell, job))
+        if isinstance(result, Exception):
+            failed.append(result)
             continue
         ledger.add(key, result)
         found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
         seconds = sum(report.seconds.values()) - sum(shared.values())
         report.say(f"{what}: {found} ({seconds:.0f} s)")
         _write_tables(report, keyed, ledger)
-    del job
-    free_memory()
     return failed
 
 
-def _told(report: Report, what: str, error: Exception) -> list[Exception]:
-    """Says what went wrong, for the grid to go on; raises errors that are no matter of model, text or memory."""
-    if not isinstance(error, InputError | RunError) and not is_out_of_memory(error):
-        raise error
-    reason = " ".join(str(error).split()) if isinstance(error, InputError | RunError) else "out of memory"
-    report.say(f"  failed: {what}: {reason}")
-    free_memory()
-    kept = error.with_traceback(None) if isinstance(error, InputError | RunError) else RunError(reason)
-    return [kept]  # without the frames that hold its tensors
+def _tried(report: Report, what: str, function: Callable[[], Result]) -> Result | Exception:
+    """The result of a function, whose lines stand in the log only; or what went wrong, for the grid to go on.
+
+    Raises errors that are no matter of model, text or memory.
+    """
+    try:
+        with report.quietly():
+            report.say()
+            report.say(what)
+            return function()
+    except Exception as error:
+        is_told = isinstance(error, InputError | RunError)
+        if not is_told and not is_out_of_memory(error):
+            raise
+        kind = InputError if isinstance(error, InputError) else RunError
+        found = kind(" ".join(str(error).split()) if is_told else "out of memory")
+    free_memory()  # the frames of the error, and of its causes, are gone by now
+    report.say(f"  failed: {what}: {found}")
+    return found
 
 
 def _write_tables(report: Report, keyed: Cells, ledger: Ledger) -> list[Entry]:
-    """Writes the tables of what is finished, in the order of the cells."""
-    results = [ledger.find(key) for key in keyed]
-    found = entries([result for result in results if result])
+    """Writes the tables of what is finished, in the order of the cells, and under the names that they have now."""
+    results = [_named(result, cell) for key, cell in keyed.items() if (result := ledger.find(key))]
+    found = entries(results)
     for name, content in (("table.md", markdown(found)), ("table.csv", csv_table(found))):
         with whole_file(report.folder / name) as draft:
             draft.write_text(content, encoding="utf-8")
     return found
 
 
+def _named(result: dict, cell: Settings) -> dict:
+    """A result with the names of its model and texts as the cell gives them: a path may be written in many ways."""
+    fields = ("perplexity", "perplexity_standard_error")
+    texts = {field: dict(zip(cell.texts, result[field].values(), strict=True)) for field in fields}
+    return {**result, "model": cell.source.name, **texts}
+
+
 def _write_plots(grid: Grid, report: Report, found: Sequence[Entry], folder: Path) -> None:
     """A plot for each model and text, of all methods; says what was written."""
     report.say()
-    report.say((folder / "table.md").read_text(encoding="utf-8"))
+    report.say(markdown(found))
     report.say("Written")
     for name in ("table.md", "table.csv"):
         report.say(f"  table   {folder / name}")

@@ -31,17 +31,18 @@ class Ledger:
                 advice = "move the file away, or name another --output_dir"
                 raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
 
-    def open(self) -> None:
-        """Deletes what is there, when it is to begin anew."""
-        if self._anew:
-            self.path.unlink(missing_ok=True)
-
     def find(self, key: str) -> dict | None:
         """The result of the cell of that canonical key; None when it is not there."""
         return self._found.get(key)
 
     def add(self, key: str, result: dict) -> None:
-        """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once."""
+        """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once.
+
+        When it is to begin anew, the first cell takes the place of all that was there.
+        """
+        if self._anew:
+            self.path.unlink(missing_ok=True)
+            self._anew = False
         line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

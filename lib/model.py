@@ -5,7 +5,7 @@ and one FFN, and tries that on the model itself; anything else is refused with t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -63,7 +63,7 @@ class Decoder:
         ]
         self._modes = [Mode()] * len(self.layers)
         self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
-        self._returns_tuple = False
+        self._returns_tuple = has_weights and self._layers_return_tuples()
         if has_weights:
             self._check_residual()
 
@@ -96,10 +96,23 @@ class Decoder:
         )
 
     @torch.no_grad()
+    def _layers_return_tuples(self) -> bool:
+        """What layers give, seen on a forward of two tokens that ends after the first."""
+        forward, outputs = self.layers[0].forward, []
+
+        def look(*args, **kwargs):
+            outputs.append(forward(*args, **kwargs))
+            raise StopForward
+
+        with suppress(StopForward), self._layers_do([look] * len(self.layers)):
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        return bool(outputs) and isinstance(outputs[0], tuple)
+
+    @torch.no_grad()
     def _check_residual(self) -> None:
         """A layer with both sublayers off must give back its input, or removing sublayers means something else.
 
-        Tried on two tokens, once for every class of layer; learns whether layers return tuples.
+        Tried on two tokens, once for every class of layer.
         """
         hidden_states, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
         first_of_class = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
@@ -108,8 +121,7 @@ class Decoder:
             try:
                 self.set_mode(index, Mode(attention=False, ffn=False))
                 output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
-                self._returns_tuple = isinstance(output, tuple)
-                output = output[0] if self._returns_tuple else output
+                output = output[0] if isinstance(output, tuple) else output
                 if not torch.equal(output, hidden_states.to(output.device)):
                     reason = "normalizes the sum of input and sublayer (post-norm), or adds the input inside a sublayer"
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -62,8 +62,7 @@ def short_name(model: str) -> str:
 def stamp(name: str) -> str:
     """A name of a model or text with what tells its versions apart: sizes and times of local files.
 
-    Hub ids are taken as they are. The demo text comes from the documentation of Python and of packages, so it goes by
-    Python's version.
+    Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
     """
     path = Path(name).expanduser()
     if is_demo(name) or not path.exists():

@@ -1,6 +1,7 @@
 """Plots of what a run found, by layer; matplotlib is optional, and each function says whether it drew."""
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def plot_sparsity(
 def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> bool:
     """Perplexity against a share: {method: [(share, perplexity), ...]}, one line each; False without matplotlib.
 
-    Methods of one pruner have one colour, and each of its allocators a stroke of its own.
+    Methods of one pruner have one colour, and each allocator (or pattern) a stroke of its own.
     """
     if not has_matplotlib():
         return False
@@ -71,11 +72,11 @@ def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: fl
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    pruners = list(dict.fromkeys(name.partition("_")[0] for name in lines))
-    allocators = list(dict.fromkeys(name.partition("_")[2] for name in lines))
+    parts = {name: re.fullmatch(r"([^_ ]*)(.*)", name).groups() for name in lines}
+    pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, points in lines.items():
-        pruner, _, allocator = name.partition("_")
+        pruner, allocator = parts[name]
         colour = _COLOURS[pruners.index(pruner) % len(_COLOURS)]
         stroke = _STROKES[allocators.index(allocator) % len(_STROKES)]
         axes.plot(*zip(*sorted(points), strict=True), stroke, color=colour, marker="o", markersize=4, label=name)

@@ -92,11 +92,11 @@ class Beam:
 def beam(sweep: Sweep, target: float, width: int, others: dict[str, Plan]) -> Beam:
     """Ours: for every amount of removed parameters the `width` plans of lowest loss, each grown by every sublayer.
 
-    Amounts are counted in parameters of the smallest sublayer, so that plans are compared with plans of the same size,
-    whatever the order and kind of their removals. Where the plans of `others` end below the target, they are taken up
-    to it as BlockPruner would, and the plan of lowest loss is chosen of all that end within half a sublayer of the
-    target. So none of `others` has a lower loss there. `trials` counts what the sweep was asked for since its `asked`
-    was cleared. Raises `InputError` when the target is out of reach.
+    Amounts are counted in parameters of the smallest sublayer, so that plans are compared with plans of about their
+    size, whatever the order and kind of their removals. Where the plans of `others` end below the target, they are
+    taken up to it as BlockPruner would, and the plan of lowest loss is chosen of all that end within half a sublayer
+    of the target. So none of `others` has a lower loss there. `trials` counts what the sweep was asked for since its
+    `asked` was cleared. Raises `InputError` when the target is out of reach.
     """
     decoder, moves = sweep.decoder, sublayers(sweep.decoder)
     check_reachable(decoder, moves, target)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lib.methods import ALPHAS
+from lib.methods import ALPHAS, ZERO_SHOT_TASKS
 from lib.names import short_name
 
 SOURCES = {
@@ -27,7 +27,7 @@ _TEXTS = {
     "wikitext2": ("wikitext2", "wikitext", "wikitext-2-raw-v1"),
     "c4": ("c4",),
 }
-_SEQLEN, _NSAMPLES = 2048, 128
+_SEQLEN, _NSAMPLES, _GRADIENTS = 2048, 128, 10
 _NEAR = 0.005  # two shares of removed parameters are the same setting when they differ by less
 
 
@@ -60,11 +60,15 @@ def figures() -> tuple[Figure, ...]:
 def find(result: dict, metric: str, text: str, is_dense: bool = False) -> Figure | None:
     """The published figure for a perplexity or accuracy in a result.json, or for that of its dense model.
 
-    Model, method, rate, text and the settings of the papers must match: windows of 2048 tokens one after the other, 128
-    calibration samples, the usual alpha, no quantization. None when there is no such figure.
+    Model, method, rate, text, and windows of 2048 tokens one after the other must match. So must the settings of ALP's
+    paper for its tables: 128 samples of C4, 10 for the gradients, each method's usual parameters, no quantization; in
+    the other tables each method has calibration text of its own. A mean must be of the six tasks of the paper. None
+    when there is no such figure.
     """
     rates = [0.0] if is_dense else _rates(result)
     if result["seqlen"] != _SEQLEN or result.get("eval_stride") or not (is_dense or _is_usual(result)):
+        return None
+    if (metric, text) == ("accuracy", "mean") and set(result["zero_shot"]["shown"]) != set(ZERO_SHOT_TASKS):
         return None
     method = "dense" if is_dense else _method(result)
     for figure in figures():
@@ -91,13 +95,20 @@ def _rates(result: dict) -> list[float]:
 
 
 def _is_usual(result: dict) -> bool:
-    """True when the settings are those of the papers."""
+    """True when the settings are those of ALP's paper; other tables have none that could be compared."""
     if result["tool"] == "ppllms":
         return True
-    allocator = result["prune_method"].rpartition("_")[2]
+    pruner, _, allocator = result["prune_method"].partition("_")
     return (
         result["sparsity_type"] == "unstructured"
         and result["nsamples"] == _NSAMPLES
+        and short_name(result["dataset"]).lower() in _TEXTS["c4"]
         and result["alpha"] in (None, ALPHAS.get(allocator))
+        and result["grad_nsamples"] in (None, _GRADIENTS)
+        and result["grad_type"] != "l1"
+        and (allocator != "owl" or result["owl_m"] == 5)
+        and (pruner != "ria" or result["a"] == 0.5)
+        and (pruner != "sparsegpt" or result["percdamp"] == 0.01)
+        and not result["use_variant"]
         and "quantization" not in result
     )

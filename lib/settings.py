@@ -50,6 +50,11 @@ class DepthPruning:
         return self.method in ("ppllms", "shortgpt", "beam")
 
     @property
+    def texts(self) -> Sequence[str]:
+        """The texts of the evaluation."""
+        return self.eval_datasets if self.eval_ppl else ()
+
+    @property
     def label(self) -> str:
         """What tells a cell of a grid from the others of its model."""
         return f"{self.method} {self.prune_rate:g} seed {self.seed}"
@@ -64,11 +69,11 @@ class DepthPruning:
             "tool": "ppllms",
             "method": self.method,
             "prune_rate": self.prune_rate,
-            **(by_counts if self.method == "ppllms" else {}),
+            **(by_counts if self.method in ("ppllms", "beam") else {}),
             **(text if self.needs_windows else {"seed": self.seed}),
             **({"bi_windows": self.bi_windows} if self.uses_influence else {}),
             **({"beam_width": self.beam_width} if self.method == "beam" else {}),
-            **_key_of_evaluation(self.eval_datasets if self.eval_ppl else (), self.seqlen, self.eval_stride),
+            **_key_of_evaluation(self.texts, self.seqlen, self.eval_stride),
         }
 
     @property
@@ -113,6 +118,11 @@ class SparsityPruning:
         return self.source.name
 
     @property
+    def texts(self) -> Sequence[str]:
+        """The texts of the evaluation."""
+        return self.dataset
+
+    @property
     def label(self) -> str:
         """What tells a cell of a grid from the others of its model."""
         seed = f" seed {self.seed}" if self.needs_text else ""
@@ -145,7 +155,7 @@ class SparsityPruning:
             "quantization": str(self.quantization) if self.quantization else None,
             "semi_structured": self.semi_structured,
             "tasks": [stamp(task) for task in self.tasks],
-            **_key_of_evaluation(self.dataset, self.seqlen, self.eval_stride),
+            **_key_of_evaluation(self.texts, self.seqlen, self.eval_stride),
         }
 
     @property

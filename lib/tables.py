@@ -187,8 +187,8 @@ def _beside(entry: Entry, value: float | None = None) -> str:
 
 
 def _is_off(entry: Entry) -> bool:
-    """True when clearly more or less went than was asked for."""
-    if entry.metric != "perplexity" or not entry.setting.endswith("%"):
+    """True when clearly more or less was pruned than was asked for; rounding to few bits makes zeros besides."""
+    if entry.metric != "perplexity" or entry.method.endswith(" quantized") or not entry.setting.endswith("%"):
         return False
     return abs(entry.share - float(entry.setting.removesuffix("%")) / 100) >= _WORTH_TELLING
 
@@ -207,7 +207,9 @@ def _legend(found: Sequence[Entry]) -> list[str]:
     if figures:
         sources = "; ".join(SOURCES[source] for source in _distinct(figure.source for figure in figures))
         lines.append(f"[published, ours less that]: {sources}.")
-        lines += [f"- {note}" for note in _distinct(f"{f.method}, {f.text}: {f.note}" for f in figures if f.note)]
+        lines += [
+            f"- {note}" for note in _distinct(f"{f.model}, {f.method}, {f.text}: {f.note}" for f in figures if f.note)
+        ]
     return ["\n".join(lines)] if lines else []
 
 

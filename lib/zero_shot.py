@@ -1,6 +1,7 @@
 """Zero-shot accuracy of a model in memory, by the Language Model Evaluation Harness (`pip install lm-eval`)."""
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,4 +98,5 @@ class ZeroShot:
 
 
 def _numbers(metrics: dict) -> dict[str, float]:
-    return {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
+    found = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
+    return {key: value for key, value in found.items() if math.isfinite(value)}  # JSON has no others

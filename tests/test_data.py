@@ -94,10 +94,19 @@ def test_the_penn_treebank_is_one_document_of_its_sentences(tmp_path):
     rows = datasets.Dataset.from_dict({"sentence": [line.strip() for line in PTB.splitlines()]})
     rows.to_parquet(tmp_path / "rows.parquet")
     assert load_corpus(str(tmp_path / "rows.parquet"), "test").documents == [sentences]
+    datasets.Dataset.from_dict({"sentence": ["a good film", "a bad one"]}).to_parquet(tmp_path / "other.parquet")
+    assert list(load_corpus(str(tmp_path / "other.parquet"), "test").documents) == ["a good film", "a bad one"]
 
 
 @pytest.mark.parametrize(
-    "text", [" One day he left . \n It was N . \n", "no it was\nbut while\n", " a b \n\n c \n d \n"]
+    "text",
+    [
+        " One day , <unk> . \n It was N . \n",
+        " a <unk> \n One day . ",
+        " a b \n c N \n",
+        "no it was\nbut while\n",
+        " a b \n\n c \n d \n",
+    ],
 )
 def test_other_lines_are_not_taken_for_the_penn_treebank(tmp_path, text):
     (tmp_path / "story.txt").write_text(text)

@@ -1,11 +1,13 @@
 """Grids: every cell is what a run of its own gives, models are loaded once, and what is finished stays finished."""
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
@@ -13,6 +15,8 @@ import lib.alp
 import lib.depth
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
+from lib.loading import load_model
+from lib.names import ModelSource
 from lib.plots import has_matplotlib
 from tests.command import ROOT, run, run_alp
 
@@ -143,6 +147,20 @@ def test_what_a_cell_depends_on_makes_another_cell(alp_grid, text_file, tmp_path
     assert len(alp_grid(*axes, "--overwrite")) == 2
 
 
+def test_the_ratio_of_ppllms_is_part_of_a_beam(depth_grid):
+    axes = ["--method", "beam", "random", "--prune_rate", 0.1]
+    assert len(depth_grid(*axes)) == 2
+    assert len(depth_grid(*axes, "--mha_ffn_ratio", 1)) == 3
+
+
+def test_a_preset_may_be_changed_to_a_pattern(tmp_path, monkeypatch, text_file):
+    monkeypatch.chdir(tmp_path)
+    small = ["--nsamples", 2, "--seqlen", 64, "--dataset", text_file, "--prune_method", "magnitude"]
+    command = ["--preset", "demo", *small, "--sparsity_type", "2:4", "--output_dir", "out"]
+    assert run_alp(*command, monkeypatch=monkeypatch) == 0
+    assert "|  | 2:4 |" in (tmp_path / "out/table.md").read_text()
+
+
 @pytest.mark.parametrize("tool", ["alp_prune.py", "ppllms.py"])
 def test_a_killed_grid_goes_on_to_the_same_tables(tool, tiny_folder, text_file, tmp_path):
     if tool == "ppllms.py":
@@ -239,6 +257,59 @@ def test_a_model_may_have_results_in_its_folder(alp_grid, tiny_folder, tmp_path)
     assert len(alp_grid(*axes, folder=model / "runs/grid")) == len(alp_grid(*axes, folder=model / "runs/grid")) == 2
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     assert len(alp_grid(*axes, folder=model / "runs/grid")) == 4
+
+
+def test_models_of_the_same_name_have_gradients_of_their_own(alp_grid, tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "more" / tiny_folder.name)
+    model = load_model(ModelSource(str(tiny_folder)))
+    model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    model.save_pretrained(other)
+    assert len(alp_grid("--model", tiny_folder, other, "--prune_method", "magnitude_alp")) == 2
+
+
+def test_the_same_model_written_otherwise_is_the_same_table(alp_grid, tiny_folder, text_file, tmp_path):
+    axes = ["--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5]
+    alp_grid(*axes)
+    model, text = (f"{path.parent}/./{path.name}" for path in (tiny_folder, text_file))
+    assert len(alp_grid(*axes, 0.6, "--model", model, "--dataset", text)) == 3
+    rows = [line for line in (tmp_path / "grid/table.md").read_text().splitlines() if line.startswith("| magnitude")]
+    assert len(rows) == 1 and "-" not in rows[0]
+
+
+def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_grid, tmp_path, monkeypatch, capsys):
+    axes = ["--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5]
+    first = alp_grid(*axes)
+    prune = lib.alp.prune
+    monkeypatch.setattr(lib.alp, "prune", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert alp_grid(*axes, "--overwrite", status=1) == first
+    assert "0 of 2 cells are kept, and the same command without --overwrite goes on" in capsys.readouterr().err
+    monkeypatch.setattr(lib.alp, "prune", prune)
+    again = alp_grid(*axes, "--overwrite")
+    assert len(again) == 2 and again != first and [c["key"] for c in again] == [c["key"] for c in first]
+
+
+def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_path, monkeypatch):
+    other, alive = shutil.copytree(tiny_folder, tmp_path / "other"), []
+    load = lib.alp.load_model
+
+    def watched(source):
+        gc.collect()
+        alive.append([model() is not None for model in models])
+        model = load(source)
+        models.append(weakref.ref(model))
+        return model
+
+    def failing(report, settings, job, *args):
+        try:
+            raise ValueError(job.decoder.model)
+        except ValueError as error:
+            raise RunError("NaN") from error
+
+    models: list = []
+    monkeypatch.setattr(lib.alp, "load_model", watched)
+    monkeypatch.setattr(lib.alp, "prune", failing)
+    alp_grid("--model", tiny_folder, other, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5, status=1)
+    assert alive == [[], [False]]
 
 
 def test_a_grid_of_counts(depth_grid, tmp_path):
@@ -341,6 +412,14 @@ def test_a_bad_grid_of_depth_is_one_line(depth_grid, tmp_path, capsys, flags, pr
     told = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and problem in told and "\n" not in told
     assert not (tmp_path / "grid").exists()
+
+
+def test_an_output_folder_among_text_is_refused(alp_grid, text_file, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    shutil.copy(text_file, text)
+    alp_grid("--dataset", text, "--sparsity_ratio", 0.3, 0.5, status=2, folder=text / "runs")
+    assert f"--output_dir {text / 'runs'}: lies in the folder of text {text}" in capsys.readouterr().err
 
 
 def test_folders_of_runs_and_of_grids_are_not_mixed(alp_grid, alp_arguments, tmp_path, monkeypatch, capsys):

@@ -34,6 +34,17 @@ def test_a_plan_gives_what_removing_the_modules_gives(family):
 
 
 @every_family
+def test_the_number_of_layers_does_not_matter(family):
+    """What layers return, and what the model makes of that on its way up, differs from family to family."""
+    types = FAMILIES[family][1].get("layer_types")
+    more = {"layer_types": [*types, *types[:3]]} if types else {}
+    model, ids = tiny_model(family, num_hidden_layers=7, **more), tiny_windows(1)
+    decoder = Decoder(model)
+    streamed = decoder.logits(final_hidden_states(decoder, ids, Plan(7).modes))
+    assert torch.equal(streamed, model(input_ids=ids, use_cache=False).logits)
+
+
+@every_family
 def test_switching_back_on_restores_the_model(family):
     model, ids = tiny_model(family), tiny_windows(1)
     dense = model(input_ids=ids).logits

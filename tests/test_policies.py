@@ -232,9 +232,9 @@ def test_the_beam_tells_what_it_measured(by_rate, tmp_path, monkeypatch, capsys)
     result = json.loads((tmp_path / "run/result.json").read_text())
     found, trials = result["beam"], result["trials"]
     assert found["width"] == 2 and set(found["others"]) <= {"shortgpt", "ppllms", "sleb", "blockpruner"}
-    assert found["loss"] <= found["others"]["blockpruner"] and 8 < trials["measured"] <= trials["at_most"]
+    assert found["loss"] <= found["others"]["blockpruner"]["loss"] and 8 < trials["measured"] <= trials["at_most"]
     said = capsys.readouterr().out
-    assert f"{trials['measured']:,} models measured" in said and f"chosen: {found['loss']:.2f}" in said
+    assert f"{trials['measured']:,} models measured" in said and f"chosen: loss {found['loss']:.2f} with" in said
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "sleb", "blockpruner"])
