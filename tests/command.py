@@ -1,6 +1,7 @@
 """Runs a script's command line in this process."""
 
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import alp_prune
@@ -16,6 +17,12 @@ def run(*arguments, monkeypatch, script=ppllms) -> int:
     program = Path(script.__file__).name
     monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
     return cli.run(program, script.main)
+
+
+def gradient_path(model: Path, text: Path) -> Path:
+    """Where the sensitivities of the tests' runs are kept: by last parts of paths, and digests of the whole."""
+    names = [f"{path.name}-{sha256(str(path.resolve()).encode()).hexdigest()[:6]}" for path in (model, text)]
+    return Path(f"gradients/{names[0]}-l2-3x16-last-{names[1]}-seed0.json")
 
 
 def run_alp(*arguments, monkeypatch) -> int:

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.command import run_alp, run_gradient
+from tests.command import gradient_path, run_alp, run_gradient
 from tests.families import tiny_model
 
 BOTH = [
@@ -146,15 +147,19 @@ def test_models_whose_weights_are_no_linears(refuse, refuse_gradient, family, ki
 
 # Artefacts ------------------------------------------------------------------------------------------------------------
 
-FOUND = Path("gradients/tiny-llama-l2-3x16-last-words.txt-seed0.json")
+
+@pytest.fixture
+def found(tiny_folder, text_file) -> Path:
+    """Where alp_prune.py looks for an artefact."""
+    return gradient_path(tiny_folder, text_file)
 
 
 @pytest.fixture
-def made(tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
+def made(found, tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
     """The content of an artefact that stands where alp_prune.py looks for it."""
     arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
     assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
-    return json.loads(FOUND.read_text())
+    return json.loads(found.read_text())
 
 
 @pytest.mark.parametrize(
@@ -172,34 +177,38 @@ def made(tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
     ],
     ids=["empty", "cut", "list", "format", "no layers", "fields", "negative", "text", "binary"],
 )
-def test_a_broken_artefact_is_refused(refuse, made, damage):
-    FOUND.write_bytes(damage(made).encode("utf-8", "surrogateescape"))
-    refuse(problem=f"gradients {FOUND}: broken, or no artefact .*make it again with save_gradient.py --overwrite")
+def test_a_broken_artefact_is_refused(refuse, made, found, damage):
+    found.write_bytes(damage(made).encode("utf-8", "surrogateescape"))
+    refuse(problem=f"gradients {found}: broken, or no artefact .*make it again with save_gradient.py --overwrite")
 
 
 @pytest.mark.parametrize("changed", ["model.layers.3.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
-def test_an_artefact_of_another_model_is_refused(refuse, made, tiny_folder, tmp_path_factory, demo_tokenizer, changed):
+def test_an_artefact_of_another_model_is_refused(
+    refuse, made, found, tiny_folder, text_file, tmp_path_factory, demo_tokenizer, changed
+):
     """Another model of the same shape and name, wherever it differs: all of it goes into the gradients."""
     folder = tmp_path_factory.mktemp("other") / "tiny-llama"
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.get_parameter(changed).data.mul_(1.01)
     model.save_pretrained(folder)
     demo_tokenizer.save_pretrained(folder)
-    refuse("--model", folder, problem=f"gradients {FOUND}: made for another model than {folder}")
-    refuse("--model", folder, "--gradients", FOUND, problem=f"gradients {FOUND}: made for another model")
+    own = shutil.copy(found, gradient_path(folder, text_file))
+    refuse("--model", folder, problem=f"gradients {own}: made for another model than {folder}")
+    refuse("--model", folder, "--gradients", found, problem=f"gradients {found}: made for another model")
 
 
-def test_an_artefact_of_fewer_layers_is_refused(refuse, made, tiny_folder):
-    FOUND.write_text(json.dumps({**made, "layers": made["layers"][:3]}))
-    refuse(problem=f"gradients {FOUND}: made for another model than {tiny_folder}")
+def test_an_artefact_of_fewer_layers_is_refused(refuse, made, found, tiny_folder):
+    found.write_text(json.dumps({**made, "layers": made["layers"][:3]}))
+    refuse(problem=f"gradients {found}: made for another model than {tiny_folder}")
 
 
-def test_an_artefact_of_other_settings_or_text_is_refused(refuse, made, text_file, tmp_path):
-    refuse("--gradients", FOUND, "--grad_type", "l1", problem=f"gradients {FOUND}: made with gradient_type l2, not l1")
-    refuse("--gradients", FOUND, "--seed", 3, problem=f"gradients {FOUND}: made with seed 0, not 3")
+def test_an_artefact_of_other_settings_or_text_is_refused(refuse, made, found, text_file, tmp_path):
+    refuse("--gradients", found, "--grad_type", "l1", problem=f"gradients {found}: made with gradient_type l2, not l1")
+    refuse("--gradients", found, "--seed", 3, problem=f"gradients {found}: made with seed 0, not 3")
     other = tmp_path / text_file.name
     other.write_text(text_file.read_text().replace("layer", "head"))
-    refuse("--calibration_dataset", other, problem=f"gradients {FOUND}: made on other text than {other} is now")
+    flags = ["--calibration_dataset", other, "--gradients", found]
+    refuse(*flags, problem=f"gradients {found}: made on other text than {other} is now")
 
 
 def test_what_is_no_log_is_refused(refuse):
