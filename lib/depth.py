@@ -68,9 +68,16 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
         across="share of the parameters removed",
         check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
         prepare=prepare,
-        run=lambda report, settings, job: find_plan(report, settings, job)[1],
+        run=run_cell,
     )
     run_grid(grid, cells, folder, anew)
+
+
+def run_cell(report: Report, settings: DepthPruning, job: Job) -> dict:
+    """One cell of a grid."""
+    depth_report.say_model(report, settings.model_name, job.decoder)
+    _, result = find_plan(report, settings, job)
+    return result
 
 
 def find_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:

@@ -343,7 +343,8 @@ def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
     rows = (folder / "table.csv").read_text().splitlines()
     assert len(rows) == 1 + 1 + 8 and rows[1].startswith(f"{lines[0]['result']['model']},dense,,0.000000,0,perplexity")
     assert table in capsys.readouterr().out
-    assert "Importance and density by layer" in (folder / "log.txt").read_text()
+    kept = (folder / "log.txt").read_text()
+    assert kept.count("Importance and density by layer") == 4 and kept.count("Sparsity measured by layer") == 8
     assert len((tmp_path / "here/results/log.tsv").read_text().splitlines()) == 9
     if has_matplotlib():
         assert (folder / "perplexity-tiny-llama-words.txt.png").stat().st_size > 10_000
