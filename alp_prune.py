@@ -232,17 +232,14 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
 
 def check_ratios(args: argparse.Namespace, pattern: Pattern) -> list[float]:
     """The sparsity ratios that are asked for with a pattern: n:m has its own. Raises `InputError`."""
-    ratios, own = args.sparsity_ratio, pattern.n / pattern.m if pattern.is_structured else None
-    if own is None:
+    ratios = args.sparsity_ratio or []
+    if not pattern.is_structured:
         return list(dict.fromkeys(ratios or [0.7]))
-    if (
-        args.ratio_is_given
-        and UNSTRUCTURED not in args.sparsity_type
-        and (off := [r for r in ratios if abs(r - own) > 0.005])
-    ):
-        raise InputError(
-            f"--sparsity_ratio {off[0]:g}: --sparsity_type {pattern} prunes {own:.4g}; leave the ratio out"
-        )
+    own = pattern.n / pattern.m
+    off = [ratio for ratio in ratios if abs(ratio - own) > 0.005]
+    if off and args.ratio_is_given and UNSTRUCTURED not in args.sparsity_type:
+        share = f"{own:.4g}"
+        raise InputError(f"--sparsity_ratio {off[0]:g}: --sparsity_type {pattern} prunes {share}; leave the ratio out")
     return [own]
 
 

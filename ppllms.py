@@ -33,12 +33,13 @@ from lib.presets import DEPTH_PRESETS
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
 OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method", "beam_width", "preset")
+WITH_TEXT = tuple(method for method in DEPTH_METHODS if method != "random")
 OF_METHODS = {  # flags that say nothing to other methods
     "mha_ffn_ratio": ("ppllms", "beam"),
     "bi_windows": ("ppllms", "shortgpt", "beam"),
     "beam_width": ("beam",),
-    "dataset": tuple(method for method in DEPTH_METHODS if method != "random"),
-    "nsamples": tuple(method for method in DEPTH_METHODS if method != "random"),
+    "dataset": WITH_TEXT,
+    "nsamples": WITH_TEXT,
 }
 AXES = ("model_name", "method", "prune_rate", "seed")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")

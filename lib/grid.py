@@ -38,8 +38,8 @@ class Grid(Generic[Settings, Job]):
 def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False) -> None:
     """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
 
-    `anew`: what is there is done away with. Raises `InputError` before anything is run, and `RunError` at the end when
-    cells failed: the others are done first.
+    `anew`: what is there gives way to the first cell that is finished. Raises `InputError` before anything is run, and
+    `RunError` at the end when cells failed: the others are done first.
     """
     ledger, report = Ledger(folder, anew), Report()
     keyed: Cells = {}

@@ -207,9 +207,8 @@ def _legend(found: Sequence[Entry]) -> list[str]:
     if figures:
         sources = "; ".join(SOURCES[source] for source in _distinct(figure.source for figure in figures))
         lines.append(f"[published, ours less that]: {sources}.")
-        lines += [
-            f"- {note}" for note in _distinct(f"{f.model}, {f.method}, {f.text}: {f.note}" for f in figures if f.note)
-        ]
+        noted = _distinct(figure for figure in figures if figure.note)
+        lines += [f"- {figure.model}, {figure.method}, {figure.text}: {figure.note}" for figure in noted]
     return ["\n".join(lines)] if lines else []
 
 
