@@ -11,7 +11,7 @@ What is kept is a small JSON file, which alp_prune.py finds by the model and the
 import argparse
 import sys
 
-from lib import cli, names
+from lib import cli, names, state
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.methods import GradientSettings
@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=cli.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
     group.add_argument("--overwrite", action="store_true", help="replace that file")
+    group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     args = parser.parse_args(arguments)
     dataset = args.dataset or ("demo" if names.is_demo(args.model) else "c4")
     args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
@@ -48,16 +49,25 @@ def check(args: argparse.Namespace) -> None:
     names.check_model(args.model)
     names.check_text(args.gradients.dataset)
     cli.check_device(args)
+    if cli.is_first_process():
+        check_output(args)
+    if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
+        cli.prefer_cache_without_network()
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises `InputError` unless the file can be written, without harm to what is there."""
     if args.output.suffix != ".json":
         raise InputError(f"--output {args.output}: name a file that ends in .json")
     for path in (args.output, args.output.with_suffix(".png")):  # the plot stands beside it
         if path.is_dir():
             raise InputError(f"--output {path}: is a folder; name a file in it")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
+    work = state.read(args.output.with_suffix(".state"))
+    if work and not args.overwrite and not args.resume:
+        raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")
-    if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
-        cli.prefer_cache_without_network()
 
 
 def main() -> None:
@@ -65,7 +75,7 @@ def main() -> None:
     check(args)
     from lib.sensitivity import SaveGradient, run  # imports torch
 
-    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output))
+    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output, args.resume))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,15 @@ from lib.report import quiet_libraries
 def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:
     @torch.no_grad()
     def window_losses(input_ids: torch.Tensor, scored: int) -> torch.Tensor:
-        input_ids = input_ids.to(model.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        return token_losses(logits[:, :-1], input_ids[:, 1:])[:, -scored:].mean(dim=1)
+        def batch_losses(rows: slice) -> torch.Tensor:
+            ids = input_ids[rows].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            return token_losses(logits[:, :-1], ids[:, 1:])[:, -scored:].mean(dim=1)
+
+        return Batcher(4).map(batch_losses, len(input_ids))
 
     model.eval()
-    return perplexity(window_losses, windows, Batcher(4)).value
+    return perplexity(window_losses, windows).value
 
 
 def train(model: torch.nn.Module, windows: torch.Tensor, args: argparse.Namespace) -> None:

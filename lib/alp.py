@@ -12,9 +12,11 @@ from torch import nn
 from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import importance, spread_densities, uniform_densities
 from lib.batching import Batcher, automatic_batch_size
+from lib.changes import Changes
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
+from lib.files import RESULT
 from lib.grid import Grid, run_grid
 from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
@@ -22,12 +24,15 @@ from lib.linears import InputGroup, check_columns, check_not_offloaded, find_lin
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.methods import DENSE, GradientSettings
 from lib.model import Decoder
+from lib.offload import fetched_by_forward, follow
 from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
+from lib.ranks import Ranks, join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
 from lib.settings import SparsityPruning
+from lib.state import FOLDER, State, digest, finished, how_to_resume
 from lib.stream import plan_window_losses
 from lib.zero_shot import ZeroShot
 
@@ -54,6 +59,7 @@ class Job:
     zero_shot: ZeroShot | None
     batcher: Batcher
     seqlen: int  # tokens of a window
+    state: State  # of the run at work
     dense: dict[str, Perplexity] | None = None  # on each text
     scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
 
@@ -63,6 +69,7 @@ class Job:
 
     def restore(self) -> None:
         """Gives the linears the weights that they had."""
+        follow(self.decoder.layers, [])
         for linear, weight in zip(self.linears, self.weights, strict=False):
             linear.weight.data.copy_(weight)
 
@@ -70,54 +77,69 @@ class Job:
 def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
-    report = Report()
-    job = prepare(report, [settings])
-    report.open(settings.output_dir)
-    alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
-    result = prune_and_measure(report, settings, job)
-    alp_report.say_result(report, result)
-    finish(report, settings, job, result)
+    ranks = join(resolve_device(settings.source.device))
+    report = Report(ranks.is_first)
+    if settings.resume and (before := finished(settings.output_dir, settings.key)):
+        report.say(f"Finished before: {settings.output_dir / RESULT}")
+        return before
+    state = State(settings.output_dir / FOLDER, settings.key, ranks.is_first, settings.resume)
+    with state.told(how_to_resume(settings.output_dir)):
+        job = prepare(report, [settings], ranks, state)
+        report.open(settings.output_dir, goes_on=settings.resume)
+        state.start(report.seconds)
+        alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
+        result = prune_and_measure(report, settings, job)
+        alp_report.say_result(report, result)
+        if report.is_first:
+            finish(report, settings, job, result)
+        state.close()
     return result
 
 
 def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
     quiet_libraries()
+    ranks = join(resolve_device(cells[0].source.device))
     grid = Grid(
         across="sparsity",
         check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
-        prepare=prepare,
+        prepare=lambda report, of_model: prepare(report, of_model, ranks, State(None, {})),
         run=run_cell,
     )
-    run_grid(grid, cells, folder, anew)
+    run_grid(grid, cells, folder, anew, ranks)
 
 
 def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
-    """One cell of a grid, from the weights as they were."""
+    """One cell of a grid, from the weights as they were; it goes on with what is finished of it."""
     job.restore()
+    job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
+    job.state.start(report.seconds)
     alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
     result = prune_and_measure(report, settings, job)
     alp_report.say_result(report, result)
-    try_out(report, settings, job, result)
-    if settings.log:
-        log.append(settings.log, result, settings.output_dir)
+    if report.is_first:
+        try_out(report, settings, job, result)
+        if settings.log:
+            log.append(settings.log, result, settings.output_dir)
+    job.state.close()
     return result
 
 
 def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> dict:
     """Prunes the model, and measures it before and after: what result.json says."""
-    report.seconds.update(dict.fromkeys(("allocate", "prune", "evaluate", "save"), 0.0))
-    job.dense = job.dense or measure(report, settings, job)
+    for part in ("allocate", "prune", "evaluate", "save"):
+        report.seconds.setdefault(part, 0.0)
+    job.dense = job.dense or measure(report, settings, job, "dense")
     perplexities = {"dense": job.dense}
     scores, densities = allocate(report, settings, job)
     parts, zeros = {}, {}
     if settings.method.pruner == DENSE:
-        perplexities["pruned"], zeros["pruned"] = perplexities["dense"], count_zeros(job.groups)
+        perplexities["pruned"], zeros["pruned"] = perplexities["dense"], count_zeros(job.decoder, job.groups)
     for stage, pruner in stages(settings, job):
         parts[stage] = prune(report, settings, job, stage, pruner, densities)
-        zeros[stage] = count_zeros(job.groups)
+        zeros[stage] = job.state.once(f"zeros of {stage}", lambda: count_zeros(job.decoder, job.groups))
         with kernels(settings, job):
-            perplexities[stage] = measure(report, settings, job)
+            perplexities[stage] = measure(report, settings, job, stage)
     return {
         **describe_run(settings, job),
         "importance": scores,
@@ -136,7 +158,7 @@ def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> di
 # Before work starts ---------------------------------------------------------------------------------------------------
 
 
-def prepare(report: Report, cells: Sequence[SparsityPruning]) -> Job:
+def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks, state: State) -> Job:
     """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
 
     Raises `InputError`, where it can before the weights are read.
@@ -148,9 +170,8 @@ def prepare(report: Report, cells: Sequence[SparsityPruning]) -> Job:
     }
     gradients = {asked: known for asked, known in found.items() if known}
     with report.timed("load"):
-        device = resolve_device(settings.source.device)
         if settings.semi_structured:
-            semi_structured.check_device(device)
+            semi_structured.check_device(resolve_device(settings.source.device))
         config = load_config(settings.source)
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(settings.source)
@@ -162,13 +183,13 @@ def prepare(report: Report, cells: Sequence[SparsityPruning]) -> Job:
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
         for cell in cells:
-            check_not_offloaded(check_linears(cell, decoder))
+            check_not_offloaded(decoder, check_linears(cell, decoder))
         for asked, known in gradients.items():
             artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
-    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen)
-    if len(cells) > 1 or settings.rounds_while_pruning:
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen, state)
+    if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
         job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
     return job
 
@@ -220,13 +241,14 @@ def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_s
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-def measure(report: Report, settings: SparsityPruning, job: Job) -> dict[str, Perplexity]:
-    """Perplexity of the model as it is on every evaluation text."""
-    losses = plan_window_losses(job.decoder, Plan(job.decoder.num_layers))
+def measure(report: Report, settings: SparsityPruning, job: Job, stage: str) -> dict[str, Perplexity]:
+    """Perplexity of the model as it is, at a stage, on every evaluation text."""
     perplexities = {}
     for text, windows in job.texts.evaluation.items():
         with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
-            perplexities[text] = perplexity(losses, windows, job.batcher, progress, settings.eval_stride)
+            losses = plan_window_losses(job.decoder, Plan(job.decoder.num_layers), job.batcher, progress)
+            measured = partial(perplexity, losses, windows, settings.eval_stride)
+            perplexities[text] = Perplexity(*job.state.once(f"perplexity of {stage} on {text}", measured))
     return perplexities
 
 
@@ -265,7 +287,8 @@ def score_layers(report: Report, settings: SparsityPruning, job: Job) -> list[fl
     known = (settings.method.allocator, settings.owl_m, settings.seed)
     if known not in job.scores:
         with report.progress(job.decoder.num_layers, settings.method.allocator) as progress:
-            job.scores[known] = layer_scores(job.decoder, job.groups, windows, job.batcher, summary, progress)
+            compute = partial(layer_scores, job.decoder, job.groups, windows, job.batcher, summary, progress)
+            job.scores[known] = job.state.once("scores", compute)
     return job.scores[known] if is_owl else median_share(job.scores[known])
 
 
@@ -276,8 +299,11 @@ def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artef
         report.say(f"            found in {path}")
         return job.gradients[asked]
     report.say(f"            not in {path} yet: computing, and keeping them there")
-    found = sensitivity.compute(report, job.decoder, settings.model, asked, job.texts.gradients[asked])
-    artefact.write(path, found)
+    windows, ranks = job.texts.gradients[asked], job.batcher.ranks
+    state = sensitivity.work_on(job.decoder, asked, windows, path, ranks, settings.resume)
+    state.start({})
+    found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, ranks)
+    state.close()
     job.gradients[asked] = found
     return found
 
@@ -288,6 +314,9 @@ def prune(
     """Runs one pruner over the model; the seconds of its parts."""
     parts: dict[str, float] = {}
     sparsities = [1 - density for density in densities]
+    changes = Changes(job.state.folder / stage)
+    upon = [] if stage == "pruned" or settings.rounds_while_pruning else [Changes(job.state.folder / "pruned")]
+    follow(job.decoder.layers, [*upon, changes])
     with report.timed("prune"), report.progress(job.decoder.num_layers, stage) as progress:
         prune_layers(
             job.decoder,
@@ -299,6 +328,7 @@ def prune(
             report.say,
             progress,
             partial(timed, parts),
+            changes,
         )
     return parts
 
@@ -328,7 +358,8 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     path = report.result(result)
     if settings.save_model:
         with report.timed("save"):
-            save_weights(job.decoder.model, job.tokenizer, settings.save_model, settings.overwrite)
+            overwrite = job.state.will_save(settings.save_model) or settings.overwrite
+            save_weights(job.decoder.model, job.tokenizer, settings.save_model, overwrite)
         report.result(result)
     plot = report.folder / SPARSITY
     title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"
@@ -336,7 +367,11 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     try:
         try_out(report, settings, job, result, report.result)
     finally:
-        logged = log.append(settings.log, result, settings.output_dir) if settings.log else None
+        logged = (
+            job.state.once("log", lambda: str(log.append(settings.log, result, settings.output_dir)))
+            if settings.log
+            else None
+        )
     plot = plot if has_plot else "none: matplotlib is not installed (pip install matplotlib)"
     alp_report.say_written(report, path, plot, settings.save_model, logged)
 
@@ -354,7 +389,7 @@ def try_out(
         keep(result)
         alp_report.say_speed(report, result["tokens_per_second"], job.seqlen)
     if job.zero_shot:
-        with report.timed("zero_shot"), kernels(settings, job):
+        with report.timed("zero_shot"), kernels(settings, job), fetched_by_forward(job.decoder.layers):
             result["zero_shot"] = job.zero_shot.accuracy(job.decoder.model, job.tokenizer, job.batcher.size)
         keep(result)
         alp_report.say_zero_shot(report, result["zero_shot"])
@@ -365,6 +400,7 @@ def describe_run(settings: SparsityPruning, job: Job) -> dict:
     by_gradients = settings.uses_gradients
     return {
         "tool": "alp_prune",
+        "key": digest(settings.key),
         "model": settings.model,
         "model_name": settings.model_name,
         "prune_method": settings.method.name,

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -36,16 +38,28 @@ class Artefact:
 def fingerprint(decoder: Decoder) -> str:
     """A digest of the shapes, dtypes and values of all parameters: of vectors whole, of matrices elements all over."""
     digest = hashlib.sha256(decoder.family.encode())
-    for name, parameter in decoder.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter
-        if parameter.dim() > 1:
-            matrix = parameter.reshape(-1, parameter.shape[-1])
-            places = torch.linspace(0, matrix.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
-            places = places.to(matrix.device)
-            values = matrix[places // matrix.shape[1], places % matrix.shape[1]]
-        digest.update(values.float().cpu().numpy().tobytes())
+    layer_of = {module: index for index, layer in enumerate(decoder.layers) for module in layer.modules()}
+    places = [(path, module, name) for path, module in decoder.model.named_modules() for name in module._parameters]
+    known: set[int] = set()  # tied parameters count once
+    for layer, of_layer in groupby(places, key=lambda place: layer_of.get(place[1])):
+        with decoder.at(layer) if layer is not None else nullcontext():
+            for path, module, name in of_layer:
+                parameter = module._parameters[name]
+                if parameter is not None and (layer is not None or id(parameter) not in known):
+                    known.add(id(parameter))
+                    _digest_parameter(digest, f"{path}.{name}".lstrip("."), parameter)
     return digest.hexdigest()
+
+
+def _digest_parameter(digest, name: str, parameter: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    values = parameter
+    if parameter.dim() > 1:
+        matrix = parameter.reshape(-1, parameter.shape[-1])
+        places = torch.linspace(0, matrix.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
+        places = places.to(matrix.device)
+        values = matrix[places // matrix.shape[1], places % matrix.shape[1]]
+    digest.update(values.float().cpu().numpy().tobytes())
 
 
 def digest_of(windows: torch.Tensor) -> str:
@@ -72,18 +86,19 @@ def read(path: Path) -> Artefact:
     try:
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        layers = [
-            LayerSensitivity(
-                _spread(layer["layer"]), {name: _spread(values) for name, values in layer["linears"].items()}
-            )
-            for layer in content["layers"]
-        ]
+        layers = [layer_of_json(layer) for layer in content["layers"]]
         settings = GradientSettings(**content["settings"])
         return Artefact(
             content["model"], content["fingerprint"], content["text"], settings, layers, content["environment"]
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"gradients {path}: broken, or no artefact ({error!r}); {_ADVICE}") from error
+
+
+def layer_of_json(layer: dict) -> LayerSensitivity:
+    """A layer's sensitivity from what `asdict` made of it. Raises `ValueError` and the like for anything else."""
+    linears = {name: _spread(values) for name, values in layer["linears"].items()}
+    return LayerSensitivity(_spread(layer["layer"]), linears)
 
 
 def _spread(values: dict) -> Spread:

@@ -7,8 +7,10 @@ from typing import TypeVar
 import torch
 
 from lib.errors import is_out_of_memory
+from lib.ranks import ALONE, Ranks
 
 Result = TypeVar("Result")
+Progress = Callable[[float], object]  # is told how many windows were done
 
 
 def automatic_batch_size(device: torch.device, seqlen: int) -> int:
@@ -25,22 +27,28 @@ def free_memory() -> None:
 
 
 class Batcher:
-    """Maps functions over windows; remembers the batch size that fits, for all the passes of a run."""
+    """Maps functions over windows; remembers the batch size that fits, for all the passes of a run.
 
-    def __init__(self, size: int):
+    It works on the windows of this process; `ranks` are all the processes that share a run's windows.
+    """
+
+    def __init__(self, size: int, ranks: Ranks = ALONE):
         self.size = size
+        self.ranks = ranks
+        self._first_size = size  # the same in all processes, whatever memory runs out where
+
+    def share(self, count: int) -> slice:
+        """The windows of this process, of `count`."""
+        return self.ranks.share(count, self._first_size)
 
     def map(
-        self,
-        function: Callable[[slice], torch.Tensor],
-        count: int,
-        progress: Callable[[int], object] | None = None,
+        self, function: Callable[[slice], torch.Tensor], count: int, progress: Progress | None = None
     ) -> torch.Tensor:
         """The results of `function` over windows 0..count-1, concatenated on the CPU.
 
         `function` gets a slice of window indices and returns one row per window, so its results must not depend on
         how the windows are cut into batches. When it runs out of memory the batch is halved and the slice tried again;
-        with a batch of one the error is raised. `progress` is told how many windows were done.
+        with a batch of one the error is raised. It may itself map over the windows of its slice.
         """
         results, start = [], 0
         while start < count:
@@ -48,7 +56,7 @@ class Batcher:
             try:
                 result = function(rows)
             except Exception as error:
-                if self.size == 1 or not is_out_of_memory(error):
+                if rows.stop - rows.start == 1 or not is_out_of_memory(error):
                     raise
                 result = None  # leave the handler first: the traceback holds the tensors of the failed attempt
             if result is None:

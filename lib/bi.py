@@ -1,14 +1,11 @@
 """Block Influence: how much a decoder layer turns the hidden states (ShortGPT, arXiv:2403.03853, equation 1)."""
 
-from collections.abc import Callable
-
 import torch
 
-from lib.batching import Batcher
-from lib.errors import RunError
+from lib.batching import Batcher, Progress
 from lib.model import Decoder
 from lib.plan import Plan
-from lib.stream import describe_nonfinite, layer_steps
+from lib.stream import Activations, Tick, check_finite, map_windows, state_bytes
 
 
 def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -17,19 +14,25 @@ def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def block_influence(
-    decoder: Decoder, windows: torch.Tensor, batcher: Batcher, progress: Callable[[int], object] | None = None
+    decoder: Decoder, windows: torch.Tensor, batcher: Batcher, progress: Progress | None = None
 ) -> list[float]:
     """BI of every layer, `1 - mean over tokens of cos(input, output)`, over all tokens of windows (N, T).
 
     One pass through the layers. Raises `RunError` naming the first layer whose output is not finite.
     """
-    modes = Plan(decoder.num_layers).modes
 
-    def mean_cosines(rows: slice) -> torch.Tensor:  # (B, L)
-        steps = layer_steps(decoder, windows[rows], modes)
-        cosines = torch.stack([token_cosines(x, y).mean(dim=1).cpu() for _, x, y in steps], dim=1)
-        if not cosines.isfinite().all():
-            raise RunError(describe_nonfinite(decoder, windows[rows], modes))
+    def mean_cosine(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:  # (B,)
+        return token_cosines(inputs, outputs).mean(dim=1)
+
+    def mean_cosines(rows: slice, tick: Tick) -> torch.Tensor:  # (N, L)
+        states, of_layers = Activations(decoder, windows[rows], batcher), []
+        for _ in range(decoder.num_layers):
+            of_layers.append(states.step(see=mean_cosine))
+            tick()
+        cosines = torch.stack(of_layers, dim=1)
+        check_finite(decoder, cosines, windows[rows], Plan(decoder.num_layers).modes)
         return cosines
 
-    return (1 - batcher.map(mean_cosines, len(windows), progress).double().mean(dim=0)).tolist()
+    size = state_bytes(decoder, windows.shape[1], 1)
+    cosines = map_windows(decoder, len(windows), batcher, mean_cosines, size, progress)
+    return (1 - cosines.double().mean(dim=0)).tolist()

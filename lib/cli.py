@@ -11,13 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import ledger
-from lib.errors import InputError, RunError, is_out_of_memory
+from lib import ledger, state
+from lib.errors import InputError, describe_failure
 from lib.files import RESULT, check_model_folder, check_writable
 from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES, Pattern, parse_pattern
 from lib.names import ModelSource, is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("auto", "none", "cpu", "disk")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +30,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+
+NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # of no result
 
 # Types ----------------------------------------------------------------------------------------------------------------
 
@@ -142,6 +145,12 @@ def add_device_flags(group) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
+    group.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="auto",
+        help="where layers wait that are not worked on: on the device, in host memory, on disk (default: what fits)",
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
@@ -164,6 +173,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
     group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
+    group.add_argument("--resume", action="store_true", help="go on with a run that was stopped, in its --output_dir")
 
 
 def add_gradient_flags(group, ngrad: str) -> None:
@@ -181,13 +191,17 @@ def add_gradient_flags(group, ngrad: str) -> None:
 def model_source(args: argparse.Namespace, name: str) -> ModelSource:
     """The model of that name, loaded as the device flags say."""
     cache_dir = getattr(args, "cache_dir", None)
-    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir)
+    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, args.offload)
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a device and a device map at once."""
+    """Raises `InputError` for a device map beside other ways to place a model."""
     if args.device_map and args.device != "auto":
         raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
+    if args.device_map and args.offload != "auto":
+        raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
+    if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--device_map: several processes have a device each; leave it out")
 
 
 def default_output_dir(tool: str, model: str) -> Path:
@@ -214,7 +228,7 @@ def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
 
 def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
     """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command goes on."""
-    asked = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
+    asked = {name: str(value) for name, value in vars(args).items() if name not in NOT_ASKED}
     digest = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:8]
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 
@@ -232,19 +246,36 @@ def parse_and_tell(parser: Parser, arguments: list[str] | None) -> tuple[argpars
 
 def check_output(args: argparse.Namespace, model: str) -> None:
     """Raises `InputError` unless what a run on `model` will write can be written, without harm to what is there."""
-    check_writable(args.output_dir or Path("runs"), "--output_dir")
-    if args.output_dir and (args.output_dir / RESULT).exists() and not args.overwrite:
-        raise InputError(f"--output_dir {args.output_dir}: holds a result; name another folder or add --overwrite")
-    if args.output_dir and (args.output_dir / ledger.FILE).exists():
-        raise InputError(f"--output_dir {args.output_dir}: holds a grid of results; name another folder")
+    if not is_first_process():
+        return  # the first one writes, and may have begun
+    output_dir = args.output_dir
+    check_writable(output_dir or Path("runs"), "--output_dir")
+    if args.resume and not output_dir:
+        raise InputError("--resume: needs --output_dir, the folder of the run that is to go on")
+    if output_dir and not args.overwrite and not args.resume:
+        if (output_dir / RESULT).exists():
+            raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
+        if state.read(output_dir / state.FOLDER):
+            advice = "add --resume to go on with it, or --overwrite to begin anew"
+            raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
+    if output_dir and (output_dir / ledger.FILE).exists():
+        raise InputError(f"--output_dir {output_dir}: holds a grid of results; name another folder")
     if not args.save_model:
         return
-    check_model_folder(args.save_model, args.overwrite, "--save_model")
-    target, output = args.save_model.resolve(), (args.output_dir or Path("runs")).resolve()
+    is_own = args.resume and state.was_saving(output_dir / state.FOLDER, args.save_model)
+    is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or it is refused later
+    if not is_own and not is_finished:
+        check_model_folder(args.save_model, args.overwrite, "--save_model")
+    target, output = args.save_model.resolve(), (output_dir or Path("runs")).resolve()
     if target == output or target in output.parents:
         raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
     if not is_hub_model(model) and target == Path(locate_model(model)).resolve():
         raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
+
+
+def is_first_process() -> bool:
+    """True for the process that writes, where a launcher started several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
@@ -283,20 +314,15 @@ def run(program: str, main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except InputError as error:
-        message, status = f"error: {_one_line(error)}", 2
-    except (RunError, OSError) as error:
-        message, status = f"failed: {_one_line(error)}", 1
-    except KeyboardInterrupt:
-        message, status = "stopped before the end; the same command starts again", 1
-    except Exception as error:
-        if not is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        message = describe_failure(error)
+        if message is None:
             raise
-        advice = "lower --seqlen, use --dtype bfloat16, or spread the model with --device_map auto"
-        message, status = f"failed: out of memory, with batches as small as can be; {advice}", 1
-    print(f"{program}: {message}", file=sys.stderr)
-    return status
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        is_input = isinstance(error, InputError)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes
+        if is_input:
+            return 2  # the first one tells it
+        message = f"process {rank}: {message}"
+    print(f"{program}: {'error' if is_input else 'failed'}: {message}", file=sys.stderr)
+    return 2 if is_input else 1

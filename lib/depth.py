@@ -13,6 +13,7 @@ from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import check_format, save_pruned
+from lib.files import RESULT
 from lib.grid import Grid, run_grid
 from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
@@ -22,9 +23,11 @@ from lib.names import local_path, short_name
 from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
 from lib.policies import beam, blockpruner, check_reachable, moves_of, random_layers, shortgpt, sleb
+from lib.ranks import Ranks, join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.settings import DepthPruning
+from lib.state import FOLDER, State, digest, finished, how_to_resume
 from lib.stream import plan_window_losses
 
 
@@ -38,6 +41,7 @@ class Job:
     eval_windows: dict[str, torch.Tensor]  # of each text
     batcher: Batcher
     seqlen: int  # tokens of a window
+    state: State  # of the run at work
     dense: dict[str, Perplexity] = field(default_factory=dict)  # on each text
     bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
     _sweep: tuple[int, Sweep] | None = None
@@ -46,37 +50,52 @@ class Job:
         """Measures losses on the windows of a seed; it is kept until another seed is asked for."""
         if self._sweep is None or self._sweep[0] != seed:
             self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
-        return self._sweep[1]
+        sweep, state = self._sweep[1], self.state
+        sweep.know(state.get("losses", {}))
+        sweep.on_measured = lambda losses: state.put("losses", losses)
+        return sweep
 
 
 def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
-    report = Report()
-    job = prepare(report, [settings])
-    report.open(settings.output_dir)
-    depth_report.say_model(report, settings.model_name, job.decoder)
-    plan, result = find_plan(report, settings, job)
-    finish(report, settings, job, plan, result)
+    ranks = join(resolve_device(settings.source.device))
+    report = Report(ranks.is_first)
+    if settings.resume and (before := finished(settings.output_dir, settings.key)):
+        report.say(f"Finished before: {settings.output_dir / RESULT}")
+        return before
+    state = State(settings.output_dir / FOLDER, settings.key, ranks.is_first, settings.resume)
+    with state.told(how_to_resume(settings.output_dir)):
+        job = prepare(report, [settings], ranks, state)
+        report.open(settings.output_dir, goes_on=settings.resume)
+        state.start(report.seconds)
+        depth_report.say_model(report, settings.model_name, job.decoder)
+        plan, result = find_plan(report, settings, job)
+        finish(report, settings, job, plan, result)
+        state.close()
     return result
 
 
 def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
     quiet_libraries()
+    ranks = join(resolve_device(cells[0].source.device))
     grid = Grid(
         across="share of the parameters removed",
         check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
-        prepare=prepare,
+        prepare=lambda report, of_model: prepare(report, of_model, ranks, State(None, {})),
         run=run_cell,
     )
-    run_grid(grid, cells, folder, anew)
+    run_grid(grid, cells, folder, anew, ranks)
 
 
 def run_cell(report: Report, settings: DepthPruning, job: Job) -> dict:
-    """One cell of a grid."""
+    """One cell of a grid, which goes on with what is finished of it."""
+    job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
+    job.state.start(report.seconds)
     depth_report.say_model(report, settings.model_name, job.decoder)
     _, result = find_plan(report, settings, job)
+    job.state.close()
     return result
 
 
@@ -106,14 +125,13 @@ def find_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, d
 # Before work starts ---------------------------------------------------------------------------------------------------
 
 
-def prepare(report: Report, cells: Sequence[DepthPruning]) -> Job:
+def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks, state: State) -> Job:
     """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
 
     Raises `InputError`, where it can before the weights are read.
     """
     settings, source = cells[0], cells[0].source
     with report.timed("load"):
-        resolve_device(source.device)
         config = load_config(source)
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(source)
@@ -123,8 +141,8 @@ def prepare(report: Report, cells: Sequence[DepthPruning]) -> Job:
         decoder = Decoder(load_model(source))
         for cell in cells:
             check_decoder(cell, decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen))
-    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen, state)
 
 
 def check_config(cells: Sequence[DepthPruning], config) -> int:
@@ -307,7 +325,9 @@ def rank_layers(report: Report, settings: DepthPruning, job: Job) -> list[float]
     chosen = job.windows[settings.seed][: settings.bi_windows]
     if settings.seed not in job.bi_scores:
         with report.timed("bi"), report.progress(len(chosen), "Block Influence") as progress:
-            job.bi_scores[settings.seed] = block_influence(job.decoder, chosen, job.batcher, progress)
+            job.bi_scores[settings.seed] = job.state.once(
+                "bi_scores", lambda: block_influence(job.decoder, chosen, job.batcher, progress)
+            )
     depth_report.say_influence(report, job.bi_scores[settings.seed], chosen)
     return job.bi_scores[settings.seed]
 
@@ -343,24 +363,32 @@ def count_parameters(settings: DepthPruning, decoder: Decoder, plan: Plan) -> di
 def measure(report: Report, settings: DepthPruning, job: Job, plan: Plan) -> dict[str, dict]:
     """`perplexity` and `perplexity_standard_error`, of the dense and of the pruned model on every evaluation text."""
 
-    def measured(which: Plan, windows: torch.Tensor) -> Perplexity:
-        losses = plan_window_losses(job.decoder, which)
-        with report.timed("evaluate"), report.progress(len(windows), "perplexity") as progress:
-            return perplexity(losses, windows, job.batcher, progress, settings.eval_stride)
+    def measured(which: Plan, text: str, stage: str) -> Perplexity:
+        windows = job.eval_windows[text]
+
+        def compute() -> Perplexity:
+            with report.progress(len(windows), "perplexity") as progress:
+                losses = plan_window_losses(job.decoder, which, job.batcher, progress)
+                return perplexity(losses, windows, settings.eval_stride)
+
+        with report.timed("evaluate"):
+            return Perplexity(*job.state.once(f"perplexity of {stage} on {text}", compute))
 
     found: dict[str, dict[str, Perplexity]] = {}
-    report.seconds["evaluate"] = 0.0
+    report.seconds.setdefault("evaluate", 0.0)
     for text, windows in job.eval_windows.items():
         if text not in job.dense:
-            job.dense[text] = measured(Plan(job.decoder.num_layers), windows)
-        found[text] = {"dense": job.dense[text], "pruned": measured(plan, windows)}
+            job.dense[text] = measured(Plan(job.decoder.num_layers), text, "dense")
+        found[text] = {"dense": job.dense[text], "pruned": measured(plan, text, "pruned")}
         depth_report.say_perplexity(report, text, found[text], windows, is_first=len(found) == 1)
     return as_fields(found)
 
 
 def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result: dict) -> None:
     """Writes result.json and the plot, then the model; what was found is safe should saving fail."""
-    report.seconds["save"] = 0.0
+    report.seconds.setdefault("save", 0.0)
+    if not report.is_first:
+        return
     path = report.result(result)
     plot = report.folder / REMOVALS
     title = f"{short_name(settings.model_name)}: {result['parameters']['actual_rate']:.1%} of the parameters removed"
@@ -369,7 +397,8 @@ def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result:
         plot = "none: matplotlib is not installed (pip install matplotlib)"
     if settings.save_model:
         with report.timed("save"):
-            save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, settings.overwrite)
+            overwrite = job.state.will_save(settings.save_model) or settings.overwrite
+            save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, overwrite)
         report.result(result)
     depth_report.say_written(report, path, plot if drawn else None, settings.save_model)
 
@@ -378,6 +407,7 @@ def describe_run(settings: DepthPruning, job: Job) -> dict:
     """The fields of result.json that say what was asked for."""
     described = {
         "tool": "ppllms",
+        "key": digest(settings.key),
         "model": settings.model_name,
         "model_path": local_path(settings.model_name),
         "seqlen": job.seqlen,

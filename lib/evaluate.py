@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from lib.batching import Batcher
 from lib.errors import RunError
 
-WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (B, T), how many of the last are measured -> (B,)
+WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), how many of the last are measured -> (N,)
 
 
 class Perplexity(NamedTuple):
@@ -29,13 +28,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.view(labels.shape)
 
 
-def perplexity(
-    window_losses: WindowLosses,
-    windows: torch.Tensor,
-    batcher: Batcher,
-    progress: Callable[[int], object] | None = None,
-    stride: int | None = None,
-) -> Perplexity:
+def perplexity(window_losses: WindowLosses, windows: torch.Tensor, stride: int | None = None) -> Perplexity:
     """exp of the mean cross-entropy over windows (N, T), each predicted from its own start.
 
     As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of a window, then over windows. With a
@@ -50,7 +43,7 @@ def perplexity(
     found, counts = [], []
     for part, tokens in parts:
         if len(part):
-            found.append(batcher.map(lambda rows, p=part, t=tokens: window_losses(p[rows], t), len(part), progress))
+            found.append(window_losses(part, tokens))
             counts += [tokens] * len(part)
     losses, scored = torch.cat(found).double(), torch.tensor(counts, dtype=torch.float64)
     mean = (losses * scored).sum().item() / scored.sum().item()

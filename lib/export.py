@@ -8,13 +8,16 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
 import lib.modeling_pruned as modeling_pruned
 from lib import nemotron
+from lib.changes import Changes, difference
 from lib.errors import InputError, RunError
 from lib.files import whole_folder
 from lib.model import Decoder
@@ -28,6 +31,7 @@ from lib.modeling_pruned import (
     skip_lists,
     skip_sublayers,
 )
+from lib.offload import follow
 from lib.plan import Mode, Plan
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
@@ -47,9 +51,10 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
         raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
     if save_format == "hf" and decoder.config is not model.config:
         raise InputError(f"--save_format hf: {name} has parts besides its text model; use --save_format masked")
-    is_offloaded = decoder.has_weights and any(parameter.is_meta for parameter in model.parameters())
-    if save_format == "masked" and is_offloaded:
-        raise InputError("--save_format masked: weights that are offloaded cannot be masked; use --save_format hf")
+    is_elsewhere = decoder.has_weights and any(parameter.is_meta for parameter in model.parameters())
+    if save_format == "masked" and is_elsewhere and not decoder.is_offloaded:
+        advice = "use --offload cpu or disk in place of --device_map"
+        raise InputError(f"--save_format masked: weights that a device map offloaded cannot be masked; {advice}")
     if save_format == "masked" and len(decoder.whole_layers) < decoder.num_layers:
         raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
     if save_format == "nemotron-nas":
@@ -79,11 +84,12 @@ def save_pruned(
     folder that cannot be written and `RunError` for a model that a format cannot hold.
     """
     with whole_folder(folder, overwrite, "--save_model") as draft:
-        if save_format == "masked":
-            zero_sublayers(decoder, plan)
-        else:
-            compact(decoder, plan)
-        _write(decoder.model, tokenizer, draft, max_shard_size, save_format)
+        with TemporaryDirectory(prefix=".changes-", dir=draft) as changes:
+            if save_format == "masked":
+                zero_sublayers(decoder, plan, Changes(Path(changes)))
+            else:
+                compact(decoder, plan)
+            _write(decoder.model, tokenizer, draft, max_shard_size, save_format)
 
 
 def save_weights(
@@ -103,7 +109,9 @@ def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str, save_
         return
     # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
     is_stock = not _lacks_sublayers(model)
-    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=is_stock)
+    with warnings.catch_warnings():  # that weights which are offloaded are read shard by shard
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=is_stock)
     _finish_folder(model, folder)
 
 
@@ -114,27 +122,40 @@ def how_to_load(folder: Path) -> str:
 
 
 @torch.no_grad()
-def zero_sublayers(decoder: Decoder, plan: Plan) -> None:
+def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None) -> None:
     """Switches all sublayers on, and sets to zero the output projections of those that the plan removes.
 
-    Raises `RunError` for weights that are offloaded, which cannot be changed in place.
+    Of a model whose layers are read from disk, in `changes`. Raises `RunError` for weights that a device map offloaded.
     """
+    follow(decoder.layers, [changes] if changes else [])
     for index in range(decoder.num_layers):
         decoder.set_mode(index, Mode())
         mode = plan.mode(index)
-        for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
-            if not is_on:
-                names = decoder.sublayers[index][kind]
-                parameters = {
-                    f"{name}.{inner}": parameter
-                    for name in names
-                    for inner, parameter in getattr(decoder.layers[index], name).named_parameters()
-                }
-                outputs = [p for path, p in parameters.items() if OUTPUT_PROJECTIONS & set(path.split("."))]
-                for parameter in outputs or parameters.values():
-                    if parameter.is_meta:
-                        raise RunError("--save_format masked: the weights are offloaded; use --save_format hf")
-                    parameter.zero_()
+        if mode.is_whole:
+            continue
+        with decoder.at(index):
+            outputs: dict[str, torch.Tensor] = {}
+            for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
+                outputs |= {} if is_on else _output_parameters(decoder, index, kind)
+            if any(parameter.is_meta for parameter in outputs.values()):
+                raise RunError("--save_format masked: a device map offloaded the weights; use --offload in its place")
+            if changes and decoder.is_on_disk:
+                zeros = {path: difference(old, torch.zeros_like(old)) for path, old in outputs.items()}
+                changes.write(index, zeros)
+            for parameter in outputs.values():
+                parameter.zero_()
+            decoder.keep(index)
+
+
+def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, torch.Tensor]:
+    """{path within the layer: parameter} of what a sublayer gives its output by."""
+    parameters = {
+        f"{name}.{inner}": parameter
+        for name in decoder.sublayers[index][kind]
+        for inner, parameter in getattr(decoder.layers[index], name).named_parameters()
+    }
+    outputs = {path: one for path, one in parameters.items() if OUTPUT_PROJECTIONS & set(path.split("."))}
+    return outputs or parameters
 
 
 def compact(decoder: Decoder, plan: Plan) -> None:

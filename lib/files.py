@@ -1,5 +1,6 @@
 """Writing files and folders whole or not at all."""
 
+import glob
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.errors import InputError
+from lib.errors import FULL_DISK, InputError, RunError
 
 RESULT = "result.json"
 _DRAFT, _REPLACED = ".{}.partial-", "-replaced"
@@ -43,17 +44,19 @@ def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
 def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and is deleted otherwise.
 
-    Raises `InputError` where `check_model_folder` does.
+    Raises `InputError` where `check_model_folder` does, and `RunError` when the disk is full.
     """
     check_model_folder(folder, overwrite, flag)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
     try:
-        yield draft
-        mask = _umask()
-        for path in (draft, *draft.rglob("*")):  # some libraries write files that only their owner can read
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        with _told_when_full(folder):
+            yield draft
+            mask = _umask()
+            for path in (draft, *draft.rglob("*")):  # some libraries write files that only their owner can read
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+                _sync(path)
         if folder.exists():
             replaced = draft.with_name(draft.name + _REPLACED)
             folder.rename(replaced)
@@ -61,21 +64,35 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             draft.rename(folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it takes its name when the block ends well, and is deleted otherwise."""
-    draft = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """A path beside `path` to write a file at; it takes its name when the block ends well, and is deleted otherwise.
+
+    Raises `RunError` when the disk is full.
+    """
+    draft = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
     try:
-        yield draft
-        with draft.open("r+b") as file:
-            os.fsync(file.fileno())
+        with _told_when_full(path):
+            yield draft
+            _sync(draft)
         draft.replace(path)
+        _sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def clear_drafts(path: Path) -> None:
+    """Deletes what a killed process left of writing a file or folder of that name; nobody else may be writing it."""
+    for draft in path.parent.glob(_DRAFT.format(glob.escape(path.name)) + "*"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -83,6 +100,27 @@ def write_json(path: Path, content: object) -> None:
     with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    """Turns what is raised for a full disk, by whichever library, into one line."""
+    try:
+        yield
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in FULL_DISK or "No space left on device" in str(error)
+        if not is_full:
+            raise
+        raise RunError(f"no space left to write {path}; free some, or name a folder on another disk") from error
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file or a folder's list of names is safe from a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -8,19 +8,23 @@ and the layers' inputs, whatever the number of layers.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from lib.batching import Batcher, Progress
 from lib.errors import RunError
 from lib.evaluate import token_losses
 from lib.linears import find_linears
 from lib.model import Decoder, LayerInputs
-from lib.plan import Mode, Plan
-from lib.stream import layer_steps
+from lib.plan import Mode
+from lib.ranks import ALONE, Ranks
+from lib.stream import Activations
 
 _TOKENS_AT_ONCE = 512
 _ON = Mode()
@@ -44,42 +48,55 @@ class LayerSensitivity:
     linears: dict[str, Spread]
 
 
+class Unfinished(Protocol):
+    """Where the work on the layers above one is kept, so that a run that was killed goes on below them."""
+
+    def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
+        """What was saved last: sensitivities from the last layer down, and the gradient (N, T, D) below them."""
+
+    def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
+        """Keeps what is found in place of what was saved before."""
+
+
 def connection_sensitivity(
     decoder: Decoder,
     windows: torch.Tensor,
     gradient_type: str = "l2",
     loss: str = "last",
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+    unfinished: Unfinished | None = None,
 ) -> list[LayerSensitivity]:
     """The sensitivities of every layer over windows (N, T) of token ids.
 
     `loss`: the cross-entropy of a window's `last` token, or the mean over `all` but the first. `gradient_type`: `l2`
     sums the squares of the windows' gradients, `l1` their sizes; `l2_hundred_total` adds the square of 100 times the
-    last window's to `l2`, as the released code does. Raises `RunError` naming the layer when they are not finite.
+    last window's to `l2`, as the released code does. Several processes share the windows. Raises `RunError` naming the
+    layer when they are not finite.
     """
     linears = find_linears(decoder)
-    inputs, layer_inputs = _inputs_of_layers(decoder, windows)
-    batches = _batches(windows)
-    gradients = [_tail_gradient(decoder, inputs[-1][rows], windows[rows], loss) for rows in batches]
-    found: list[LayerSensitivity] = []
-    for layer in reversed(range(decoder.num_layers)):
-        totals = {
-            name: torch.zeros_like(linear.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-            for name, linear in linears[layer].items()
-        }
-        with _in_float32(decoder.layers[layer]):
-            for number, rows in enumerate(batches):
-                hidden_states, arguments = inputs[layer][rows], layer_inputs[number]
-                gradients[number], factors = _backward(
-                    decoder, layer, hidden_states, arguments, gradients[number], linears[layer]
-                )
-                for name, x, y in factors:
-                    for window, weight in enumerate(_window_weights(gradient_type, rows, len(windows))):
-                        _add(totals[name], y[window].T @ x[window], gradient_type, weight)
+    batcher = Batcher(max(1, _TOKENS_AT_ONCE // windows.shape[1]), ranks)
+    share = batcher.share(len(windows))
+    weights = window_weights(gradient_type, len(windows))[share]
+    inputs = _inputs_of_layers(decoder, windows[share], batcher)
+    found, gradient = (unfinished.load() if unfinished else None) or ([], None)
+    gradient = gradient[share] if found else _tail_gradient(inputs.pop(), loss)
+    del inputs[decoder.num_layers - len(found) :]
+    if progress:
+        progress(len(found))
+    for layer in reversed(range(decoder.num_layers - len(found))):
+        below = inputs.pop()
+        with decoder.at(layer), _in_float32(decoder.layers[layer]):
+            one_layer = partial(_one_layer, below, gradient, linears[layer], gradient_type, weights)
+            totals, gradient = batcher.whole(one_layer, len(below.windows))
+            for total in totals.values():
+                ranks.add(total)
         found.append(summarize(totals))
+        del totals
         if not math.isfinite(found[-1].layer.redundancy):
             raise RunError(f"NaN or infinity in the gradients of layer {layer}; try --dtype float32 or bfloat16")
-        inputs.pop()
+        if unfinished and layer:
+            unfinished.save(found, ranks.gather(gradient.cpu()))
         if progress:
             progress(1)
     return found[::-1]
@@ -108,37 +125,63 @@ def spread(parts: Sequence[torch.Tensor]) -> Spread:
 # One pass up, one pass down -------------------------------------------------------------------------------------------
 
 
-def _batches(windows: torch.Tensor) -> list[slice]:
-    size = max(1, _TOKENS_AT_ONCE // windows.shape[1])
-    return [slice(start, min(start + size, len(windows))) for start in range(0, len(windows), size)]
-
-
 @torch.no_grad()
-def _inputs_of_layers(decoder: Decoder, windows: torch.Tensor) -> tuple[list[torch.Tensor], list[LayerInputs]]:
-    """The input (N, T, D) of every layer and, last, the output of the last; what layers get besides, by batch."""
-    parts: list[list[torch.Tensor]] = [[] for _ in range(decoder.num_layers + 1)]
-    layer_inputs = []
-    for rows in _batches(windows):
-        layer_inputs.append(decoder.embed(windows[rows])[1])
-        for layer, hidden_states, output in layer_steps(decoder, windows[rows], Plan(decoder.num_layers).modes):
-            parts[layer].append(hidden_states)
-            if layer == decoder.num_layers - 1:
-                parts[layer + 1].append(output)
-    return [torch.cat(batches) for batches in parts], layer_inputs
+def _inputs_of_layers(decoder: Decoder, windows: torch.Tensor, batcher: Batcher) -> list[Activations]:
+    """The windows before every layer and, last, after the last."""
+    walk, found = Activations(decoder, windows, batcher), []
+    for _ in range(decoder.num_layers):
+        found.append(walk.fork())
+        walk.step()
+    return [*found, walk]
 
 
-def _tail_gradient(decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor, loss: str) -> torch.Tensor:
-    """d loss / d last hidden states (B, T, D) in fp32, of each window's own loss."""
-    with torch.enable_grad():
-        predicting = slice(-2, -1) if loss == "last" else slice(0, -1)
-        states = hidden_states[:, predicting].clone().requires_grad_()
-        logits = decoder.logits(states)
-        labels = input_ids[:, 1:][:, -logits.shape[1] :].to(logits.device)
-        total = token_losses(logits, labels).mean(dim=1).sum()
-        (gradient,) = torch.autograd.grad(total, states)
-    whole = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    whole[:, predicting] = gradient.float()
-    return whole
+def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
+    """d loss / d last hidden states (N, T, D) in fp32, of each window's own loss."""
+    decoder, predicting = last.decoder, slice(-2, -1) if loss == "last" else slice(0, -1)
+
+    def of_batch(rows: slice) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden_states = last.states(rows)
+            states = hidden_states[:, predicting].clone().requires_grad_()
+            logits = decoder.logits(states)
+            labels = last.windows[rows][:, 1:][:, -logits.shape[1] :].to(logits.device)
+            total = token_losses(logits, labels).mean(dim=1).sum()
+            (gradient,) = torch.autograd.grad(total, states)
+        whole = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        whole[:, predicting] = gradient.float()
+        return whole
+
+    count = len(last.windows)
+    return last.batcher.map(of_batch, count) if count else torch.zeros(0, last.windows.shape[1], 0)
+
+
+def _one_layer(
+    below: Activations,
+    gradient: torch.Tensor,
+    linears: dict[str, nn.Linear],
+    gradient_type: str,
+    weights: Sequence[float],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """G of a layer's linears over some windows, and the gradient (N, T, D) below the layer for that above it.
+
+    `weights` says how much each window's squared gradient counts.
+    """
+    decoder, layer = below.decoder, below.layer
+    totals = {
+        name: torch.zeros_like(linear.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, linear in linears.items()
+    }
+    gradients_below = torch.empty_like(gradient)
+    for start in range(0, len(below.windows), below.batcher.size):
+        rows = slice(start, min(start + below.batcher.size, len(below.windows)))
+        back, factors = _backward(
+            decoder, layer, below.states(rows), below.inputs.of(rows), gradient[rows].to(decoder.device), linears
+        )
+        gradients_below[rows] = back
+        for name, x, y in factors:
+            for window, weight in enumerate(weights[rows]):
+                _add(totals[name], y[window].T @ x[window], gradient_type, weight)
+    return totals, gradients_below
 
 
 def _backward(
@@ -176,10 +219,10 @@ def _backward(
     return back, factors
 
 
-def _window_weights(gradient_type: str, rows: slice, count: int) -> list[float]:
-    """What the squared gradient of each window of a batch counts: 1, and for the last of all perhaps more."""
+def window_weights(gradient_type: str, count: int) -> list[float]:
+    """What the squared gradient of each window counts: 1, and for the last of all perhaps more."""
     last = 1 + 100**2 if gradient_type == "l2_hundred_total" else 1
-    return [float(last if window == count - 1 else 1) for window in range(rows.start, rows.stop)]
+    return [1.0] * (count - 1) + [float(last)]
 
 
 def _add(total: torch.Tensor, gradient: torch.Tensor, gradient_type: str, weight: float) -> None:

@@ -15,6 +15,7 @@ from lib.files import whole_file
 from lib.ledger import Ledger, canonical
 from lib.names import labels, short_name
 from lib.plots import plot_grid
+from lib.ranks import ALONE, Ranks
 from lib.report import Report
 from lib.settings import DepthPruning, SparsityPruning
 from lib.tables import Entry, csv_table, entries, markdown
@@ -35,13 +36,14 @@ class Grid(Generic[Settings, Job]):
     run: Callable[[Report, Settings, Job], dict]  # one cell; as in result.json
 
 
-def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False) -> None:
+def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False, ranks: Ranks = ALONE) -> None:
     """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
 
     `anew`: what is there gives way to the first cell that is finished. Raises `InputError` before anything is run, and
-    `RunError` at the end when cells failed: the others are done first.
+    `RunError` at the end when cells failed: the others are done first. Of several `ranks` the first writes, and what
+    fails in one of them ends the run, for the others could not know.
     """
-    ledger, report = Ledger(folder, anew), Report()
+    ledger, report = Ledger(folder, anew, ranks.is_first), Report(ranks.is_first)
     keyed: Cells = {}
     for cell in cells:
         keyed.setdefault(canonical(cell.key), cell)  # taken once: files may change while the grid runs
@@ -56,19 +58,24 @@ def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = F
     failed: list[Exception] = []
     try:
         for of_model in models:
-            failed += _run_model(grid, report, of_model, ledger, keyed)
+            failed += _run_model(grid, report, of_model, ledger, keyed, ranks)
+            if failed and ranks.are_several:
+                break
             free_memory()
     except KeyboardInterrupt as error:
         kept = sum(ledger.find(key) is not None for key in keyed)
         raise RunError(f"stopped; {kept} of {len(keyed)} cells are kept, and {again} goes on") from error
-    _write_plots(grid, report, _write_tables(report, keyed, ledger), folder)
+    if ranks.is_first:
+        _write_plots(grid, report, _write_tables(report, keyed, ledger), folder)
     if failed:
         if len(failed) == len(missing) and isinstance(failed[0], InputError):
             raise failed[0]
         raise RunError(f"{len(failed)} of {len(keyed)} cells failed ({failed[0]}); {again} tries them again")
 
 
-def _run_model(grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed: Cells) -> list[Exception]:
+def _run_model(
+    grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed: Cells, ranks: Ranks
+) -> list[Exception]:
     """Runs the missing cells of one model; what went wrong, for each that failed."""
     name = next(iter(missing.values())).source.name
     report.say(f"Model       {name}: {len(missing)} cells")
@@ -83,12 +90,15 @@ def _run_model(grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed
         result = _tried(report, what.strip(), partial(grid.run, report, cell, job))
         if isinstance(result, Exception):
             failed.append(result)
+            if ranks.are_several:
+                break
             continue
         ledger.add(key, result)
         found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
         seconds = sum(report.seconds.values()) - sum(shared.values())
         report.say(f"{what}: {found} ({seconds:.0f} s)")
-        _write_tables(report, keyed, ledger)
+        if ranks.is_first:
+            _write_tables(report, keyed, ledger)
     return failed
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from lib.batching import Batcher
+from lib.batching import Batcher, Progress
 from lib.linears import InputGroup
 from lib.model import Decoder
 from lib.prune import observe
@@ -38,23 +38,27 @@ def layer_scores(
     windows: torch.Tensor,
     batcher: Batcher,
     summary: Summary,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """The summary of each layer's scores |W| times input norm, Wanda's, those of all its linears in one vector.
 
     The model stays dense; `windows` (N, T) are the calibration tokens. Raises `RunError` for what is not finite.
     """
-    activations, scores, wanda = Activations(decoder, windows, batcher), [], Wanda()
+    share = batcher.share(len(windows))
+    activations, scores, wanda = Activations(decoder, windows[share], batcher, first=share.start), [], Wanda()
     for layer, layer_groups in enumerate(groups):
-        statistics = batcher.whole(partial(observe, activations, layer_groups, wanda), len(windows))
-        parts = [
-            (linear.weight.abs().float() * statistic.norms).flatten()
-            for group, statistic in zip(layer_groups, statistics, strict=True)
-            for linear in group.linears
-        ]
-        scores.append(summary(torch.cat([part.to(parts[0].device) for part in parts])))
-        if layer < len(groups) - 1:
-            activations.advance()
+        with decoder.at(layer):
+            statistics = batcher.whole(partial(observe, activations, layer_groups, wanda), len(windows))
+            for statistic in statistics:
+                statistic.combine(batcher.ranks.add, len(windows))
+            parts = [
+                (linear.weight.abs().float() * statistic.norms).flatten()
+                for group, statistic in zip(layer_groups, statistics, strict=True)
+                for linear in group.linears
+            ]
+            scores.append(summary(torch.cat([part.to(parts[0].device) for part in parts])))
+            if layer < len(groups) - 1:
+                activations.advance()
         if progress:
             progress(1)
     return scores

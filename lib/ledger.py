@@ -13,12 +13,14 @@ FILE = "results.jsonl"
 class Ledger:
     """What was found for the cells of a grid, each by its key: all that the result depends on, see `canonical`."""
 
-    def __init__(self, folder: Path, anew: bool = False):
+    def __init__(self, folder: Path, anew: bool = False, is_writer: bool = True):
         """Reads what is there, unless it is to begin `anew`. Raises `InputError` for a file that no grid wrote.
+
+        Of several processes one writes (`is_writer`), and all know.
 
         A last line that was cut off while it was written, by a loss of power say, counts as not there.
         """
-        self.path, self._anew = folder / FILE, anew
+        self.path, self._anew, self._is_writer = folder / FILE, anew, is_writer
         self._found: dict[str, dict] = {}
         content = self.path.read_bytes() if self.path.exists() and not anew else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
@@ -40,10 +42,13 @@ class Ledger:
 
         When it is to begin anew, the first cell takes the place of all that was there.
         """
+        line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
+        self._found[key] = json.loads(line)["result"]
+        if not self._is_writer:
+            return
         if self._anew:
             self.path.unlink(missing_ok=True)
             self._anew = False
-        line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -52,7 +57,6 @@ class Ledger:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._found[key] = json.loads(line)["result"]
 
 
 def canonical(key: dict) -> str:

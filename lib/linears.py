@@ -67,13 +67,15 @@ def check_columns(linears: Sequence[dict[str, nn.Linear]], size: int, what: str)
                 raise InputError(f"{what} does not fit: layer {index} {name} has {found}")
 
 
-def check_not_offloaded(linears: Sequence[dict[str, nn.Linear]]) -> None:
+def check_not_offloaded(decoder: Decoder, linears: Sequence[dict[str, nn.Linear]]) -> None:
     """Raises `InputError` when a device map left weights where they cannot be changed."""
+    if decoder.is_offloaded:
+        return  # by --offload, which brings them
     for index, layer in enumerate(linears):
         if any(linear.weight.is_meta for linear in layer.values()):
             raise InputError(
-                f"--device_map: layer {index} does not fit the devices and was offloaded, and weights can only be "
-                "pruned on a device; use a smaller --dtype, or --device cpu"
+                f"--device_map: layer {index} does not fit the devices and was offloaded by it, where it cannot be "
+                "pruned; use --offload cpu or disk in place of --device_map"
             )
 
 
@@ -96,7 +98,7 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
                     return
             seen.append((tensor, [name]))
 
-        with inputs_seen(linears, record):
+        with decoder.at(index), inputs_seen(linears, record):
             hidden_states = decoder.run_layer(index, hidden_states, inputs, _ON)
         called = [name for _, names in seen for name in names]
         if sorted(called) != sorted(linears):

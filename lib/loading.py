@@ -1,6 +1,8 @@
 """Loading configs, tokenizers and models from a hub id or a local folder, with errors of one line."""
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,15 +10,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib import offload
 from lib.errors import InputError, is_out_of_memory
 from lib.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.names import ModelSource, locate_model
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available."""
+    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available.
+
+    A process that a launcher started beside others takes the GPU of its own local rank.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=device).item()
         return torch.device(device)
@@ -46,19 +54,28 @@ def load_tokenizer(source: ModelSource):
 def load_model(source: ModelSource) -> nn.Module:
     """A causal language model in eval mode, without gradients.
 
-    A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own.
-    Raises `InputError` when it cannot be loaded.
+    A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
+    model that does not fit the device is offloaded, see `lib.offload`. Raises `InputError` when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(source.device)
     config = _load_config(source)
     stock = _stock_of_pruned(config)
+    outline = load_outline(config, source.trust_remote_code)
+    place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
+    device_map, folder = source.device_map, None
+    if place == "disk":
+        if outline is None:
+            raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
+        device_map = offload.disk_map(outline, device)
+        folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights that are no safetensors
     with _loading_errors(source.name):
         model, loaded = (pruned_class(stock) if stock else AutoModelForCausalLM).from_pretrained(
             locate_model(source.name),
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
-            device_map=source.device_map,
+            device_map=device_map,
+            offload_folder=folder.name if folder else None,
             trust_remote_code=source.trust_remote_code,
             cache_dir=source.cache_dir,
             output_loading_info=True,
@@ -72,9 +89,20 @@ def load_model(source: ModelSource) -> nn.Module:
         )
     if stock:
         model = _as_pruned_here(model, stock)
-    if source.device_map is None:
+    if place == "disk":
+        offload.offload_to_disk(model, device)
+        offload.delete_with(model, folder)
+    elif place == "cpu":
+        offload.offload_to_host(model, device)
+    elif source.device_map is None:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _dtype_of(source: ModelSource, config) -> torch.dtype:
+    """In what dtype the weights will be."""
+    found = getattr(config, "dtype", None) if source.dtype == "auto" else getattr(torch, source.dtype)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:

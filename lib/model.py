@@ -5,7 +5,7 @@ and one FFN, and tries that on the model itself; anything else is refused with t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from lib.modeling_pruned import (
     find_name,
     skip_modules,
 )
+from lib.offload import OffloadedLayer, offloaded
 from lib.plan import Mode, Plan
 
 # The view of a decoder ------------------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ class Decoder:
     Nothing of the model's own forward is written again: the embedding and the layers' arguments come from a forward
     whose layers only look on, the tail from one whose layers hand over given hidden states. Raises `InputError` for
     a model that does not fit. A model without weights (on the meta device) can be counted but not run. A model that
-    has lost sublayers before is one with less in some of its layers: `given_modes` says what each still has.
+    has lost sublayers before is one with less in some of its layers: `given_modes` says what each still has. A layer's
+    weights may be elsewhere while it does not run, see `lib.offload`: `at` brings them.
     """
 
     def __init__(self, model: nn.Module, has_weights: bool = True):
@@ -62,6 +64,7 @@ class Decoder:
             for index, layer in enumerate(self.layers)
         ]
         self._modes = [Mode()] * len(self.layers)
+        self._offloaded: list[OffloadedLayer | None] = [offloaded(layer) for layer in self.layers]
         self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
         self._returns_tuple = has_weights and self._layers_return_tuples()
         if has_weights:
@@ -104,7 +107,7 @@ class Decoder:
             outputs.append(forward(*args, **kwargs))
             raise StopForward
 
-        with suppress(StopForward), self._layers_do([look] * len(self.layers)):
+        with suppress(StopForward), self.at(0), self._layers_do([look] * len(self.layers)):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
         return bool(outputs) and isinstance(outputs[0], tuple)
 
@@ -120,7 +123,8 @@ class Decoder:
             reason = None
             try:
                 self.set_mode(index, Mode(attention=False, ffn=False))
-                output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
+                with self.at(index):
+                    output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
                 output = output[0] if isinstance(output, tuple) else output
                 if not torch.equal(output, hidden_states.to(output.device)):
                     reason = "normalizes the sum of input and sublayer (post-norm), or adds the input inside a sublayer"
@@ -141,6 +145,30 @@ class Decoder:
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def is_offloaded(self) -> bool:
+        """True when layers' weights come to the device only while they are worked with."""
+        return any(self._offloaded)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """True when layers are read from disk, so that changes of their weights must be written there."""
+        return any(layer.is_on_disk for layer in self._offloaded if layer)
+
+    @property
+    def waiting_device(self) -> torch.device:
+        """Where hidden states of many windows wait: host memory, where that is how a large model fits."""
+        return torch.device("cpu") if self.is_offloaded else self.device
+
+    def at(self, index: int) -> AbstractContextManager[None]:
+        """Inside, a layer's weights are where they are computed with. May be nested."""
+        return self._offloaded[index].here() if self._offloaded[index] else nullcontext()
+
+    def keep(self, index: int) -> None:
+        """To be called, inside `at`, after a layer's weights were changed in place."""
+        if self._offloaded[index]:
+            self._offloaded[index].keep()
 
     @property
     def whole_layers(self) -> list[int]:
@@ -254,7 +282,8 @@ class Decoder:
         if not mode.attention and not mode.ffn:
             return hidden_states
         self.set_mode(index, mode)
-        output = self.layers[index](hidden_states, *inputs.args[index], **inputs.kwargs[index])
+        with self.at(index):
+            output = self.layers[index](hidden_states, *inputs.args[index], **inputs.kwargs[index])
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

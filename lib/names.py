@@ -20,7 +20,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and how it is to be loaded; `dtype`, `device` and `device_map` are the flags of these names."""
+    """Which model, and how it is loaded: `dtype`, `device`, `device_map` and `offload` are the flags of these names."""
 
     name: str
     dtype: str = "auto"
@@ -28,6 +28,7 @@ class ModelSource:
     device_map: str | None = None
     trust_remote_code: bool = False
     cache_dir: Path | None = None
+    offload: str = "auto"
 
 
 def is_demo(model: str) -> bool:

@@ -6,14 +6,17 @@ were, and from inputs that the layers before it made with their new weights.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
-from lib.batching import Batcher
+from lib.batching import Batcher, Progress
+from lib.changes import Changes, Difference, difference
 from lib.errors import RunError
 from lib.linears import InputGroup, inputs_seen
 from lib.model import Decoder, StopForward
 from lib.pruners import Pruner
+from lib.ranks import Ranks
 from lib.stream import Activations
 
 Timed = Callable[[str], AbstractContextManager]
@@ -27,32 +30,56 @@ def prune_layers(
     windows: torch.Tensor | None,
     batcher: Batcher,
     say: Callable[[str], object] = lambda remark: None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
     timed: Timed = lambda name: nullcontext(),
+    changes: Changes | None = None,
 ) -> None:
     """Prunes every linear of every layer in place, layer i to `sparsities[i]`.
 
     `groups` are those of `input_groups`; `windows` (N, T) are the calibration tokens, None for a pruner that needs no
     inputs. `say` is given what a pruner has to remark, and `timed` the names of the parts of the work: `observe` (the
-    pass that collects statistics), `select` (the pruner) and `advance` (the pass with the new weights). Raises
-    `RunError` naming a layer whose numbers are not finite.
+    pass that collects statistics), `select` (the pruner) and `advance` (the pass with the new weights). Each finished
+    layer is written to `changes`, and the first layers that are there already are taken from it; a model whose layers
+    are read from disk needs them. Several processes share the windows, and a layer's groups. Raises `RunError` naming a
+    layer whose numbers are not finite.
     """
+    pending = [layer for layer in range(len(groups)) if not changes or layer not in changes]
     activations = None
-    if pruner.needs_inputs:
+    if pruner.needs_inputs and pending:
+        share = batcher.share(len(windows))
         with timed("advance"):
-            activations = Activations(decoder, windows, batcher)
+            activations = Activations(decoder, windows[share], batcher, first=share.start)
     for layer, layer_groups in enumerate(groups):
-        statistics = [None] * len(layer_groups)
-        if activations:
-            with timed("observe"):
-                statistics = batcher.whole(lambda: observe(activations, layer_groups, pruner), len(windows))  # noqa: B023
-        with timed("select"):
-            _prune_layer(layer, layer_groups, statistics, pruner, sparsities[layer], say)
-        if activations and layer < len(groups) - 1:
-            with timed("advance"):
-                activations.advance()
+        with decoder.at(layer):
+            if layer not in pending:
+                _take_over(layer, layer_groups, changes)
+            else:
+                statistics = [None] * len(layer_groups)
+                if activations:
+                    with timed("observe"):
+                        statistics = batcher.whole(partial(observe, activations, layer_groups, pruner), len(windows))
+                        for statistic in statistics:
+                            statistic.combine(batcher.ranks.add, len(windows))
+                with timed("select"):
+                    found = _prune_layer(
+                        layer, layer_groups, statistics, pruner, sparsities[layer], say, batcher.ranks, changes
+                    )
+                    if changes:
+                        (changes.write if batcher.ranks.is_first else changes.add)(layer, found)
+            decoder.keep(layer)
+            if activations and layer < pending[-1]:
+                with timed("advance"):
+                    activations.advance()
         if progress:
             progress(1)
+    batcher.ranks.wait()  # until all that is written can be read
+
+
+def _take_over(layer: int, groups: Sequence[InputGroup], changes: Changes) -> None:
+    """Gives a layer the weights that an earlier run has made."""
+    for group in groups:
+        for name, linear in zip(group.names, group.linears, strict=True):
+            linear.weight.copy_(changes.apply(layer, f"{name}.weight", linear.weight))
 
 
 def _prune_layer(
@@ -62,16 +89,31 @@ def _prune_layer(
     pruner: Pruner,
     sparsity: float,
     say: Callable[[str], object],
-) -> None:
-    """Prunes one layer's linears in place. Takes `statistics` off their list, so that none outlives its use."""
-    for group in groups:
-        statistic, names = statistics.pop(0), ", ".join(group.names)
-        try:
-            prune_group(group, statistic, pruner, sparsity)
-        except RunError as error:
-            raise RunError(f"layer {layer} {names}: {error}") from error
-        if remark := pruner.remark(statistic):
+    ranks: Ranks,
+    changes: Changes | None,
+) -> dict[str, Difference]:
+    """Prunes one layer's linears in place, each group in one of the processes.
+
+    Gives what became of each weight, when somebody wants to keep it. Takes `statistics` off their list, so that none
+    outlives its use.
+    """
+    found: dict[str, Difference] = {}
+    for number, group in enumerate(groups):
+        statistic, names, owner = statistics.pop(0), ", ".join(group.names), number % ranks.count
+        remark, before = None, [linear.weight.clone() for linear in group.linears] if changes is not None else []
+        if ranks.rank == owner:
+            try:
+                prune_group(group, statistic, pruner, sparsity)
+            except RunError as error:
+                raise RunError(f"layer {layer} {names}: {error}") from error
+            remark = pruner.remark(statistic)
+        for linear in group.linears:
+            ranks.send(linear.weight, owner)
+        if remark := ranks.tell(remark, owner):
             say(f"layer {layer} {names}: {remark}")
+        for name, linear, old in zip(group.names, group.linears, before, strict=False):
+            found[f"{name}.weight"] = difference(old, linear.weight)
+    return found
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
@@ -101,10 +143,11 @@ def prune_group(group: InputGroup, statistic, pruner: Pruner, sparsity: float) -
         linear.weight.copy_(weight)
 
 
-def count_zeros(groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:
+def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:
     """For every layer the zeros among the weights of its linears, and the number of its weights."""
     counts = []
-    for layer in groups:
-        weights = [linear.weight for group in layer for linear in group.linears]
-        counts.append((sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)))
+    for index, layer in enumerate(groups):
+        with decoder.at(index):
+            weights = [linear.weight for group in layer for linear in group.linears]
+            counts.append((sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)))
     return counts

@@ -31,6 +31,11 @@ class InputNorms:
             self._squares += window.float().square().sum(dim=0)
         self._windows += len(inputs)
 
+    def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
+        """Takes over what other processes saw of all `windows`; `add` replaces a tensor by the sum over processes."""
+        add(self._squares)
+        self._windows = windows
+
     @property
     def norms(self) -> torch.Tensor:
         """(in,), fp32. Raises `RunError` when they are not finite."""

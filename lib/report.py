@@ -1,5 +1,6 @@
 """What a run tells: lines on the console and in log.txt, times, environment, result.json."""
 
+import logging
 import os
 import platform
 import resource
@@ -26,6 +27,7 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # offloaded weights are ours to mind
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
@@ -46,9 +48,13 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class Report:
-    """Collects a run's lines and times; from `open` on they are also kept in the output folder."""
+    """Collects a run's lines and times; from `open` on they are also kept in the output folder.
 
-    def __init__(self):
+    Of several processes only the first, `is_first`, prints and writes.
+    """
+
+    def __init__(self, is_first: bool = True):
+        self.is_first = is_first
         self.seconds: dict[str, float] = {}
         self.folder: Path | None = None
         self._lines: list[str] = []
@@ -59,10 +65,12 @@ class Report:
 
         When it `goes_on`, it leaves the log of before, and adds to it.
         """
+        self.folder = folder
+        if not self.is_first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, REMOVALS, SPARSITY):
             (folder / name).unlink(missing_ok=True)
-        self.folder = folder
         with (folder / LOG).open("a" if goes_on else "w", encoding="utf-8") as log:
             log.write("".join(line + "\n" for line in self._lines))
 
@@ -77,6 +85,8 @@ class Report:
 
     def say(self, text: str = "") -> None:
         """Keeps a line, and prints it; a reader of stdout that has gone away does not end the run."""
+        if not self.is_first:
+            return
         self._lines.append(text)
         if self.folder:
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
@@ -94,15 +104,16 @@ class Report:
         return timed(self.seconds, name)
 
     @contextmanager
-    def progress(self, total: int, label: str) -> Iterator[Callable[[int], object]]:
+    def progress(self, total: int, label: str) -> Iterator[Callable[[float], object]]:
         """A progress bar on stderr, when that is a terminal; gives the function that moves it on."""
-        with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
+        with tqdm(total=total, desc=label, disable=None if self.is_first else True, leave=False) as bar:
             yield bar.update
 
     def result(self, content: dict) -> Path:
         """Writes result.json, whole, and returns its path."""
         path = self.folder / RESULT
-        write_json(path, content)
+        if self.is_first:
+            write_json(path, content)
         return path
 
 

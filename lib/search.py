@@ -1,18 +1,19 @@
 """Which sublayers to remove: the parameter budget, the sweep that measures removals, and the greedy search."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import psutil
 import torch
 
-from lib.batching import Batcher
-from lib.errors import InputError, RunError
+from lib.batching import Batcher, Progress
+from lib.errors import InputError
 from lib.model import Decoder
+from lib.offload import free_host_memory
 from lib.plan import Mode, Plan
-from lib.stream import describe_nonfinite, tail_losses
+from lib.stream import Activations, Tick, check_finite, map_windows, state_bytes
 
 # How many -------------------------------------------------------------------------------------------------------------
 
@@ -110,10 +111,10 @@ class Trial(NamedTuple):
 
 
 class _Prefix:
-    """The hidden states of all windows before a layer, under given modes of the layers below it."""
+    """The hidden states of this process's windows before a layer, under given modes of the layers below it."""
 
-    def __init__(self, modes: tuple[Mode, ...], count: int):
-        self.modes, self._count = modes, count
+    def __init__(self, modes: tuple[Mode, ...], share: slice):
+        self.modes, self._share = modes, share
         self._states: torch.Tensor | None = None  # (N, T, D)
         self._has_room = True
 
@@ -122,24 +123,27 @@ class _Prefix:
         return self._states is not None
 
     def read(self, rows: slice, device: torch.device) -> torch.Tensor:
-        return self._states[rows].to(device)
+        return self._states[self._places(rows)].to(device)
 
     def write(self, rows: slice, hidden_states: torch.Tensor) -> None:
         """Keeps the states (B, T, D) of some windows, on their device or else on the host, if there is room for all."""
         if self._states is None and self._has_room:
-            shape = (self._count, *hidden_states.shape[1:])
+            shape = (self._share.stop - self._share.start, *hidden_states.shape[1:])
             device = _device_with_room(math.prod(shape) * hidden_states.element_size(), hidden_states.device)
             self._has_room = device is not None
             self._states = torch.empty(shape, dtype=hidden_states.dtype, device=device) if device else None
         if self._states is not None:
-            self._states[rows] = hidden_states.to(self._states.device)
+            self._states[self._places(rows)] = hidden_states.to(self._states.device)
+
+    def _places(self, rows: slice) -> slice:
+        return slice(rows.start - self._share.start, rows.stop - self._share.start)
 
 
 def _device_with_room(size: int, device: torch.device) -> torch.device | None:
     """The device, the host, or neither: the first in whose free memory `size` bytes fit four times."""
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
         return device
-    return torch.device("cpu") if size < psutil.virtual_memory().available / 4 else None
+    return torch.device("cpu") if size < free_host_memory() / 4 else None
 
 
 class Sweep:
@@ -151,13 +155,18 @@ class Sweep:
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
-        self._prefix = _Prefix((), 0)
+        self._nothing = _Prefix((), slice(0, 0))
+        self._prefix = self._nothing
         self._losses: dict[tuple[Mode, ...], float] = {}
         self.asked: set[tuple[Mode, ...]] = set()  # for the loss of which models, since this was last cleared
+        self.on_measured: Callable[[dict[str, float]], object] = lambda losses: None  # is given all that is known
 
-    def losses(
-        self, base: Plan, trials: Sequence[Trial], progress: Callable[[int], object] | None = None
-    ) -> list[float]:
+    def know(self, losses: Mapping[str, float]) -> None:
+        """Takes over what `on_measured` was given before: these are not measured again."""
+        for text, loss in losses.items():
+            self._losses[tuple(_MODES[letter] for letter in text)] = loss
+
+    def losses(self, base: Plan, trials: Sequence[Trial], progress: Progress | None = None) -> list[float]:
         """For each trial, the sum over windows of mean token cross-entropy times T (fp32, summed in fp64).
 
         What was measured before, in whichever search, is not measured again. Raises `RunError` naming the layer when a
@@ -167,7 +176,8 @@ class Sweep:
         self.asked |= set(tried)
         new = {modes: trial for modes, trial in zip(tried, trials, strict=True) if modes not in self._losses}
         if new:
-            self._losses |= zip(new, self._measure(base, list(new.values()), progress), strict=True)
+            self._losses |= zip(new, self._measured(base, list(new.values()), progress), strict=True)
+            self.on_measured({"".join(map(_letter, modes)): loss for modes, loss in self._losses.items()})
         elif progress:
             progress(len(self.windows))
         return [self._losses[modes] for modes in tried]
@@ -177,63 +187,88 @@ class Sweep:
         layer = min((*plan.mha_removed, *plan.ffn_removed), default=0)
         return self.losses(plan, [Trial(layer, plan.mode(layer))])[0]
 
+    def _measured(self, base: Plan, trials: Sequence[Trial], progress: Progress | None) -> list[float]:
+        """The losses of trials. Several processes share the windows, or, where these are too few, the trials."""
+        ranks = self.batcher.ranks
+        if len(self.windows) >= ranks.count:
+            return self._sums(self._measure(base, trials, self.batcher, progress))
+        mine = trials[ranks.rank :: ranks.count]
+        found = self._measure(base, mine, Batcher(self.batcher.size), progress) if mine else torch.zeros(1, 0)
+        sums = ranks.gather(torch.tensor(self._sums(found), dtype=torch.float64)).tolist()
+        places = [place for rank in range(ranks.count) for place in range(len(trials))[rank :: ranks.count]]
+        return [loss for _, loss in sorted(zip(places, sums, strict=True))]
+
+    def _sums(self, window_losses: torch.Tensor) -> list[float]:
+        """(N, trials) -> the loss of each trial."""
+        return (window_losses.double().sum(dim=0) * self.windows.shape[1]).tolist()
+
     def _measure(
-        self, base: Plan, trials: Sequence[Trial], progress: Callable[[int], object] | None = None
-    ) -> list[float]:
-        """The losses of trials by a walk over all windows."""
+        self, base: Plan, trials: Sequence[Trial], batcher: Batcher, progress: Progress | None
+    ) -> torch.Tensor:
+        """The losses (N, trials) of all windows, by walks up the layers."""
         modes, known = base.modes, self._prefix
         below = modes[: min(trial.layer for trial in trials)]
         if not known.is_kept or known.modes != below[: len(known.modes)]:
-            known = _Prefix((), 0)
-        new = known if known.modes == below else _Prefix(below, len(self.windows))
+            known = self._nothing
+        new = known if known.modes == below else _Prefix(below, batcher.share(len(self.windows)))
 
-        def batch_losses(rows: slice) -> torch.Tensor:
-            running, states_below = self._walk(rows, modes, trials, known)
+        def losses_of(rows: slice, tick: Tick) -> torch.Tensor:  # (N, trials)
+            running, states_below = self._walk(rows, modes, trials, known, tick)
             losses = [self._trial_losses(rows, modes, trial, running.pop(trial)) for trial in trials]
             if new is not known:
                 new.write(rows, states_below)  # last: a batch that runs out of memory is tried again from `known`
             return torch.stack(losses, dim=1)
 
-        window_losses = self.batcher.map(batch_losses, len(self.windows), progress)  # (N, trials)
+        size = state_bytes(self.decoder, self.windows.shape[1], len(trials) + 2)
+        window_losses = map_windows(self.decoder, len(self.windows), batcher, losses_of, size, progress)
         if new.is_kept:
             self._prefix = new
-        return (window_losses.double().sum(dim=0) * self.windows.shape[1]).tolist()
+        return window_losses
 
-    @torch.no_grad()
     def _walk(
-        self, rows: slice, modes: Sequence[Mode], trials: Sequence[Trial], known: _Prefix
-    ) -> tuple[dict[Trial, torch.Tensor], torch.Tensor]:
-        """Takes a batch up the layers: the last hidden states (B, T, D) of each trial, and those below the first."""
-        decoder = self.decoder
-        hidden_states, inputs = decoder.embed(self.windows[rows])
-        if known.is_kept:
-            hidden_states = known.read(rows, hidden_states.device)
+        self, rows: slice, modes: Sequence[Mode], trials: Sequence[Trial], known: _Prefix, tick: Tick
+    ) -> tuple[dict[Trial, Activations], torch.Tensor]:
+        """Takes some windows up the layers: each trial after the last, and the hidden states below the first."""
+        decoder, windows = self.decoder, self.windows[rows]
+        kept = known.read(rows, decoder.waiting_device) if known.is_kept else None
+        base = Activations(decoder, windows, self.batcher, len(known.modes), kept)
         first_fork, last_fork = min(trial.layer for trial in trials), max(trial.layer for trial in trials)
-        running: dict[Trial, torch.Tensor] = {}
-        states_below = hidden_states
+        running: dict[Trial, Activations] = {}
+        states_below = base.hidden_states
         for layer in range(len(known.modes), decoder.num_layers):
             if layer == first_fork:
-                states_below = hidden_states
-            for trial in running:
-                running[trial] = decoder.run_layer(layer, running[trial], inputs, modes[layer])
-            for trial in trials:
-                if trial.layer == layer:
-                    running[trial] = decoder.run_layer(layer, hidden_states, inputs, trial.mode)
-            if layer < last_fork:
-                hidden_states = decoder.run_layer(layer, hidden_states, inputs, modes[layer])
+                states_below = base.fork().hidden_states
+            with self._at(layer, modes[layer], trials):
+                for states in running.values():
+                    states.step(modes[layer])
+                for trial in trials:
+                    if trial.layer == layer:
+                        running[trial] = base.fork()
+                        running[trial].step(trial.mode)
+                if layer < last_fork:
+                    base.step(modes[layer])
+            tick()
         return running, states_below
 
-    def _trial_losses(
-        self, rows: slice, modes: Sequence[Mode], trial: Trial, hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        """The tail of one trial: last hidden states (B, T, D) -> mean cross-entropy (B,), on the CPU."""
-        input_ids = self.windows[rows]
-        losses = tail_losses(self.decoder, hidden_states, input_ids).cpu()
-        if not losses.isfinite().all():
-            tried = [*modes[: trial.layer], trial.mode, *modes[trial.layer + 1 :]]
-            where = describe_nonfinite(self.decoder, input_ids, tried)
-            raise RunError(f"trial without layer {trial.layer}: {where}")
+    def _at(self, layer: int, mode: Mode, trials: Sequence[Trial]) -> AbstractContextManager[None]:
+        """Inside, the weights of a layer are there for all that walk through it; of a closed one nothing is needed."""
+        modes = [mode, *(trial.mode for trial in trials if trial.layer == layer)]
+        return self.decoder.at(layer) if any(one.attention or one.ffn for one in modes) else nullcontext()
+
+    def _trial_losses(self, rows: slice, modes: Sequence[Mode], trial: Trial, states: Activations) -> torch.Tensor:
+        """The tail of one trial: mean cross-entropy (N,) of its windows, on the CPU."""
+        losses = states.losses()
+        tried = [*modes[: trial.layer], trial.mode, *modes[trial.layer + 1 :]]
+        check_finite(self.decoder, losses, self.windows[rows], tried, f"trial without layer {trial.layer}: ")
         return losses
+
+
+_MODES = {"2": Mode(), "a": Mode(ffn=False), "f": Mode(attention=False), "0": Mode(False, False)}
+
+
+def _letter(mode: Mode) -> str:
+    """A layer's mode as a letter: what it still has."""
+    return next(letter for letter, other in _MODES.items() if other == mode)
 
 
 # The search -----------------------------------------------------------------------------------------------------------
@@ -259,7 +294,7 @@ def greedy_search(
     candidates: Sequence[int],
     mha_count: int,
     on_round: Callable[[int, Round], object] | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Plan, list[Round]]:
     """PP-LLMs, second stage: which `mha_count` of the candidates, all without FFN, lose their attention too.
 

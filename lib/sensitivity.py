@@ -1,14 +1,19 @@
 """Sensitivities of a model found in a file or computed and kept; the run of `save_gradient.py`."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lib import artefact
 from lib.allocators import importance
 from lib.artefact import Artefact
 from lib.data import load_corpus, sampled_windows
+from lib.errors import InputError
+from lib.files import whole_file
 from lib.gradients import LayerSensitivity, connection_sensitivity
 from lib.inputs import check_tokens, dtype_name, window_length
 from lib.linears import check_not_offloaded, find_linears
@@ -17,7 +22,9 @@ from lib.methods import GradientSettings
 from lib.model import Decoder
 from lib.names import ModelSource, short_name
 from lib.plots import plot_sensitivity
+from lib.ranks import ALONE, Ranks, join
 from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
+from lib.state import State
 
 
 @dataclass(frozen=True)
@@ -27,15 +34,16 @@ class SaveGradient:
     source: ModelSource
     gradients: GradientSettings
     output: Path
+    resume: bool = False
 
 
 def run(settings: SaveGradient) -> Artefact:
     """Computes and writes one model's sensitivities. Raises `InputError` and `RunError`."""
     quiet_libraries()
-    report = Report()
     source, gradients = settings.source, settings.gradients
+    ranks = join(resolve_device(source.device))
+    report = Report(ranks.is_first)
     with report.timed("load"):
-        resolve_device(source.device)
         config = load_config(source)
         check_config(source, config, gradients)
         tokenizer = load_tokenizer(source)
@@ -44,21 +52,31 @@ def run(settings: SaveGradient) -> Artefact:
         check_tokens(source.name, windows, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
-        check_not_offloaded(find_linears(decoder))
-    report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
-    report.say(f"Gradients   {describe(gradients)}")
-    with report.timed("gradients"):
-        found = compute(report, decoder, source.name, gradients, windows)
-    say_importance(report, found.layers)
-    write(report, settings, found, peak_memory_bytes(decoder.device))
+        check_not_offloaded(decoder, find_linears(decoder))
+    state = work_on(decoder, gradients, windows, settings.output, ranks, settings.resume)
+    with state.told("the same command with --resume goes on"):
+        state.start(report.seconds)
+        report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
+        report.say(f"Gradients   {describe(gradients)}")
+        if settings.resume and settings.output.exists() and state.is_empty:
+            found = artefact.read(settings.output)
+            artefact.check_settings(found, settings.output, gradients, windows)
+            artefact.check_model(found, settings.output, source.name, decoder)
+            report.say(f"            finished before, in {settings.output}")
+        else:
+            with report.timed("gradients"):
+                found = compute(report, decoder, source, gradients, windows, settings.output, state, ranks)
+        say_importance(report, found.layers)
+        if report.is_first:
+            say_written(report, settings, found, peak_memory_bytes(decoder.device))
+        state.close()
     return found
 
 
-def write(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
-    """Writes the artefact and its plot, and says so."""
-    artefact.write(settings.output, found)
+def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
+    """Draws the plot, and says what was written."""
     report.say()
-    seconds = report.seconds["gradients"]
+    seconds = report.seconds.get("gradients", 0.0)
     report.say(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
     report.say(f"Written     {settings.output}")
     plot = settings.output.with_suffix(".png")
@@ -80,20 +98,60 @@ def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Ten
     return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
 
 
+def work_on(
+    decoder: Decoder, settings: GradientSettings, windows: torch.Tensor, path: Path, ranks: Ranks, goes_on: bool
+) -> State:
+    """Where what is finished of an artefact is kept, beside it, until all is; with what is there, when it `goes_on`."""
+    key = {"model": artefact.fingerprint(decoder), "text": artefact.digest_of(windows), **asdict(settings)}
+    return State(path.with_suffix(".state"), key, ranks.is_first, goes_on)
+
+
 def compute(
-    report: Report, decoder: Decoder, model: str, settings: GradientSettings, windows: torch.Tensor
+    report: Report,
+    decoder: Decoder,
+    source: ModelSource,
+    settings: GradientSettings,
+    windows: torch.Tensor,
+    path: Path,
+    state: State,
+    ranks: Ranks = ALONE,
 ) -> Artefact:
-    """The sensitivities of all layers, with what they were made from."""
+    """The sensitivities of all layers, with what they were made from, written to `path`; goes on with the state."""
     with report.progress(decoder.num_layers, "gradients") as progress:
-        layers = connection_sensitivity(decoder, windows, settings.gradient_type, settings.loss, progress)
-    return Artefact(
-        model,
-        artefact.fingerprint(decoder),
-        artefact.digest_of(windows),
-        settings,
-        layers,
-        environment(decoder.device),
-    )
+        layers = connection_sensitivity(
+            decoder, windows, settings.gradient_type, settings.loss, progress, ranks, _Unfinished(state)
+        )
+    of_model, of_text = artefact.fingerprint(decoder), artefact.digest_of(windows)
+    found = Artefact(source.name, of_model, of_text, settings, layers, environment(decoder.device))
+    if ranks.is_first:
+        artefact.write(path, found)
+    return found
+
+
+class _Unfinished:
+    """The last finished layer of a state: a file with the gradient below it, and with all sensitivities so far."""
+
+    def __init__(self, state: State):
+        self._state, self._path = state, (state.folder / "gradient.safetensors")
+
+    def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
+        if self._state.get("layers") is None:
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                layers = json.loads(file.metadata()["layers"])
+                return [artefact.layer_of_json(layer) for layer in layers], file.get_tensor("gradient").clone()
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            advice = "begin anew with --overwrite"
+            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {advice}") from error
+
+    def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
+        if self._state.is_writer:
+            metadata = {"layers": json.dumps([asdict(layer) for layer in found])}
+            with whole_file(self._path) as draft:
+                save_file({"gradient": gradient}, draft, metadata)
+        if self._state.get("layers") is None:
+            self._state.put("layers", "in gradient.safetensors")
 
 
 def find(path: Path, must_exist: bool) -> Artefact | None:

@@ -35,6 +35,7 @@ class DepthPruning:
     seqlen: int | None = None
     batch_size: int | None = None
     overwrite: bool = False
+    resume: bool = False
     eval_stride: int | None = None
     beam_width: int = 1
     save_model: Path | None = None
@@ -61,9 +62,12 @@ class DepthPruning:
 
     @property
     def key(self) -> dict:
-        """All that the result of a search depends on."""
+        """All that the result depends on."""
         by_counts = {name: getattr(self, name) for name in ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")}
         text = {"text": stamp(self.dataset), "nsamples": self.nsamples, "seed": self.seed}
+        if self.saved_plan:
+            plan = {"plan": asdict(self.saved_plan.plan)}
+            return {**_key_of_source(self.source), "tool": "ppllms", **plan, **self._key_of_evaluation}
         return {
             **_key_of_source(self.source),
             "tool": "ppllms",
@@ -73,8 +77,12 @@ class DepthPruning:
             **(text if self.needs_windows else {"seed": self.seed}),
             **({"bi_windows": self.bi_windows} if self.uses_influence else {}),
             **({"beam_width": self.beam_width} if self.method == "beam" else {}),
-            **_key_of_evaluation(self.texts, self.seqlen, self.eval_stride),
+            **self._key_of_evaluation,
         }
+
+    @property
+    def _key_of_evaluation(self) -> dict:
+        return _key_of_evaluation(self.texts, self.seqlen, self.eval_stride)
 
     @property
     def needs_windows(self) -> bool:
@@ -107,6 +115,7 @@ class SparsityPruning:
     seqlen: int | None = None
     batch_size: int | None = None
     overwrite: bool = False
+    resume: bool = False
     save_model: Path | None = None
     log: Path | None = None
     eval_stride: int | None = None

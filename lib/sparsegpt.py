@@ -33,6 +33,12 @@ class Hessian:
             self.total.addmm_(window.T, window)
         self.windows += len(inputs)
 
+    def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
+        """Takes over what other processes saw of all `windows`; `add` replaces a tensor by the sum over processes."""
+        self._factors.clear()
+        add(self.total)
+        self.windows = windows
+
     @property
     def diagonal(self) -> torch.Tensor:
         """(in,)"""

@@ -1,19 +1,24 @@
 """The calibration engine: feeds hidden states through the decoder layers, layer by layer, and takes their losses."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 
-from lib.batching import Batcher
+from lib.batching import Batcher, Progress
 from lib.errors import InputError, RunError
 from lib.evaluate import WindowLosses, token_losses
 from lib.model import Decoder, LayerInputs, StopForward
+from lib.offload import free_host_memory
 from lib.plan import Mode, Plan
 
 _LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
 _TOKENS_AT_ONCE_ON_CPU = 256  # more do not fit its caches
+_HOST_SHARE = 0.4  # of the free host memory, for hidden states that wait
+_ON = Mode()
+
+See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch's input and output of a layer -> a row a window
 
 
 @torch.no_grad()
@@ -61,21 +66,6 @@ def tail_losses(
     return torch.cat(losses)
 
 
-def plan_window_losses(decoder: Decoder, plan: Plan) -> WindowLosses:
-    """The loss function of the model under a plan: ids (B, T) -> mean cross-entropy (B,) of the last `scored` tokens.
-
-    Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
-    """
-
-    def window_losses(input_ids: torch.Tensor, scored: int) -> torch.Tensor:
-        losses = tail_losses(decoder, final_hidden_states(decoder, input_ids, plan.modes), input_ids, scored)
-        if not losses.isfinite().all():
-            raise RunError(describe_nonfinite(decoder, input_ids, plan.modes))
-        return losses
-
-    return window_losses
-
-
 def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]) -> str:
     """Says where a batch of windows stops being finite: the first such layer, or the tail."""
     advice = "try --dtype float32 or bfloat16, and check the checkpoint"
@@ -88,31 +78,59 @@ def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequenc
 
 
 class Activations:
-    """The hidden states (N, T, D) of all calibration windows (N, T) before one decoder layer, moved on layer by layer.
+    """The hidden states (N, T, D) of some windows (N, T) before one decoder layer, moved on layer by layer.
 
-    They stay on the device of the embedding, in the model's dtype. What the model hands to its layers besides (masks,
-    positions, rotary tables) is taken once for each number of windows in a batch, since it is the same for all windows;
-    raises `InputError` for a model where it is not.
+    They are in the model's dtype, on the device of the embedding, or in host memory where a model's layers come and go.
+    What the model hands to its layers besides (masks, positions, rotary tables) is taken once for each number of
+    windows in a batch, since it is the same for all windows; raises `InputError` for a model where it is not.
     """
 
-    def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: torch.Tensor,
+        batcher: Batcher,
+        layer: int = 0,
+        hidden_states: torch.Tensor | None = None,
+        first: int = 0,
+    ):
+        """Before layer 0, from the embedding; or before another `layer`, with the `hidden_states` that are known.
+
+        `first` is the number of the first window, for messages.
+        """
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
-        self.layer = 0
-        self._inputs: dict[int, LayerInputs] = {}
-        first, inputs = decoder.embed(windows[:1])
-        _check_same(decoder, inputs, decoder.embed(windows[-1:])[1])
-        self.hidden_states = first.new_empty(len(windows), *first.shape[1:])
-        batcher.map(self._embed, len(windows))
+        self.layer, self.first = layer, first
+        self.hidden_states = hidden_states
+        self._is_own = False  # else somebody shares them, and they must not be written to
+        self.inputs = _SharedInputs(decoder, windows)
+        if hidden_states is None and len(windows):
+            batcher.map(self._embed, len(windows))
 
     def _embed(self, rows: slice) -> torch.Tensor:
-        self.hidden_states[rows], self._inputs[rows.stop - rows.start] = self.decoder.embed(self.windows[rows])
-        return torch.zeros(rows.stop - rows.start)
+        hidden_states, inputs = self.decoder.embed(self.windows[rows])
+        self.inputs.keep(rows, inputs)
+        self._put(rows, hidden_states)
+        return torch.zeros(len(hidden_states))
 
-    def _inputs_of(self, rows: slice) -> LayerInputs:
-        count = rows.stop - rows.start
-        if count not in self._inputs:
-            self._inputs[count] = self.decoder.embed(self.windows[rows])[1]
-        return self._inputs[count]
+    def _put(self, rows: slice, hidden_states: torch.Tensor) -> None:
+        """Replaces those of some windows. All of them are replaced at once without a copy."""
+        device, count = self.decoder.waiting_device, len(self.windows)
+        if rows.stop - rows.start == count:
+            self.hidden_states = hidden_states.to(device)
+        else:
+            if self.hidden_states is None:
+                self.hidden_states = hidden_states.new_empty(count, *hidden_states.shape[1:], device=device)
+            elif not self._is_own:
+                self.hidden_states = self.hidden_states.clone()
+            self.hidden_states[rows] = hidden_states
+        self._is_own = True
+
+    def fork(self) -> "Activations":
+        """The same hidden states, to be moved on by themselves."""
+        other = Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states)
+        other.inputs = self.inputs
+        self._is_own = False
+        return other
 
     @torch.no_grad()
     def look(self) -> None:
@@ -121,33 +139,185 @@ class Activations:
         They may leave the layer's forward by `StopForward`. When memory runs out nothing is tried again here, for hooks
         would see the same windows twice: see `Batcher.whole`.
         """
-        for start in range(0, len(self.windows), self.batcher.size):
-            with suppress(StopForward):
-                self._run(slice(start, min(start + self.batcher.size, len(self.windows))))
+        with self.decoder.at(self.layer):
+            for start in range(0, len(self.windows), self.batcher.size):
+                with suppress(StopForward):
+                    self._run(slice(start, min(start + self.batcher.size, len(self.windows))), _ON)
 
     @torch.no_grad()
+    def step(self, mode: Mode = _ON, see: See | None = None) -> torch.Tensor:
+        """Replaces the hidden states by what the layer makes of them in a mode.
+
+        Gives what `see` says of each batch's inputs and outputs, both (B, T, D) -> (B, ...), for all windows.
+        """
+        if len(self.windows) == 0 or see is None and not mode.attention and not mode.ffn:
+            self.layer += 1
+            return torch.zeros(len(self.windows))
+
+        def move(rows: slice) -> torch.Tensor:
+            before = self.states(rows)
+            after = self.decoder.run_layer(self.layer, before, self.inputs.of(rows), mode)
+            seen = see(before, after) if see else torch.zeros(len(after))
+            if after is not before:
+                self._put(rows, after)  # last: a batch that runs out of memory is tried again
+            return seen
+
+        with self.decoder.at(self.layer):
+            seen = self.batcher.map(move, len(self.windows))
+        self.layer += 1
+        return seen
+
     def advance(self) -> None:
         """Replaces the hidden states by what the layer makes of them. Raises `RunError` when that is not finite."""
-
-        def step(rows: slice) -> torch.Tensor:
-            output = self._run(rows)
-            is_finite = output.sum(dim=(1, 2), dtype=torch.float32).isfinite()
-            if not is_finite.all():  # or the sum is too large
-                is_finite = output.isfinite().flatten(1).all(dim=1)
-            self.hidden_states[rows] = output  # last: a batch that runs out of memory is tried again
-            return is_finite
-
-        is_finite = self.batcher.map(step, len(self.windows))
+        is_finite = self.step(see=_are_finite).bool()
         if not is_finite.all():
-            window = int((~is_finite).nonzero()[0])
+            window = self.first + int((~is_finite).nonzero()[0])
             raise RunError(
-                f"NaN or infinity in the output of layer {self.layer} on calibration window {window}; "
+                f"NaN or infinity in the output of layer {self.layer - 1} on calibration window {window}; "
                 "try --dtype float32 or bfloat16, and check the checkpoint"
             )
-        self.layer += 1
 
-    def _run(self, rows: slice) -> torch.Tensor:
-        return self.decoder.run_layer(self.layer, self.hidden_states[rows], self._inputs_of(rows), Mode())
+    def losses(self, scored: int | None = None) -> torch.Tensor:
+        """Mean cross-entropy (N,) of the windows by the model's tail, see `tail_losses`; on the CPU."""
+
+        def batch_losses(rows: slice) -> torch.Tensor:
+            return tail_losses(self.decoder, self.states(rows), self.windows[rows], scored)
+
+        return self.batcher.map(batch_losses, len(self.windows))
+
+    def states(self, rows: slice) -> torch.Tensor:
+        """The hidden states of some windows, on the device."""
+        return self.hidden_states[rows].to(self.decoder.device)
+
+    def _run(self, rows: slice, mode: Mode) -> torch.Tensor:
+        return self.decoder.run_layer(self.layer, self.states(rows), self.inputs.of(rows), mode)
+
+
+class _SharedInputs:
+    """What layers are handed besides hidden states, for batches of some windows, by the windows in a batch."""
+
+    def __init__(self, decoder: Decoder, windows: torch.Tensor):
+        self._decoder, self._windows = decoder, windows
+        self._found: dict[int, tuple[slice, LayerInputs]] = {}
+        self._are_checked = False
+
+    def keep(self, rows: slice, inputs: LayerInputs) -> None:
+        self._found[rows.stop - rows.start] = rows, inputs
+
+    def of(self, rows: slice) -> LayerInputs:
+        """For a batch. Raises `InputError` when those of another batch, which it would have, depend on the tokens."""
+        count = rows.stop - rows.start
+        if count not in self._found:
+            self.keep(rows, self._decoder.embed(self._windows[rows])[1])
+        found_for, inputs = self._found[count]
+        if found_for != rows and not self._are_checked:
+            one, other = (self._decoder.embed(self._windows[ends])[1] for ends in (slice(1), slice(-1, None)))
+            _check_same(self._decoder, one, other)
+            self._are_checked = True
+        return inputs
+
+
+def _are_finite(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """For each window whether the output (B, T, D) is finite: (B,)."""
+    is_finite = after.sum(dim=(1, 2), dtype=torch.float32).isfinite()
+    if not is_finite.all():  # or the sum is too large
+        is_finite = after.isfinite().flatten(1).all(dim=1)
+    return is_finite
+
+
+# Many windows ---------------------------------------------------------------------------------------------------------
+
+
+Tick = Callable[[], object]  # to be called after every layer
+
+
+def map_windows(
+    decoder: Decoder,
+    count: int,
+    batcher: Batcher,
+    function: Callable[[slice, Tick], torch.Tensor],
+    bytes_per_window: int,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """The results of `function` over windows 0..count-1, one row a window, in their order; on the CPU.
+
+    Each process does its share. `function` gets as many windows at once as it should walk up the layers together: a
+    batch, or, where layers come and go, all for whose hidden states (`bytes_per_window`) there is memory, so that every
+    layer comes once; it has to work in batches itself.
+    """
+    share = batcher.share(count)
+    together = batcher
+    if decoder.is_offloaded:
+        fitting = int(free_host_memory() * _HOST_SHARE / bytes_per_window)
+        together = Batcher(max(1, fitting // batcher.size) * batcher.size)
+    found = share if share.start < share.stop else slice(0, 1)  # of no windows the shape of the result is known too
+
+    def of_rows(rows: slice) -> torch.Tensor:
+        with _ticking(progress, rows.stop - rows.start, decoder.num_layers) as tick:
+            return function(slice(found.start + rows.start, found.start + rows.stop), tick)
+
+    result = together.map(of_rows, found.stop - found.start)
+    return batcher.ranks.gather(result[: share.stop - share.start])
+
+
+@contextmanager
+def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[Tick]:
+    """A function that moves `progress` on by one layer of some windows; after the block all are done, or none."""
+    told = 0.0
+
+    def tick() -> None:
+        nonlocal told
+        if progress and told < windows:
+            told += windows / layers
+            progress(windows / layers)
+
+    try:
+        yield tick
+    except BaseException:
+        windows = 0  # the same windows are tried again
+        raise
+    finally:
+        if progress:
+            progress(windows - told)
+
+
+def state_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
+    """Memory of the hidden states of one window, for so many walks at once and one batch's copy."""
+    return seqlen * decoder.config.hidden_size * next(decoder.model.parameters()).element_size() * (streams + 1)
+
+
+def plan_window_losses(
+    decoder: Decoder, plan: Plan, batcher: Batcher, progress: Progress | None = None
+) -> WindowLosses:
+    """The loss function of the model under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
+
+    Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
+    """
+
+    def window_losses(windows: torch.Tensor, scored: int) -> torch.Tensor:
+        def losses_of(rows: slice, tick: Tick) -> torch.Tensor:
+            states = Activations(decoder, windows[rows], batcher)
+            for mode in plan.modes:
+                states.step(mode)
+                tick()
+            losses = states.losses(scored)
+            check_finite(decoder, losses, windows[rows], plan.modes)
+            return losses
+
+        size = state_bytes(decoder, windows.shape[1], 1)
+        return map_windows(decoder, len(windows), batcher, losses_of, size, progress)
+
+    return window_losses
+
+
+def check_finite(
+    decoder: Decoder, found: torch.Tensor, windows: torch.Tensor, modes: Sequence[Mode], what: str = ""
+) -> None:
+    """Raises `RunError` that says `what` stops being finite where, unless all of `found` (N, ...) of windows is."""
+    is_finite = found.isfinite().flatten(1).all(dim=1) if found.dim() > 1 else found.isfinite()
+    if not is_finite.all():
+        first = int((~is_finite).nonzero()[0])
+        raise RunError(what + describe_nonfinite(decoder, windows[first : first + 1], modes))
 
 
 def _check_same(decoder: Decoder, one: LayerInputs, other: LayerInputs) -> None:

@@ -10,6 +10,7 @@ import save_gradient
 from lib import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+GOES_ON = "the same command with --resume goes on\n"
 
 
 def run(*arguments, monkeypatch, script=ppllms) -> int:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import lib.alp
 from lib import artefact, log
-from lib.batching import Batcher
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
@@ -23,7 +22,7 @@ from lib.methods import METHODS, GradientSettings
 from lib.model import Decoder
 from lib.names import ModelSource
 from tests import reference
-from tests.command import ROOT, gradient_path, run_alp, run_gradient
+from tests.command import GOES_ON, ROOT, gradient_path, run_alp, run_gradient
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path
     windows = evaluation_windows(
         load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
     )
-    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1)).value
+    found = perplexity(reference.model_window_losses(saved), windows).value
     assert found == pytest.approx(result["perplexity"][str(text_file)]["pruned"], rel=1e-5)
     linears = saved_linears(tmp_path / "out").values()
     assert sum((w == 0).sum() for w in linears) / sum(w.numel() for w in linears) == pytest.approx(result["sparsity"])
@@ -157,7 +156,7 @@ def test_running_flags_reach_the_model(prune, monkeypatch):
     loaded, sizes = [], []
     load, batch = lib.alp.load_model, lib.alp.Batcher
     monkeypatch.setattr(lib.alp, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.alp, "Batcher", lambda size: sizes.append(size) or batch(size))
+    monkeypatch.setattr(lib.alp, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     assert prune("--dtype", "bfloat16")["dtype"] == "bfloat16" and loaded[0].dtype == torch.bfloat16
     prune("--device_map", "auto", "--batch_size", 3)
     assert sizes[1] == 3 and loaded[1].dtype == torch.float32
@@ -342,7 +341,9 @@ def test_a_failed_save_keeps_the_result(prune, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(lib.alp, "save_weights", fail)
     assert prune("--save_model", tmp_path / "out", status=1)["sparsity"] > 0.6
-    assert capsys.readouterr().err == "alp_prune.py: failed: no space left on device\n"
+    assert (
+        capsys.readouterr().err == "alp_prune.py: failed: no space left on device; what is finished is kept: " + GOES_ON
+    )
 
 
 def test_without_matplotlib_there_is_a_result_and_a_word_about_it(prune, gradient, monkeypatch, capsys, tmp_path):
@@ -364,10 +365,9 @@ def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, ki
             break
     _, told = process.communicate(timeout=60)
     assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
-    assert told == (
-        b"alp_prune.py: stopped before the end; the same command starts again\n" if kind == signal.SIGINT else b""
-    )
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
+    advice = f"alp_prune.py: failed: stopped; what is finished is kept: {GOES_ON}".encode()
+    assert told == (advice if kind == signal.SIGINT else b"")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt", "state"]
     assert not (tmp_path / "out").exists() and not Path("results").exists()
     (path,) = Path("gradients").glob("*.json")
     artefact.read(path)  # what was done is kept, and whole

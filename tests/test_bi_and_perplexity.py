@@ -29,7 +29,7 @@ def test_block_influence_is_that_of_the_hooked_model(family, batcher):
 def test_perplexity_is_that_of_whole_forwards(family, batcher):
     model, windows = tiny_model(family), tiny_windows(5)
     expected = math.exp(reference.total_loss(model, windows) / windows.numel())
-    found = perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, batcher).value
+    found = perplexity(plan_window_losses(Decoder(model), Plan(4), batcher), windows).value
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -38,7 +38,7 @@ def test_perplexity_is_that_of_whole_forwards(family, batcher):
 def test_a_stride_measures_every_token_once_with_more_before_it(family, stride):
     model, tokens = tiny_model(family), tiny_windows(3).flatten()
     windows = tokens.unfold(0, 16, stride)
-    found = perplexity(plan_window_losses(Decoder(model), Plan(4)), windows, Batcher(2), stride=stride)
+    found = perplexity(plan_window_losses(Decoder(model), Plan(4), Batcher(2)), windows, stride)
     expected = reference.strided_perplexity(model, tokens, 16, stride if stride < 16 else 15)
     if stride == 16:  # windows side by side, whose first tokens nothing predicts
         expected = math.exp(reference.total_loss(model, windows) / windows.numel())
@@ -49,7 +49,7 @@ def test_the_standard_error_is_that_of_resampled_windows():
     """The deviation of perplexities of texts drawn anew, by the bootstrap."""
     generator = torch.Generator().manual_seed(0)
     losses = 2 + 0.5 * torch.randn(400, generator=generator)
-    found = perplexity(lambda rows, scored: losses[rows[:, 0]], torch.arange(400)[:, None].expand(-1, 9), Batcher(64))
+    found = perplexity(lambda rows, scored: losses[rows[:, 0]], torch.arange(400)[:, None].expand(-1, 9))
     drawn = losses[torch.randint(0, 400, (4000, 400), generator=generator)].double().mean(dim=1).exp()
     assert found.value == pytest.approx(losses.double().mean().exp().item())
     assert found.standard_error == pytest.approx(drawn.std().item(), rel=0.05)
@@ -57,8 +57,8 @@ def test_the_standard_error_is_that_of_resampled_windows():
     assert found.standard_error == pytest.approx(literal)
 
 
-def test_one_window_has_no_standard_error(batcher):
-    found = perplexity(lambda rows, scored: torch.ones(len(rows)), tiny_windows(1), batcher)
+def test_one_window_has_no_standard_error():
+    found = perplexity(lambda rows, scored: torch.ones(len(rows)), tiny_windows(1))
     assert found.standard_error is None and str(found) == "2.718"
 
 
@@ -88,45 +88,63 @@ def test_a_layer_that_gives_nan_or_infinity_is_named(batcher):
         with pytest.raises(RunError, match="layer 1;"):
             block_influence(Decoder(model), tiny_windows(2), batcher)
         with pytest.raises(RunError, match="layer 1;"):
-            perplexity(plan_window_losses(Decoder(model), Plan(4)), tiny_windows(2), batcher)
+            perplexity(plan_window_losses(Decoder(model), Plan(4), batcher), tiny_windows(2))
 
 
 def test_a_head_that_gives_nan_is_told_from_the_layers(batcher):
     model = tiny_model("Llama")
     model.lm_head.weight[5, 5] = float("nan")
     with pytest.raises(RunError, match="in the loss"):
-        perplexity(plan_window_losses(Decoder(model), Plan(4)), tiny_windows(2), batcher)
+        perplexity(plan_window_losses(Decoder(model), Plan(4), batcher), tiny_windows(2))
 
 
 def test_the_batch_halves_when_memory_runs_out_and_results_stay():
     windows, tried = tiny_windows(7), []
 
-    def losses(ids, scored):
-        tried.append(len(ids))
-        if len(ids) > 2:
+    def means(rows: slice) -> torch.Tensor:
+        tried.append(rows.stop - rows.start)
+        if tried[-1] > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return ids.float().mean(dim=1) / 100
+        return windows[rows].float().mean(dim=1)
 
     batcher = Batcher(7)
-    assert perplexity(losses, windows, batcher).value == pytest.approx(math.exp(windows.float().mean() / 100), rel=1e-6)
+    assert torch.equal(batcher.map(means, 7), windows.float().mean(dim=1))
     assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and batcher.size == 1
 
 
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_running_out_of_memory_changes_no_perplexity(fails_at, monkeypatch):
+    """Also where the walk up the layers, which is a map within a map, is at its end."""
+    model, windows, calls, whole = tiny_model("Llama"), tiny_windows(7), [], lib.stream.tail_losses
+    expected = perplexity(plan_window_losses(Decoder(model), Plan(4), Batcher(4)), windows)
+
+    def tail_losses(*args):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(*args)
+
+    monkeypatch.setattr(lib.stream, "tail_losses", tail_losses)
+    batcher = Batcher(2 if fails_at == 3 else 4)
+    found = perplexity(plan_window_losses(Decoder(model), Plan(4), batcher), windows)
+    assert len(calls) > fails_at and found.value == pytest.approx(expected.value, rel=1e-6)
+
+
 def test_out_of_memory_with_one_window_is_raised():
-    def losses(ids, scored):
+    def losses(rows):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     with pytest.raises(RuntimeError, match="can't allocate"):
-        perplexity(losses, tiny_windows(4), Batcher(4))
+        Batcher(4).map(losses, 4)
 
 
 def test_other_errors_are_not_taken_for_missing_memory():
-    def losses(ids, scored):
+    def losses(rows):
         raise RuntimeError("shapes do not match")
 
     batcher = Batcher(4)
     with pytest.raises(RuntimeError, match="shapes"):
-        perplexity(losses, tiny_windows(4), batcher)
+        batcher.map(losses, 4)
     assert batcher.size == 4
 
 

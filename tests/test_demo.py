@@ -38,7 +38,7 @@ def test_removing_layers_of_low_influence_hurts_far_less(decoder, demo_tokenizer
 
     def measure(removed: list[int]) -> float:
         plan = Plan(layers, tuple(removed), tuple(removed))
-        return perplexity(plan_window_losses(decoder, plan), held_out, batcher).value
+        return perplexity(plan_window_losses(decoder, plan, batcher), held_out).value
 
     dense, low, high = measure([]), measure(ranked[:2]), measure(ranked[-2:])
     assert dense < 60  # a unigram model reaches about 560

@@ -20,7 +20,7 @@ from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from lib.names import ModelSource
 from tests import reference
-from tests.command import ROOT, run
+from tests.command import GOES_ON, ROOT, run
 
 
 def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
@@ -60,7 +60,7 @@ def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_fi
         load_corpus(str(text_file), "test"), load_tokenizer(ModelSource(str(tmp_path / "out"))), 64
     )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    found = perplexity(reference.model_window_losses(saved), windows, Batcher(1)).value
+    found = perplexity(reference.model_window_losses(saved), windows).value
     assert found == pytest.approx(reported["pruned"], rel=1e-5)
     assert found != pytest.approx(reported["dense"], rel=1e-4)
 
@@ -106,7 +106,7 @@ def test_running_flags_reach_the_model(arguments, tmp_path, monkeypatch):
     loaded, sizes = [], []
     load, batch = lib.depth.load_model, lib.depth.Batcher
     monkeypatch.setattr(lib.depth, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.depth, "Batcher", lambda size: sizes.append(size) or batch(size))
+    monkeypatch.setattr(lib.depth, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     result = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
     assert result_of(*arguments, "--dtype", "bfloat16", **result)["dtype"] == "bfloat16"
     assert loaded[0].dtype == torch.bfloat16
@@ -145,7 +145,7 @@ def test_a_failed_save_keeps_the_result(arguments, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(lib.depth, "save_pruned", fail)
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
     assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
-    assert capsys.readouterr().err == "ppllms.py: failed: --save_format hf: no\n"
+    assert capsys.readouterr().err == "ppllms.py: failed: --save_format hf: no; what is finished is kept: " + GOES_ON
 
 
 def test_without_matplotlib_there_is_a_result_and_a_word_about_it(arguments, tmp_path, monkeypatch, capsys):
@@ -187,7 +187,7 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
             break
     _, told = process.communicate(timeout=60)
     assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
-    assert told == (
-        b"ppllms.py: stopped before the end; the same command starts again\n" if kind == signal.SIGINT else b""
-    )
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log.txt", "run"]
+    advice = f"ppllms.py: failed: stopped; what is finished is kept: {GOES_ON}".encode()
+    assert told == (advice if kind == signal.SIGINT else b"")
+    found = sorted(path.name for path in tmp_path.rglob("*") if not path.name.startswith("."))
+    assert found == ["lock", "log.txt", "run", "state", "state.json"]

@@ -251,7 +251,7 @@ def test_the_last_linear_is_not_run_for_its_statistics_and_inputs_are_seen_once(
 
 def test_zeros_are_counted_by_layer():
     decoder = Decoder(pruned(tiny_model("Llama"), Magnitude(), [0.0, 0.5, 0.25, 0.9]))
-    counts = count_zeros(input_groups(decoder))
+    counts = count_zeros(decoder, input_groups(decoder))
     size = sum(linear.weight.numel() for linear in reference.layer_linears(decoder.model)[0].values())
     assert [n for _, n in counts] == [size] * 4
     assert [zeros / n for zeros, n in counts] == pytest.approx([0.0, 0.5, 0.25, 0.9], abs=0.002)

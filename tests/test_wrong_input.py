@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lib.depth
 from lib import cli
 from lib.errors import RunError
-from tests.command import ROOT, run
+from tests.command import GOES_ON, ROOT, run
 from tests.families import tiny_model
 
 
@@ -154,6 +154,7 @@ def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkey
 
     monkeypatch.setattr(lib.depth, "block_influence", fail)
     assert run(*arguments, "--overwrite", monkeypatch=monkeypatch) == 1
+    assert "nothing is finished yet, and the same command starts again" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
 
 
@@ -163,7 +164,10 @@ def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments,
 
     monkeypatch.setattr(lib.depth, "save_pruned", fail)
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
-    assert capsys.readouterr().err == "ppllms.py: failed: [Errno 28] No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "ppllms.py: failed: no space left on the disk; free some; what is finished is kept: " + GOES_ON
+    )
     assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
 
 

@@ -1,0 +1,74 @@
+"""What pruning made of the weights of layers: one file for each finished layer, beside a model that stays as it was.
+
+A weight that only lost elements is kept as one bit an element, any other as it is now.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib.errors import InputError
+from lib.files import whole_file
+
+_ZEROS, _WEIGHT = "zeros.", "weight."  # before the path of a weight within its layer
+_FILE = "layer-{:05d}.safetensors"
+
+Difference = tuple[str, torch.Tensor]  # how a weight is kept, and what of it
+
+
+def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
+    """What makes `new` of `old`, both (out, in), on the CPU: where the zeros are, in bits, or `new` itself."""
+    zeros = new == 0
+    if torch.equal(new, old.masked_fill(zeros, 0)):
+        return _ZEROS, torch.from_numpy(np.packbits(zeros.cpu().numpy().reshape(-1)))
+    return _WEIGHT, new.detach().to("cpu", copy=True)
+
+
+def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """The weight with zeros where the bits say."""
+    zeros = np.unpackbits(bits.numpy(), count=old.numel()).astype(bool).reshape(old.shape)
+    return old.masked_fill(torch.from_numpy(zeros).to(old.device), 0)
+
+
+class Changes:
+    """The changed weights of a model's layers, in a folder; what is there was finished by some run before."""
+
+    def __init__(self, folder: Path):
+        """Raises `InputError` for a file that is broken."""
+        self.folder = folder
+        self._changed: dict[int, dict[str, str]] = {}  # by layer, by the path of a weight: how it is kept
+        for path in sorted(folder.glob("layer-*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    kinds = [name.split(".", 1) for name in file.keys()]  # noqa: SIM118
+                self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
+            except (SafetensorError, ValueError, OSError) as error:
+                advice = "begin anew with --overwrite"
+                raise InputError(f"{path}: broken, so what it was part of cannot go on ({error}); {advice}") from error
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._changed
+
+    def write(self, layer: int, differences: Mapping[str, Difference]) -> None:
+        """Keeps what became of a layer's weights: {path within the layer: `difference`}. Whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / _FILE.format(layer)) as draft:
+            save_file({kind + path: tensor for path, (kind, tensor) in differences.items()}, draft)
+        self.add(layer, differences)
+
+    def add(self, layer: int, differences: Mapping[str, Difference]) -> None:
+        """Knows of a layer that another process has written."""
+        self._changed[layer] = {path: kind for path, (kind, _) in differences.items()}
+
+    def apply(self, layer: int, path: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of a layer as it was changed, or as it is given."""
+        kind = self._changed.get(layer, {}).get(path)
+        if kind is None:
+            return weight
+        with safe_open(self.folder / _FILE.format(layer), framework="pt") as file:
+            kept = file.get_tensor(kind + path)
+        return with_zeros(weight, kept) if kind == _ZEROS else kept.to(weight.device, copy=True)

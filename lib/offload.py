@@ -1,0 +1,227 @@
+"""Models larger than the device, or than the host's memory: decoder layers whose weights come only while they run.
+
+`cpu`: the weights wait in host memory. `disk`: they are read from the checkpoint's own safetensors files each time, and
+what pruning made of them from files of changes, so that host memory need not hold the model either.
+"""
+
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+from torch import nn
+
+from lib.changes import Changes
+from lib.modeling_pruned import LAYERS_NAMES, find_name
+
+_FITS = 0.8  # a model may take so much of the free memory
+
+
+class OffloadedLayer:
+    """The weights of one decoder layer, which are on the device only inside `here`."""
+
+    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Mapping[str, torch.Tensor]):
+        """`weights` has the tensors, by path within the layer, wherever they wait; `index` is the layer's number."""
+        self.index, self.device, self.changes = index, device, []
+        self._weights, self._uses = weights, 0
+        self._places = {
+            f"{path}.{name}".lstrip("."): (module, name)
+            for path, module in layer.named_modules()
+            for name in module._parameters
+            if module._parameters[name] is not None
+        }
+        self._waiting = {path: module._parameters[name] for path, (module, name) in self._places.items()}
+        layer._hf_hook = self  # where `save_pretrained` asks for the `weights_map` of what is not there
+
+    @property
+    def is_on_disk(self) -> bool:
+        return any(parameter.is_meta for parameter in self._waiting.values())
+
+    @property
+    def weights_map(self) -> "OffloadedLayer":
+        return self
+
+    def __getitem__(self, path: str) -> torch.Tensor:
+        """A weight of the layer as it is now, wherever it waits."""
+        weight = self._weights[path]
+        for changes in self.changes:
+            weight = changes.apply(self.index, path, weight)
+        return weight
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Inside, the layer has its weights on the device."""
+        if self._uses == 0:
+            self._fetch()
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            if self._uses == 0:
+                self._release()
+
+    def _fetch(self) -> None:
+        # Copies: what is mapped from a file is read here, and never written through.
+        weights = {path: self[path].to(self.device, copy=True) for path in self._places}
+        for path, (module, name) in self._places.items():
+            module._parameters[name] = nn.Parameter(weights.pop(path), requires_grad=False)
+
+    def _release(self) -> None:
+        for path, (module, name) in self._places.items():
+            module._parameters[name] = self._waiting[path]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Takes the weights that the layer has now over to where they wait; on disk its changes are written already."""
+        if not self.is_on_disk and self._uses:
+            for path, (module, name) in self._places.items():
+                self._waiting[path].copy_(module._parameters[name])
+
+
+def offloaded(layer: nn.Module) -> OffloadedLayer | None:
+    """The weights of a layer that come and go; None for a layer that simply has them."""
+    found = getattr(layer, "_hf_hook", None)
+    return found if isinstance(found, OffloadedLayer) else None
+
+
+@contextmanager
+def fetched_by_forward(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, each layer's own forward brings its weights, so that whole forwards of the model run, slowly."""
+    stack: list = []
+
+    def fetch(layer, args):
+        stack.append(offloaded(layer).here())
+        stack[-1].__enter__()
+
+    def release(layer, args, output):
+        stack.pop().__exit__(None, None, None)
+
+    hooks = []
+    for layer in layers:
+        if offloaded(layer):
+            hooks += [layer.register_forward_pre_hook(fetch), layer.register_forward_hook(release, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# How a model is offloaded ---------------------------------------------------------------------------------------------
+
+
+def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: torch.device) -> str:
+    """`none`, `cpu` or `disk`: as asked for, or for `auto` the first for which memory is free.
+
+    `outline` is the model without weights; without one nothing is known of its size, so it is `none`.
+    """
+    if asked != "auto" or outline is None:
+        return asked if asked != "auto" else "none"
+    size = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
+    host = free_host_memory()
+    if device.type != "cpu":
+        if size < _FITS * torch.cuda.mem_get_info(device)[0]:
+            return "none"
+        return "cpu" if size < _FITS * host else "disk"
+    return "none" if size < _FITS * host else "disk"
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take: what the machine has, or what its control group allows."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # `max` where there is none
+        usage = int((group / "memory.current").read_text())
+        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+        return max(0, min(free, limit - usage + int(files[1] if files else 0)))
+    except (OSError, ValueError):
+        return free
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model."""
+    decoder = model.get_decoder()
+    return getattr(decoder, find_name(decoder, LAYERS_NAMES))
+
+
+def disk_map(outline: nn.Module, device: torch.device) -> dict[str, str]:
+    """The device map of transformers that leaves a model's decoder layers on disk and puts all else on the device."""
+    layers, found = layers_of(outline), {}
+
+    def place(module: nn.Module, path: str) -> None:
+        if module is layers:
+            found.update({f"{path}.{index}": "disk" for index in range(len(layers))})
+        elif any(inner is layers for inner in module.modules()):
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}".lstrip("."))
+            found.update({f"{path}.{name}".lstrip("."): str(device) for name in module._parameters})
+        elif path:
+            found[path] = str(device)
+
+    place(outline, "")
+    return found
+
+
+def offload_to_host(model: nn.Module, device: torch.device) -> None:
+    """Lets the layers of a model that is in host memory come to the device one by one; all else goes there."""
+    layers, parent = layers_of(model), model.get_decoder()
+    name = find_name(parent, LAYERS_NAMES)
+    setattr(parent, name, nn.ModuleList())  # aside, while the rest moves
+    model.to(device)
+    setattr(parent, name, layers)
+    for index, layer in enumerate(layers):
+        _move_buffers(layer, device)
+        OffloadedLayer(layer, index, device, dict(layer.named_parameters()))
+
+
+def offload_to_disk(model: nn.Module, device: torch.device) -> None:
+    """Takes the layers of a model that transformers loaded by `disk_map` over from its hooks."""
+    from accelerate.hooks import remove_hook_from_module
+
+    for index, layer in enumerate(layers_of(model)):
+        weights = _OnDisk(
+            {
+                f"{path}.{name}".lstrip("."): (module._hf_hook.weights_map, name)
+                for path, module in layer.named_modules()
+                for name in module._parameters
+                if module._parameters[name] is not None
+            }
+        )
+        remove_hook_from_module(layer, recurse=True)
+        _move_buffers(layer, device)
+        OffloadedLayer(layer, index, device, weights)
+    for module in model.modules():
+        if not isinstance(getattr(module, "_hf_hook", None), OffloadedLayer):
+            remove_hook_from_module(module)
+
+
+class _OnDisk(dict):
+    """{path: (mapping that reads from files, name there)}, read when asked for."""
+
+    def __getitem__(self, path: str) -> torch.Tensor:
+        weights, name = super().__getitem__(path)
+        return weights[name]
+
+
+def _move_buffers(layer: nn.Module, device: torch.device) -> None:
+    for module in layer.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def follow(layers: Sequence[nn.Module], changes: Sequence[Changes]) -> None:
+    """Lets layers that are read from disk have these changes, one set upon the other, from now on."""
+    for layer in layers:
+        if (found := offloaded(layer)) and found.is_on_disk:
+            found.changes = list(changes)
+
+
+def delete_with(model: nn.Module, folder: TemporaryDirectory) -> None:
+    """Deletes a temporary folder when the model is gone."""
+    weakref.finalize(model, folder.cleanup)

@@ -1,0 +1,99 @@
+"""The processes of one run, started by `torchrun` or `accelerate launch`: who does what, and how results are joined.
+
+Every process runs the same program on a model of its own and takes a share of the windows. What a step needs of all
+windows is put together before anyone goes on, so all processes take the same decisions; the first one writes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run; by default the only one."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # where tensors have to be to be sent
+
+    @property
+    def is_first(self) -> bool:
+        """True for the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def are_several(self) -> bool:
+        return self.count > 1
+
+    def share(self, total: int, unit: int) -> slice:
+        """The windows of this process, of `total`: cut at multiples of `unit`, so that batches are as in one process.
+
+        With fewer units than processes it is cut anywhere; a share can be empty.
+        """
+        if -(-total // unit) < self.count:
+            unit = 1
+        units = -(-total // unit)
+        start, stop = (min(total, units * rank // self.count * unit) for rank in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """All processes' rows (n, ...), n of each its own, one after the other in the order of ranks, on the CPU."""
+        if not self.are_several:
+            return rows
+        counts = torch.zeros(self.count, dtype=torch.long, device=self.device)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        padded = torch.zeros(int(counts.max()), *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count].cpu() for part, count in zip(parts, counts.tolist(), strict=True)])
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Replaces the tensor by the sum of those of all processes, the same bits in each."""
+        if self.are_several:
+            there = tensor.to(self.device)
+            dist.all_reduce(there)
+            if there is not tensor:
+                tensor.copy_(there)
+
+    def send(self, tensor: torch.Tensor, owner: int) -> None:
+        """Replaces the tensor by that of the process `owner`."""
+        if self.are_several:
+            there = tensor.to(self.device).contiguous()
+            dist.broadcast(there.view(torch.uint8), owner)  # as bytes: backends do not know every dtype
+            if there is not tensor:
+                tensor.copy_(there)
+
+    def tell(self, text: str | None, owner: int) -> str | None:
+        """The text of the process `owner`."""
+        if not self.are_several:
+            return text
+        content = json.dumps(text).encode()
+        size = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(size, owner)
+        content = content if self.rank == owner else bytes(int(size))
+        letters = torch.tensor(list(content), dtype=torch.uint8, device=self.device)
+        dist.broadcast(letters, owner)
+        return json.loads(bytes(letters.cpu().tolist()))
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self.add(torch.zeros(1))
+
+
+ALONE = Ranks()
+
+
+def join(device: torch.device) -> Ranks:
+    """Meets the other processes of this run, if a launcher started several; `device` is where this one computes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu")
+    return Ranks(state.process_index, state.num_processes, device if device.type != "cpu" else torch.device("cpu"))

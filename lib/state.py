@@ -1,0 +1,207 @@
+"""Work in progress of a run, in its output folder until all is done, so that a killed run goes on. Imports no torch.
+
+`state.json` has what is finished, each under a name; what is large lies in files beside it, which are named by what
+they hold and are whole from the moment they have their names.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.errors import InputError, RunError, describe_failure
+from lib.files import RESULT, clear_drafts, write_json
+from lib.ledger import canonical
+
+FOLDER, FILE = "state", "state.json"
+_FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
+
+
+class State:
+    """What a run has finished, bound to its `key`: all that its result depends on, see `settings.key`.
+
+    Of several processes one writes (`is_writer`), and all read what was there before.
+    """
+
+    def __init__(self, folder: Path | None, key: dict, is_writer: bool = True, goes_on: bool = False):
+        """Reads what is there, when it `goes_on`; `start` begins to write. Without a folder it lives in this process.
+
+        Raises `InputError` for a state that is broken or of another key.
+        """
+        self.folder, self.is_writer, self._goes_on = folder, is_writer and folder is not None, goes_on
+        self._lock: int | None = None
+        self._digest = digest(key)
+        self.seconds: dict[str, float] = {}
+        self._values: dict[str, object] = {}
+        content = read(folder) if folder and goes_on else None
+        if content and content["key"] != self._digest:
+            raise InputError(f"{folder}: holds work on other settings, text or another model; {_ADVICE}")
+        if content:
+            self._values, self.seconds = content["values"], content["seconds"]
+
+    @classmethod
+    def of_cell(cls, folder: Path, key: dict, is_writer: bool) -> "State":
+        """For a cell of a grid: goes on with a state of that cell, and gives any other up.
+
+        Where another run of the grid is at work on one, it has a folder of its own.
+        """
+        try:
+            content = read(folder)
+        except InputError:
+            content = None
+        try:
+            if folder.is_dir() and is_writer:
+                os.close(_locked(folder))
+        except InputError:
+            return cls(folder.with_name(f"{folder.name}-{os.getpid()}"), key, is_writer)
+        return cls(folder, key, is_writer, goes_on=content is not None and content["key"] == digest(key))
+
+    def start(self, seconds: dict[str, float]) -> None:
+        """Makes the folder this run's own. To `seconds`, which will be kept too, those of before are added.
+
+        Raises `InputError` when another run is at work on it.
+        """
+        if self.is_writer and not self._goes_on:
+            discard(self.folder)
+        for name, before in self.seconds.items():
+            seconds[name] = round(seconds.get(name, 0.0) + before, 3)
+        self.seconds = seconds
+        if self.is_writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
+            clear_drafts(self.folder / FILE)
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing is finished."""
+        return not self._values and not (self.folder and any(self.folder.rglob("*.safetensors")))
+
+    def get(self, name: str, default=None):
+        """What was put under a name."""
+        return self._values.get(name, default)
+
+    def put(self, name: str, value: object) -> None:
+        """Keeps something that JSON can hold, from now on safe from a kill or a loss of power."""
+        self._values[name] = value
+        if self.is_writer:
+            content = {"format": _FORMAT, "key": self._digest, "values": self._values, "seconds": self.seconds}
+            write_json(self.folder / FILE, content)
+
+    def once(self, name: str, compute: Callable[[], object]):
+        """What is kept under a name, or else what `compute` gives, which is kept."""
+        if name not in self._values:
+            self.put(name, compute())
+        return self._values[name]
+
+    def check_same(self, name: str, value: object) -> None:
+        """Raises `InputError` unless something is as it was when the run began."""
+        if self._values.setdefault(name, value) != value:
+            raise InputError(f"{self.folder}: holds work on another {name}, {self._values[name]} and not {value}")
+
+    def close(self) -> None:
+        """Deletes it all: the run is finished."""
+        if self._lock is not None:
+            (self.folder / FILE).unlink(missing_ok=True)  # first: the rest means nothing without it
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def will_save(self, folder: Path) -> bool:
+        """Says before a model is saved that a folder of that name is this run's own from now on.
+
+        True when it was before: the run was killed while, or after, it wrote there.
+        """
+        is_own = self.get(_SAVING) == str(folder.resolve())
+        if is_own:
+            clear_drafts(folder.resolve())
+        self.put(_SAVING, str(folder.resolve()))
+        return is_own
+
+    @contextmanager
+    def told(self, again: str) -> Iterator[None]:
+        """Inside, whatever ends the run early is told with what is kept, and with how to go on, which `again` says."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, InputError) or not (what := describe_failure(error)):
+                raise
+            if self.is_empty:
+                self.close()
+                raise RunError(f"{what}; nothing is finished yet, and the same command starts again") from error
+            raise RunError(f"{what}; what is finished is kept: {again}") from error
+
+
+_ADVICE = "give the settings it was begun with, another folder, or --overwrite to begin anew"
+
+
+def digest(key: dict) -> str:
+    """What tells two keys apart."""
+    return hashlib.sha256(canonical(key).encode()).hexdigest()
+
+
+def read(folder: Path) -> dict | None:
+    """The content of a state; None where there is none. Raises `InputError` for one that is broken."""
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_state = content["format"] == _FORMAT and isinstance(content["key"], str)
+        if not is_state or not all(isinstance(content[name], dict) for name in ("values", "seconds")):
+            raise ValueError("no state of a run")
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: broken, so that run cannot go on ({error}); begin anew with --overwrite") from error
+
+
+def was_saving(folder: Path, model: Path) -> bool:
+    """True when the run whose state is in a folder had begun to save its model to another."""
+    content = read(folder)
+    return content is not None and content["values"].get(_SAVING) == str(model.resolve())
+
+
+def discard(folder: Path) -> None:
+    """Deletes a state. Raises `InputError` when a run is at work on it."""
+    if folder.is_dir():
+        os.close(_locked(folder))
+        (folder / FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def how_to_resume(output_dir: Path) -> str:
+    """What is to be added to a command so that it goes on in a folder."""
+    is_named = any(word == "--output_dir" or word.startswith("--output_dir=") for word in sys.argv)
+    return "the same command with --resume" + ("" if is_named else f" --output_dir {output_dir}") + " goes on"
+
+
+def finished(output_dir: Path, key: dict) -> dict | None:
+    """The result of a run of that key, if the folder holds it and no work is left of the run; else None.
+
+    Raises `InputError` for the result of another.
+    """
+    path = output_dir / RESULT
+    if not path.exists() or read(output_dir / FOLDER):
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["key"] == digest(key):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"--output_dir {output_dir}: holds the result of other settings; {_ADVICE}")
+
+
+def _locked(folder: Path) -> int:
+    """An open file that keeps other runs away from a state, for as long as this process lives."""
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise InputError(f"{folder}: another run is at work on it; wait for it, or name another folder") from error
+    return descriptor

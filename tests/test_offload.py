@@ -1,0 +1,278 @@
+"""Models whose layers come and go: whatever is computed with them is, to the bit, what it is with a resident model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lib import artefact, offload
+from lib.batching import Batcher
+from lib.bi import block_influence
+from lib.changes import Changes, difference, with_zeros
+from lib.errors import InputError
+from lib.evaluate import perplexity
+from lib.export import save_pruned, save_weights
+from lib.gradients import connection_sensitivity
+from lib.layer_scores import layer_scores, median
+from lib.linears import input_groups
+from lib.loading import load_model
+from lib.methods import Pattern, Quantization
+from lib.model import Decoder
+from lib.names import ModelSource
+from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
+from lib.plan import Plan
+from lib.prune import count_zeros, prune_layers
+from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
+from lib.search import Sweep, greedy_search
+from lib.stream import plan_window_losses
+from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
+
+WINDOWS = tiny_windows(5)
+PLAN = Plan(4, mha_removed=(2, 0), ffn_removed=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The tiny model of each family as a checkpoint, made when asked for."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = root / family
+            tiny_model(family).save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+def load(folder: Path, mode: str, dtype: str = "auto") -> Decoder:
+    return Decoder(load_model(ModelSource(str(folder), dtype, offload=mode)))
+
+
+def weights_of(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """All weights of the layers, wherever they are."""
+    found = {}
+    for index, layer in enumerate(decoder.layers):
+        with decoder.at(index):
+            found |= {f"{index}.{name}": p.detach().clone() for name, p in layer.named_parameters()}
+    return found
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_influence_search_and_perplexity_are_those_of_a_resident_model(family, mode, folders):
+    resident, other = load(folders(family), "none"), load(folders(family), mode)
+    assert other.is_offloaded and not resident.is_offloaded
+    assert block_influence(other, WINDOWS, Batcher(2)) == block_influence(resident, WINDOWS, Batcher(2))
+    search = [greedy_search(Sweep(d, WINDOWS, Batcher(2)), [2, 1, 3], 2) for d in (resident, other)]
+    assert search[0] == search[1]
+    found = [perplexity(plan_window_losses(d, PLAN, Batcher(2)), WINDOWS, stride=5) for d in (resident, other)]
+    assert found[0] == found[1]
+    assert other.total_parameters == resident.total_parameters
+
+
+PRUNERS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "ria": Ria(Pattern(2, 4)),
+    "sparsegpt": SparseGpt(),
+}
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+@pytest.mark.parametrize("family", LINEAR_FAMILIES)
+def test_weights_are_pruned_as_in_a_resident_model(family, mode, folders, tmp_path):
+    name = list(PRUNERS)[LINEAR_FAMILIES.index(family) % len(PRUNERS)]
+    found = []
+    for each in ("none", mode):
+        decoder, changes = load(folders(family), each), Changes(tmp_path / each)
+        follow(decoder.layers, [changes])
+        groups, sparsities = input_groups(decoder), [0.3, 0.5, 0.6, 0.7]
+        prune_layers(decoder, groups, PRUNERS[name], sparsities, WINDOWS, Batcher(2), changes=changes)
+        losses = perplexity(plan_window_losses(decoder, Plan(4), Batcher(2)), WINDOWS)
+        found.append((weights_of(decoder), losses, count_zeros(decoder, groups)))
+    assert are_equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+def test_every_pruner_gives_the_same_and_so_does_rounding_after_it(mode, folders, tmp_path):
+    rounder = Rounded(Quantization(4, is_compensated=True, group_size=16))
+    for name, pruner in PRUNERS.items():
+        found = []
+        for each in ("none", mode):
+            decoder = load(folders("Qwen2"), each, "bfloat16")
+            first, second = (Changes(tmp_path / name / each / stage) for stage in ("pruned", "quantized"))
+            groups, sparsities = input_groups(decoder), [0.5] * 4
+            for one, changes in ((pruner, [first]), (rounder, [first, second])):
+                follow(decoder.layers, changes)
+                prune_layers(decoder, groups, one, sparsities, WINDOWS, Batcher(2), changes=changes[-1])
+            found.append(weights_of(decoder))
+        assert are_equal(*found), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+def test_sensitivities_scores_and_fingerprints_are_the_same(mode, dtype, folders):
+    for family in ("Llama", "Gemma2", "LlamaTied"):
+        resident, other = (load(folders(family), each, dtype) for each in ("none", mode))
+        assert connection_sensitivity(other, WINDOWS) == connection_sensitivity(resident, WINDOWS)
+        assert artefact.fingerprint(other) == artefact.fingerprint(resident)
+        scores = [layer_scores(d, input_groups(d), WINDOWS, Batcher(2), median) for d in (resident, other)]
+        assert scores[0] == scores[1]
+
+
+def test_one_layer_at_a_time_has_its_weights(folders, tmp_path, monkeypatch):
+    decoder, here, most = load(folders("Llama"), "disk"), set(), []
+    whole = OffloadedLayer._fetch, OffloadedLayer._release
+    monkeypatch.setattr(
+        OffloadedLayer, "_fetch", lambda self: (here.add(self.index), most.append(len(here)), whole[0](self))
+    )
+    monkeypatch.setattr(OffloadedLayer, "_release", lambda self: (here.remove(self.index), whole[1](self)))
+    changes = Changes(tmp_path)
+    follow(decoder.layers, [changes])
+    block_influence(decoder, WINDOWS, Batcher(2))
+    assert len(most) == 4, "each layer comes once for all windows"
+    greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1, 3], 2)
+    prune_layers(decoder, input_groups(decoder), Wanda(), [0.5] * 4, WINDOWS, Batcher(2), changes=changes)
+    connection_sensitivity(decoder, WINDOWS)
+    assert max(most) == 1 and not here
+    assert all(p.is_meta for layer in decoder.layers for p in layer.parameters())
+
+
+def test_layers_that_are_closed_do_not_come(folders, monkeypatch):
+    decoder, fetched, fetch = load(folders("Llama"), "disk"), [], OffloadedLayer._fetch
+    monkeypatch.setattr(OffloadedLayer, "_fetch", lambda self: (fetched.append(self.index), fetch(self)))
+    perplexity(plan_window_losses(decoder, Plan(4, (1, 2), (1, 2)), Batcher(2)), WINDOWS)
+    assert fetched == [0, 3]
+
+
+def test_little_host_memory_means_more_walks_with_the_same_result(folders, monkeypatch):
+    decoder = load(folders("Llama"), "disk")
+    expected = (
+        block_influence(decoder, WINDOWS, Batcher(2)),
+        greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1),
+    )
+    monkeypatch.setattr("lib.stream.free_host_memory", lambda: 1)
+    found = block_influence(decoder, WINDOWS, Batcher(2)), greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1)
+    assert found == expected
+
+
+def test_progress_is_told_layer_by_layer_and_adds_up(folders):
+    for mode in ("none", "disk"):
+        seen = []
+        block_influence(load(folders("Llama"), mode), WINDOWS, Batcher(2), seen.append)
+        assert sum(seen) == pytest.approx(len(WINDOWS)) and min(seen) >= 0
+        assert len([step for step in seen if step]) >= 4
+
+
+# Saving
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+@pytest.mark.parametrize("save_format", ["hf", "masked"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPTNeoX", "Falcon", "Phi3", "Mixtral", "GPT2"])
+def test_the_saved_model_is_that_of_a_resident_one(family, save_format, mode, folders, tmp_path):
+    for each in ("none", mode):
+        decoder = load(folders(family), each)
+        save_pruned(decoder, PLAN, None, tmp_path / each, save_format, max_shard_size="20KB")
+    names = [
+        sorted(p.name for p in (tmp_path / each).iterdir() if "safetensors" not in p.name) for each in ("none", mode)
+    ]
+    assert names[0] == names[1]  # how many shards there are is transformers' choice
+    shards = [
+        {k: v for f in (tmp_path / each).glob("*.safetensors") for k, v in load_file(f).items()}
+        for each in ("none", mode)
+    ]
+    assert are_equal(*shards)
+    assert (tmp_path / "none/config.json").read_text() == (tmp_path / mode / "config.json").read_text()
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+def test_pruned_weights_are_saved_and_the_given_checkpoint_is_untouched(mode, folders, tmp_path):
+    folder = folders("Qwen3")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    decoder, changes = load(folder, mode), Changes(tmp_path / "changes")
+    follow(decoder.layers, [changes])
+    prune_layers(decoder, input_groups(decoder), SparseGpt(), [0.5] * 4, WINDOWS, Batcher(2), changes=changes)
+    expected = perplexity(plan_window_losses(decoder, Plan(4), Batcher(2)), WINDOWS)
+    save_weights(decoder.model, None, tmp_path / "out")
+    saved = Decoder(load_model(ModelSource(str(tmp_path / "out"), offload="none")))
+    assert perplexity(plan_window_losses(saved, Plan(4), Batcher(2)), WINDOWS) == expected
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_model_that_lost_sublayers_before_is_streamed_too(folders, tmp_path):
+    save_pruned(load(folders("Llama"), "none"), PLAN, None, tmp_path / "pruned")
+    found = [block_influence(load(tmp_path / "pruned", mode), WINDOWS, Batcher(2)) for mode in ("none", "cpu", "disk")]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_checkpoint_in_torchs_own_format_is_streamed_too(folders, tmp_path):
+    model = tiny_model("Llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    found = [block_influence(load(tmp_path, mode), WINDOWS, Batcher(2)) for mode in ("none", "disk")]
+    assert found[0] == found[1]
+
+
+def test_whole_forwards_fetch_layer_by_layer(folders):
+    ids = WINDOWS[:2]
+    expected = load(folders("Llama"), "none").model(input_ids=ids).logits
+    for mode in ("cpu", "disk"):
+        decoder = load(folders("Llama"), mode)
+        with fetched_by_forward(decoder.layers):
+            assert torch.equal(decoder.model(input_ids=ids).logits, expected)
+            with pytest.raises(Exception, match="."):
+                decoder.model(input_ids=ids, position_embeddings="wrong")
+        assert all(offloaded(layer)._uses == 0 for layer in decoder.layers)
+
+
+# What is kept of a weight
+
+
+def test_a_weight_that_only_lost_elements_is_kept_in_bits():
+    old = torch.randn(7, 13)
+    new = old.masked_fill(torch.rand(7, 13) < 0.5, 0)
+    kind, kept = difference(old, new)
+    assert kept.dtype == torch.uint8 and kept.numel() == 12
+    assert torch.equal(with_zeros(old, kept), new)
+    kind, kept = difference(old, new * 1.5)
+    assert torch.equal(kept, new * 1.5)
+
+
+def test_broken_changes_are_refused(tmp_path):
+    changes = Changes(tmp_path)
+    changes.write(0, {"q.weight": difference(torch.ones(4, 4), torch.zeros(4, 4))})
+    assert 0 in Changes(tmp_path) and 1 not in Changes(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="layer-00000.safetensors: broken"):
+        Changes(tmp_path)
+
+
+# What fits
+
+
+@pytest.mark.parametrize(
+    "free, on_host, expected", [(1000, 10000, "none"), (100, 10000, "cpu"), (100, 100, "disk"), (1000, 100, "none")]
+)
+def test_what_does_not_fit_the_device_waits_in_host_memory_and_else_on_disk(free, on_host, expected, monkeypatch):
+    model = nn.Linear(10, 10, bias=False)  # 400 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(offload, "free_host_memory", lambda: on_host)
+    assert offload.choose("auto", model, torch.float32, torch.device("cuda:0")) == expected
+    assert offload.choose("cpu", model, torch.float32, torch.device("cuda:0")) == "cpu"
+
+
+def test_on_a_cpu_what_does_not_fit_stays_on_disk(monkeypatch, folders):
+    assert not load(folders("Llama"), "auto").is_offloaded
+    monkeypatch.setattr(offload, "free_host_memory", lambda: 1000)
+    assert load(folders("Llama"), "auto").is_on_disk
+    assert not load(folders("Llama"), "none").is_offloaded
