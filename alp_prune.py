@@ -147,8 +147,9 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--tasks: needs --eval_zero_shot")
     if args.eval_zero_shot and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--eval_zero_shot: lm_eval is not installed; pip install lm-eval")
-    if args.model_name and ("/" in args.model_name or args.model_name in (".", "..")):
-        raise InputError(f"--model_name {args.model_name}: is used in file names; give one without slashes")
+    name = args.model_name or "-"
+    if "/" in name or name in (".", "..") or not name.isprintable():
+        raise InputError(f"--model_name {name}: is used in file names; give one without slashes and line ends")
     cli.check_device(args)
     sources = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
     for source in sorted(sources):

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import device, machine
+from benchmarks.common import machine
 from lib.batching import Batcher
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.evaluate import perplexity, token_losses
+from lib.loading import load_model, load_tokenizer
+from lib.names import ModelSource
 from lib.report import quiet_libraries
 
 
@@ -65,10 +66,10 @@ def main() -> None:
     quiet_libraries()
     torch.manual_seed(0)
     print(machine())
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(ModelSource(args.model))
     windows = calibration_windows(load_corpus(args.dataset, "train"), tokenizer, args.nsamples, args.seqlen, seed=0)
     held_out = evaluation_windows(load_corpus(args.eval_dataset, "test"), tokenizer, args.seqlen)
-    pruned = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype="auto").to(device())
+    pruned = load_model(ModelSource(args.model))
     print(f"pruned: {pruned.num_parameters():,} parameters, perplexity {perplexity_of(pruned, held_out):.2f}")
     config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(pruned, config)

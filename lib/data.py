@@ -5,6 +5,7 @@ WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its co
 sampling is that of the reference code.
 """
 
+import glob
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,8 @@ def _load_local(source: str, path: Path, purpose: str) -> Corpus:
     import datasets
 
     with _input_errors(source, "cannot be read"):
-        rows = datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+        names = [glob.escape(str(file)) for file in files]  # which it takes for patterns
+        rows = datasets.load_dataset(kinds.pop(), data_files=names, split="train")
     return _corpus_of_rows(source, rows, purpose)
 
 
@@ -159,7 +161,9 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
     if column is None:
         found = ", ".join(rows.column_names)
         raise InputError(f"dataset {source}: no text column among {found}; one must hold strings, and be named `text`")
-    if set(rows.column_names) == _C4_COLUMNS:
+    is_c4 = set(rows.column_names) == _C4_COLUMNS
+    rows = rows.select_columns(column)  # others may name files, images say, that reading a row would open
+    if is_c4:
         documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
     if column == _PTB_COLUMN and _is_ptb("\n".join(f" {sentence.strip()} " for sentence in rows[:200][column])):

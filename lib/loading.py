@@ -46,9 +46,15 @@ def load_tokenizer(source: ModelSource):
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
         )
+    templates = getattr(tokenizer, "chat_template", None)
+    for name, template in templates.items() if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"\w[\w .-]{0,79}", str(name)) or not isinstance(template, str):
+            advice = "its name becomes that of a file when the model is saved; rename it in the tokenizer's files"
+            raise InputError(f"{source.name}: chat template {name!r} is no text with a plain name; {advice}")
+    return tokenizer
 
 
 def load_model(source: ModelSource) -> nn.Module:
@@ -132,10 +138,12 @@ def _stock_of_pruned(config) -> type | None:
     """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
     import transformers
 
-    name, *_ = getattr(config, "architectures", None) or [""]
-    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", str(name)) or not any(skip_lists(config)):
+    given = getattr(config, "architectures", None)
+    name = str(given[0]) if isinstance(given, list) and given else ""
+    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not any(skip_lists(config)):
         return None
-    return getattr(transformers, name.removeprefix(PREFIX), None)
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None
 
 
 def _as_pruned_here(model: nn.Module, stock: type) -> nn.Module:
@@ -144,6 +152,12 @@ def _as_pruned_here(model: nn.Module, stock: type) -> nn.Module:
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map
     return model
+
+
+_UNTRUSTED = {  # words in an error: what it comes down to, where the library's own advice is not ours
+    "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
+    "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
+}
 
 
 @contextmanager
@@ -155,6 +169,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next((told for words, told in _UNTRUSTED.items() if words in str(error)), reason)
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"

@@ -1,6 +1,7 @@
 """What the names of models and texts mean, and checks of them that need no torch and no network."""
 
 import hashlib
+import json
 import platform
 import re
 from collections import Counter
@@ -95,6 +96,19 @@ def check_model(name: str) -> None:
         raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
+    for index in sorted(folder.rglob("*.index.json")):
+        _check_index(name, index)
+
+
+def _check_index(name: str, index: Path) -> None:
+    """Raises `InputError` for an index of weights whose names lead out of its folder, as the hub has none."""
+    try:
+        files = [Path(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # what is wrong with an index that is read is told by what reads it
+    for file in files:
+        if file.is_absolute() or ".." in file.parts:
+            raise InputError(f"model {name}: {index.name} names weights outside the folder ({file}); copy them into it")
 
 
 def is_hub_text(name: str) -> bool:
