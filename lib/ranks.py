@@ -4,6 +4,7 @@ Every process runs the same program on a model of its own and takes a share of t
 windows is put together before anyone goes on, so all processes take the same decisions; the first one writes.
 """
 
+import atexit
 import json
 import os
 from dataclasses import dataclass
@@ -96,4 +97,5 @@ def join(device: torch.device) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=device.type == "cpu")
-    return Ranks(state.process_index, state.num_processes, device if device.type != "cpu" else torch.device("cpu"))
+    atexit.register(state.destroy_process_group)  # its threads must not outlive the interpreter
+    return Ranks(state.process_index, state.num_processes, device)
