@@ -14,6 +14,7 @@ from lib.allocators import importance, spread_densities, uniform_densities
 from lib.batching import Batcher, automatic_batch_size
 from lib.changes import Changes
 from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
 from lib.files import RESULT
@@ -182,6 +183,8 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks, stat
             artefact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
+        if settings.semi_structured and decoder.is_offloaded:
+            raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
         for cell in cells:
             check_not_offloaded(decoder, check_linears(cell, decoder))
         for asked, known in gradients.items():

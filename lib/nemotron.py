@@ -8,16 +8,19 @@ carries a config class (`--trust-remote-code`), and a model class with which tra
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lib.modeling_pruned as modeling_pruned
 from lib.errors import InputError
 from lib.files import write_json
-from lib.modeling_pruned import LAYERS_NAMES, SkippedAttention, SkippedFFN, find_name
+from lib.modeling_pruned import SkippedAttention, SkippedFFN
+from lib.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
 from lib.plan import Plan
 
 _NEEDED = (
@@ -128,13 +131,14 @@ def check_model(model: nn.Module) -> None:
     What short inputs cannot show is asked of the config: windows, and rotary embeddings that change with the length.
     The rest is tried: a Llama made of the model's own tensors must give the same logits, to the last bit.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise _refusal("the weights are offloaded")
+    if any(p.is_meta for p in model.parameters()) and not any(map(offloaded, layers_of(model))):
+        raise _refusal("a device map offloaded the weights")
     check_config(model.config)
     llama = _as_llama(model)
     ids = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.get_input_embeddings().weight.device)
-    logits, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, llama))
+    with fetched_by_forward([*layers_of(model), *llama.model.layers]):
+        logits, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, llama))
     if not torch.equal(logits, expected):
         raise _refusal(f"{type(model).__name__} gives other logits than a Llama with its weights")
 
@@ -181,7 +185,12 @@ def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
     if not near or not torch.allclose(frequencies.float().cpu(), rotary.inv_freq, rtol=1e-5, atol=0):
         raise _refusal(f"{type(model).__name__} does not have the rotary frequencies of a Llama")
     rotary.inv_freq = frequencies
-    if hasattr(model, "hf_device_map"):  # spread over devices: what is there stays there, inputs are moved
+    for index, layer in enumerate(layers_of(model)):
+        if weights := offloaded(layer):
+            OffloadedLayer(llama.model.layers[index], index, weights.device, weights)
+    if hasattr(model, "hf_device_map") and not any(
+        map(offloaded, layers_of(model))
+    ):  # spread over devices: what is there stays there, inputs are moved
         from accelerate import dispatch_model
 
         dispatch_model(llama, model.hf_device_map)
@@ -207,7 +216,7 @@ def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
         for norm, is_missing in zip(("input_layernorm", "post_attention_layernorm"), missing, strict=True):
             if is_missing:
                 del tensors[f"model.layers.{index}.{norm}.weight"]
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    _save_tensors(model, tensors, folder, max_shard_size)
     write_json(folder / "config.json", fields | _nas_fields(model))
     (folder / "configuration_decilm.py").write_text(_CONFIGURATION, encoding="utf-8")
     source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
@@ -215,16 +224,28 @@ def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
     model.generation_config.save_pretrained(folder)
 
 
+def _save_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str) -> None:
+    """Writes tensors in shards; of those that are offloaded no more than a shard is in memory."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        here = {
+            name: load_offloaded_parameter(model, name) if tensors[name].is_meta else tensors[name] for name in names
+        }
+        contiguous = {name: tensor.contiguous() for name, tensor in here.items()}
+        save_file(contiguous, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
 def _missing(model: nn.Module) -> list[tuple[bool, bool]]:
     """Per layer, whether it has lost its attention and whether it has lost its FFN."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
     return [
         (
             isinstance(getattr(layer, "self_attn", None), SkippedAttention),
             isinstance(getattr(layer, "mlp", None), SkippedFFN),
         )
-        for layer in layers
+        for layer in layers_of(model)
     ]
 
 

@@ -195,6 +195,15 @@ def test_the_saved_model_is_that_of_a_resident_one(family, save_format, mode, fo
 
 
 @pytest.mark.parametrize("mode", ["cpu", "disk"])
+def test_a_model_for_vllm_is_that_of_a_resident_one(mode, folders, tmp_path):
+    plan = Plan(4, mha_removed=(2, 3), ffn_removed=(1, 2))
+    for each in ("none", mode):
+        save_pruned(load(folders("Llama"), each), plan, None, tmp_path / each, "nemotron-nas", max_shard_size="20KB")
+    files = [{p.name: p.read_bytes() for p in (tmp_path / each).iterdir()} for each in ("none", mode)]
+    assert files[0] == files[1] and len(files[0]) > 6
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
 def test_pruned_weights_are_saved_and_the_given_checkpoint_is_untouched(mode, folders, tmp_path):
     folder = folders("Qwen3")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

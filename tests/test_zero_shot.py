@@ -122,6 +122,15 @@ def test_a_run_measures_the_pruned_model(task, alp_arguments, tmp_path, monkeypa
     assert float(row[header.index("zero_shot_mean")]) == pytest.approx(result["zero_shot"]["mean"], abs=0.01)
 
 
+def test_a_model_read_from_disk_has_the_same_accuracy(task, alp_arguments, tmp_path, monkeypatch):
+    found = []
+    for mode in ("none", "disk"):
+        flags = ["--eval_zero_shot", "--tasks", task(), "--offload", mode, "--overwrite"]
+        assert run_alp(*alp_arguments, *flags, monkeypatch=monkeypatch) == 0
+        found.append(json.loads((tmp_path / "run/result.json").read_text())["zero_shot"])
+    assert found[0] == found[1]
+
+
 def test_what_cannot_be_evaluated_is_refused_before_work_starts(task, alp_arguments, tmp_path, monkeypatch, capsys):
     def told(*tasks) -> str:
         assert run_alp(*alp_arguments, "--eval_zero_shot", "--tasks", *tasks, monkeypatch=monkeypatch) == 2
