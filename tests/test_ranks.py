@@ -1,0 +1,134 @@
+"""Several processes that share a run's windows come to what one process comes to; here two, over gloo on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib.ranks import ALONE, Ranks
+from tests.command import ROOT
+
+DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment"}  # from run to run
+ALIKE = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+
+
+def one(*arguments, cwd: Path, script: str = "ppllms.py") -> str:
+    return _run([ROOT / script, *arguments], cwd)
+
+
+def two(*arguments, cwd: Path, script: str = "ppllms.py", status: int = 0) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    return _run([*launcher, ROOT / script, *arguments], cwd, status)
+
+
+def _run(command: list, cwd: Path, status: int = 0) -> str:
+    found = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=ALIKE, capture_output=True, text=True, timeout=180
+    )
+    assert found.returncode == status, found.stdout + found.stderr
+    return found.stdout + found.stderr
+
+
+def result_in(folder: Path) -> dict:
+    found = json.loads((folder / "result.json").read_text())
+    return {name: value for name, value in found.items() if name not in DIFFERS}
+
+
+@pytest.fixture
+def depth(tiny_folder, text_file) -> list:
+    text = ["--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 7, "--seqlen", 16, "--batch_size", 2]
+    return ["--model_name", tiny_folder, *text]
+
+
+@pytest.fixture
+def sparsity(tiny_folder, text_file) -> list:
+    text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 7, "--seqlen", 16]
+    return ["--model", tiny_folder, *text, "--batch_size", 2, "--grad_seqlen", 16]
+
+
+def test_depth_pruning_is_that_of_one_process_to_the_bit(depth, tmp_path):
+    counts = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
+    one(*depth, *counts, "--output_dir", "one", "--save_model", "m1", cwd=tmp_path)
+    said = two(*depth, *counts, "--output_dir", "two", "--save_model", "m2", cwd=tmp_path)
+    assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("m1", "m2")]
+    assert files[0] == files[1]
+    assert said.count("MHA removal layers") == 1, "one process speaks"
+
+
+def test_fewer_windows_than_processes_share_the_trials(depth, tmp_path):
+    flags = [*depth, "--nsamples", 1, "--method", "blockpruner", "--prune_rate", 0.1]
+    one(*flags, "--output_dir", "one", cwd=tmp_path)
+    two(*flags, "--output_dir", "two", cwd=tmp_path)
+    assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["wanda_alp", "sparsegpt_owl"])
+def test_masks_are_those_of_one_process(method, sparsity, tmp_path):
+    """Sums over windows are added in another order: densities to 1e-6, masks all but never another, weights to 1e-4."""
+    flags = [*sparsity, "--prune_method", method]
+    one(*flags, "--output_dir", "one", "--save_model", "m1", cwd=tmp_path, script="alp_prune.py")
+    (tmp_path / "gradients").exists() and (tmp_path / "gradients").rename(tmp_path / "gradients of one")
+    two(*flags, "--output_dir", "two", "--save_model", "m2", cwd=tmp_path, script="alp_prune.py")
+    results = [result_in(tmp_path / name) for name in ("one", "two")]
+    assert results[1]["layer_density"] == pytest.approx(results[0]["layer_density"], abs=1e-6)
+    weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("m1", "m2"))
+    different = sum(int(((others[name] == 0) != (weight == 0)).sum()) for name, weight in weights.items())
+    assert different <= 1e-3 * sum(weight.numel() for weight in weights.values())
+    if method == "wanda_alp":
+        assert different == 0 and all(torch.equal(others[name], weight) for name, weight in weights.items())
+        assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert not (tmp_path / "two/state").exists()
+
+
+def test_sensitivities_are_those_of_one_process(tiny_folder, text_file, tmp_path):
+    flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 70, "--grad_seqlen", 16]
+    one(*flags, "--output", "one.json", cwd=tmp_path, script="save_gradient.py")
+    two(*flags, "--output", "two.json", cwd=tmp_path, script="save_gradient.py")
+    found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+    for layer, other in zip(found[0]["layers"], found[1]["layers"], strict=True):
+        assert other["layer"] == pytest.approx(layer["layer"], rel=1e-5)
+
+
+def test_a_grid_and_offloading_work_with_several_processes(depth, tmp_path):
+    flags = [*depth, "--method", "ppllms", "shortgpt", "--prune_rate", 0.1, "--mha_ffn_ratio", 1, "--offload", "disk"]
+    one(*flags, "--output_dir", "one", cwd=tmp_path)
+    two(*flags, "--output_dir", "two", cwd=tmp_path)
+    assert (tmp_path / "two/table.md").read_text() == (tmp_path / "one/table.md").read_text()
+
+
+def test_a_wrong_input_is_told_once_and_a_stopped_run_goes_on(depth, tmp_path):
+    flags = [*depth, "--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--output_dir", "run"]
+    assert two(*depth, "--mha_remove_layers", 9, cwd=tmp_path, status=1).count("ppllms.py: error:") == 1
+    assert (
+        two(*flags, "--device_map", "auto", cwd=tmp_path, status=1).count("several processes have a device each") == 1
+    )
+    one(*flags, cwd=tmp_path)
+    before = result_in(tmp_path / "run")
+    assert two(*flags, "--resume", cwd=tmp_path).count("Finished before") == 1
+    assert result_in(tmp_path / "run") == before
+
+
+# Shares
+
+
+@pytest.mark.parametrize("total, unit, count", [(13, 4, 2), (13, 4, 3), (3, 4, 2), (1, 4, 3), (128, 16, 8), (5, 1, 4)])
+def test_shares_are_all_windows_once_in_order_at_bounds_of_batches(total, unit, count):
+    shares = [Ranks(rank, count).share(total, unit) for rank in range(count)]
+    assert [w for share in shares for w in range(total)[share]] == list(range(total))
+    if -(-total // unit) >= count:
+        assert all(share.start % unit == 0 for share in shares)
+
+
+def test_alone_everything_is_as_it_was():
+    rows = torch.arange(6).view(3, 2)
+    assert ALONE.share(13, 4) == slice(0, 13) and torch.equal(ALONE.gather(rows), rows)
+    ALONE.add(rows)
+    ALONE.send(rows, 0)
+    assert torch.equal(rows, torch.arange(6).view(3, 2)) and ALONE.tell("x", 0) == "x" and ALONE.is_first
