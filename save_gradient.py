@@ -64,8 +64,7 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
-    work = state.read(args.output.with_suffix(".state"))
-    if work and not args.overwrite and not args.resume:
+    if not (args.overwrite or args.resume) and state.is_unfinished(args.output.with_suffix(".state")):
         raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")
 
@@ -75,7 +74,7 @@ def main() -> None:
     check(args)
     from lib.sensitivity import SaveGradient, run  # imports torch
 
-    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output, args.resume))
+    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ALP run, from settings to result.json: load, measure, allocate, prune, measure again, save."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from lib.pruners import Pruner
 from lib.ranks import Ranks, join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
 from lib.settings import SparsityPruning
-from lib.state import FOLDER, State, digest, finished, how_to_resume
+from lib.state import FOLDER, State, digest, discard, finished, how_to_resume
 from lib.stream import plan_window_losses
 from lib.zero_shot import ZeroShot
 
@@ -80,20 +80,20 @@ def run(settings: SparsityPruning) -> dict:
     quiet_libraries()
     ranks = join(resolve_device(settings.source.device))
     report = Report(ranks.is_first)
-    if settings.resume and (before := finished(settings.output_dir, settings.key)):
-        report.say(f"Finished before: {settings.output_dir / RESULT}")
+    folder, overwrite = settings.output_dir, settings.overwrite
+    if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
+        report.say(f"Finished before: {folder / RESULT}")
         return before
-    state = State(settings.output_dir / FOLDER, settings.key, ranks.is_first, settings.resume)
-    with state.told(how_to_resume(settings.output_dir)):
+    state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
+    with state.told(how_to_resume(folder)):
         job = prepare(report, [settings], ranks, state)
-        report.open(settings.output_dir, goes_on=settings.resume)
-        state.start(report.seconds)
-        alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
-        result = prune_and_measure(report, settings, job)
-        alp_report.say_result(report, result)
-        if report.is_first:
-            finish(report, settings, job, result)
-        state.close()
+        with state.at_work(report.seconds):
+            report.open(folder, goes_on=settings.resume)
+            alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
+            result = prune_and_measure(report, settings, job)
+            alp_report.say_result(report, result)
+            if report.is_first:
+                finish(report, settings, job, result)
     return result
 
 
@@ -114,15 +114,14 @@ def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
     """One cell of a grid, from the weights as they were; it goes on with what is finished of it."""
     job.restore()
     job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
-    job.state.start(report.seconds)
-    alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
-    result = prune_and_measure(report, settings, job)
-    alp_report.say_result(report, result)
-    if report.is_first:
-        try_out(report, settings, job, result)
-        if settings.log:
-            log.append(settings.log, result, settings.output_dir)
-    job.state.close()
+    with job.state.at_work(report.seconds):
+        alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
+        result = prune_and_measure(report, settings, job)
+        alp_report.say_result(report, result)
+        if report.is_first:
+            try_out(report, settings, job, result)
+            if settings.log:
+                log.append(settings.log, result, settings.output_dir)
     return result
 
 
@@ -298,15 +297,22 @@ def score_layers(report: Report, settings: SparsityPruning, job: Job) -> list[fl
 def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artefact.Artefact:
     """The sensitivities that were found, or new ones, which are kept."""
     path, asked = settings.gradient_path, settings.gradients
+    folder = sensitivity.state_folder(path)
     if asked in job.gradients:
         report.say(f"            found in {path}")
+        if report.is_first and settings.gradient_file is None:
+            with suppress(InputError):  # another run is at work on them
+                discard(folder)  # what is left when a run is killed as it writes them
         return job.gradients[asked]
     report.say(f"            not in {path} yet: computing, and keeping them there")
     windows, ranks = job.texts.gradients[asked], job.batcher.ranks
-    state = sensitivity.work_on(job.decoder, asked, windows, path, ranks, settings.resume)
-    state.start({})
-    found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, ranks)
-    state.close()
+    key = sensitivity.key_of(job.decoder, asked, windows)
+    if settings.resume or settings.overwrite:
+        state = State(folder, key, ranks.is_first, settings.resume)
+    else:  # what some run has begun is taken, as what it has finished is
+        state = State.of_cell(folder, key, ranks.is_first)
+    with state.at_work({}):
+        found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, ranks)
     job.gradients[asked] = found
     return found
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.errors import InputError
+from lib.errors import ANEW, InputError
 from lib.files import whole_file
 
 _ZEROS, _WEIGHT = "zeros.", "weight."  # before the path of a weight within its layer
@@ -47,8 +47,7 @@ class Changes:
                     kinds = [name.split(".", 1) for name in file.keys()]  # noqa: SIM118
                 self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
             except (SafetensorError, ValueError, OSError) as error:
-                advice = "begin anew with --overwrite"
-                raise InputError(f"{path}: broken, so what it was part of cannot go on ({error}); {advice}") from error
+                raise InputError(f"{path}: broken, so what it was part of cannot go on ({error}); {ANEW}") from error
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed

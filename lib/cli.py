@@ -255,7 +255,7 @@ def check_output(args: argparse.Namespace, model: str) -> None:
     if output_dir and not args.overwrite and not args.resume:
         if (output_dir / RESULT).exists():
             raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
-        if state.read(output_dir / state.FOLDER):
+        if state.is_unfinished(output_dir / state.FOLDER):
             advice = "add --resume to go on with it, or --overwrite to begin anew"
             raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
     if output_dir and (output_dir / ledger.FILE).exists():

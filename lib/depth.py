@@ -61,18 +61,18 @@ def run(settings: DepthPruning) -> dict:
     quiet_libraries()
     ranks = join(resolve_device(settings.source.device))
     report = Report(ranks.is_first)
-    if settings.resume and (before := finished(settings.output_dir, settings.key)):
-        report.say(f"Finished before: {settings.output_dir / RESULT}")
+    folder, overwrite = settings.output_dir, settings.overwrite
+    if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
+        report.say(f"Finished before: {folder / RESULT}")
         return before
-    state = State(settings.output_dir / FOLDER, settings.key, ranks.is_first, settings.resume)
-    with state.told(how_to_resume(settings.output_dir)):
+    state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
+    with state.told(how_to_resume(folder)):
         job = prepare(report, [settings], ranks, state)
-        report.open(settings.output_dir, goes_on=settings.resume)
-        state.start(report.seconds)
-        depth_report.say_model(report, settings.model_name, job.decoder)
-        plan, result = find_plan(report, settings, job)
-        finish(report, settings, job, plan, result)
-        state.close()
+        with state.at_work(report.seconds):
+            report.open(folder, goes_on=settings.resume)
+            depth_report.say_model(report, settings.model_name, job.decoder)
+            plan, result = find_plan(report, settings, job)
+            finish(report, settings, job, plan, result)
     return result
 
 
@@ -92,10 +92,9 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
 def run_cell(report: Report, settings: DepthPruning, job: Job) -> dict:
     """One cell of a grid, which goes on with what is finished of it."""
     job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
-    job.state.start(report.seconds)
-    depth_report.say_model(report, settings.model_name, job.decoder)
-    _, result = find_plan(report, settings, job)
-    job.state.close()
+    with job.state.at_work(report.seconds):
+        depth_report.say_model(report, settings.model_name, job.decoder)
+        _, result = find_plan(report, settings, job)
     return result
 
 

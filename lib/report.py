@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.files import RESULT, write_json
+from lib.files import RESULT, clear_drafts, write_json
 from lib.plots import REMOVALS, SPARSITY
 
 LOG = "log.txt"
@@ -71,6 +71,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, REMOVALS, SPARSITY):
             (folder / name).unlink(missing_ok=True)
+            clear_drafts(folder / name)
         with (folder / LOG).open("a" if goes_on else "w", encoding="utf-8") as log:
             log.write("".join(line + "\n" for line in self._lines))
 

@@ -12,8 +12,8 @@ from lib import artefact
 from lib.allocators import importance
 from lib.artefact import Artefact
 from lib.data import load_corpus, sampled_windows
-from lib.errors import InputError
-from lib.files import whole_file
+from lib.errors import ANEW, InputError
+from lib.files import clear_drafts, whole_file
 from lib.gradients import LayerSensitivity, connection_sensitivity
 from lib.inputs import check_tokens, dtype_name, window_length
 from lib.linears import check_not_offloaded, find_linears
@@ -24,7 +24,7 @@ from lib.names import ModelSource, short_name
 from lib.plots import plot_sensitivity
 from lib.ranks import ALONE, Ranks, join
 from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
-from lib.state import State
+from lib.state import State, discard, read
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class SaveGradient:
     source: ModelSource
     gradients: GradientSettings
     output: Path
+    overwrite: bool = False
     resume: bool = False
 
 
@@ -53,24 +54,40 @@ def run(settings: SaveGradient) -> Artefact:
     with report.timed("load"):
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
-    state = work_on(decoder, gradients, windows, settings.output, ranks, settings.resume)
-    with state.told("the same command with --resume goes on"):
-        state.start(report.seconds)
+    folder = state_folder(settings.output)
+    if settings.resume and (before := finished(settings, windows, decoder)):
+        report.say(f"Finished before: {settings.output}")
+        if ranks.is_first:
+            discard(folder)  # what is left when a run is killed as it ends
+        return before
+    state = State(folder, key_of(decoder, gradients, windows), ranks.is_first, settings.resume)
+    with state.told("the same command with --resume goes on"), state.at_work(report.seconds):
         report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
         report.say(f"Gradients   {describe(gradients)}")
-        if settings.resume and settings.output.exists() and state.is_empty:
-            found = artefact.read(settings.output)
-            artefact.check_settings(found, settings.output, gradients, windows)
-            artefact.check_model(found, settings.output, source.name, decoder)
-            report.say(f"            finished before, in {settings.output}")
-        else:
-            with report.timed("gradients"):
-                found = compute(report, decoder, source, gradients, windows, settings.output, state, ranks)
+        with report.timed("gradients"):
+            found = compute(report, decoder, source, gradients, windows, settings.output, state, ranks)
         say_importance(report, found.layers)
         if report.is_first:
             say_written(report, settings, found, peak_memory_bytes(decoder.device))
-        state.close()
     return found
+
+
+def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder) -> Artefact | None:
+    """The artefact of a run, if it is there and no work is left of the run; else None.
+
+    Raises `InputError` for an artefact of other settings, text or another model, unless it is to be overwritten.
+    """
+    if not settings.output.exists() or read(state_folder(settings.output)):
+        return None
+    try:
+        found = artefact.read(settings.output)
+        artefact.check_settings(found, settings.output, settings.gradients, windows)
+        artefact.check_model(found, settings.output, settings.source.name, decoder)
+        return found
+    except InputError:
+        if settings.overwrite:
+            return None
+        raise
 
 
 def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
@@ -98,12 +115,14 @@ def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Ten
     return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
 
 
-def work_on(
-    decoder: Decoder, settings: GradientSettings, windows: torch.Tensor, path: Path, ranks: Ranks, goes_on: bool
-) -> State:
-    """Where what is finished of an artefact is kept, beside it, until all is; with what is there, when it `goes_on`."""
-    key = {"model": artefact.fingerprint(decoder), "text": artefact.digest_of(windows), **asdict(settings)}
-    return State(path.with_suffix(".state"), key, ranks.is_first, goes_on)
+def state_folder(path: Path) -> Path:
+    """Where what is finished of an artefact is kept, beside it, until all is."""
+    return path.with_suffix(".state")
+
+
+def key_of(decoder: Decoder, settings: GradientSettings, windows: torch.Tensor) -> dict:
+    """All that sensitivities depend on."""
+    return {"model": artefact.fingerprint(decoder), "text": artefact.digest_of(windows), **asdict(settings)}
 
 
 def compute(
@@ -124,6 +143,8 @@ def compute(
     of_model, of_text = artefact.fingerprint(decoder), artefact.digest_of(windows)
     found = Artefact(source.name, of_model, of_text, settings, layers, environment(decoder.device))
     if ranks.is_first:
+        if state.folder == state_folder(path):  # which no other run works on
+            clear_drafts(path)
         artefact.write(path, found)
     return found
 
@@ -142,8 +163,7 @@ class _Unfinished:
                 layers = json.loads(file.metadata()["layers"])
                 return [artefact.layer_of_json(layer) for layer in layers], file.get_tensor("gradient").clone()
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            advice = "begin anew with --overwrite"
-            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {advice}") from error
+            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {ANEW}") from error
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
         if self._state.is_writer:

@@ -11,10 +11,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib.errors import InputError, RunError, describe_failure
+from lib.errors import ANEW, InputError, RunError, describe_failure
 from lib.files import RESULT, clear_drafts, write_json
 from lib.ledger import canonical
 
@@ -29,11 +29,11 @@ class State:
     """
 
     def __init__(self, folder: Path | None, key: dict, is_writer: bool = True, goes_on: bool = False):
-        """Reads what is there, when it `goes_on`; `start` begins to write. Without a folder it lives in this process.
+        """Reads what is there, when it `goes_on`; `at_work` begins to write. Without a folder it lives in this process.
 
         Raises `InputError` for a state that is broken or of another key.
         """
-        self.folder, self.is_writer, self._goes_on = folder, is_writer and folder is not None, goes_on
+        self.folder, self.is_writer = folder, is_writer and folder is not None
         self._lock: int | None = None
         self._digest = digest(key)
         self.seconds: dict[str, float] = {}
@@ -41,14 +41,15 @@ class State:
         content = read(folder) if folder and goes_on else None
         if content and content["key"] != self._digest:
             raise InputError(f"{folder}: holds work on other settings, text or another model; {_ADVICE}")
+        self._goes_on = content is not None
         if content:
             self._values, self.seconds = content["values"], content["seconds"]
 
     @classmethod
     def of_cell(cls, folder: Path, key: dict, is_writer: bool) -> "State":
-        """For a cell of a grid: goes on with a state of that cell, and gives any other up.
+        """For a cell of a grid, or a part of a run: goes on with a state of that key, and gives any other up.
 
-        Where another run of the grid is at work on one, it has a folder of its own.
+        Where another run is at work on one, it has a folder of its own.
         """
         try:
             content = read(folder)
@@ -61,11 +62,23 @@ class State:
             return cls(folder.with_name(f"{folder.name}-{os.getpid()}"), key, is_writer)
         return cls(folder, key, is_writer, goes_on=content is not None and content["key"] == digest(key))
 
-    def start(self, seconds: dict[str, float]) -> None:
-        """Makes the folder this run's own. To `seconds`, which will be kept too, those of before are added.
+    @contextmanager
+    def at_work(self, seconds: dict[str, float]) -> Iterator[None]:
+        """Inside, the folder is this run's own; it is gone when the block ends well, or before anything is finished.
 
-        Raises `InputError` when another run is at work on it.
+        To `seconds`, which will be kept too, those of before are added. Raises `InputError` when another run is at work
+        on it.
         """
+        try:
+            self._start(seconds)
+            yield
+            self.close()
+        finally:
+            if self.is_empty:
+                self.close()
+            self._release()
+
+    def _start(self, seconds: dict[str, float]) -> None:
         if self.is_writer and not self._goes_on:
             discard(self.folder)
         for name, before in self.seconds.items():
@@ -75,11 +88,12 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
             clear_drafts(self.folder / FILE)
+            self._write()  # at once: whatever else is kept beside it is of this key
 
     @property
     def is_empty(self) -> bool:
         """True when nothing is finished."""
-        return not self._values and not (self.folder and any(self.folder.rglob("*.safetensors")))
+        return not self._values and not (self.folder and _has_layers(self.folder))
 
     def get(self, name: str, default=None):
         """What was put under a name."""
@@ -89,8 +103,11 @@ class State:
         """Keeps something that JSON can hold, from now on safe from a kill or a loss of power."""
         self._values[name] = value
         if self.is_writer:
-            content = {"format": _FORMAT, "key": self._digest, "values": self._values, "seconds": self.seconds}
-            write_json(self.folder / FILE, content)
+            self._write()
+
+    def _write(self) -> None:
+        content = {"format": _FORMAT, "key": self._digest, "values": self._values, "seconds": self.seconds}
+        write_json(self.folder / FILE, content)
 
     def once(self, name: str, compute: Callable[[], object]):
         """What is kept under a name, or else what `compute` gives, which is kept."""
@@ -108,6 +125,11 @@ class State:
         if self._lock is not None:
             (self.folder / FILE).unlink(missing_ok=True)  # first: the rest means nothing without it
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._release()
+
+    def _release(self) -> None:
+        """Lets others work on it."""
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
@@ -131,12 +153,11 @@ class State:
             if isinstance(error, InputError) or not (what := describe_failure(error)):
                 raise
             if self.is_empty:
-                self.close()
                 raise RunError(f"{what}; nothing is finished yet, and the same command starts again") from error
             raise RunError(f"{what}; what is finished is kept: {again}") from error
 
 
-_ADVICE = "give the settings it was begun with, another folder, or --overwrite to begin anew"
+_ADVICE = "give the settings it was begun with, another folder, or --overwrite without --resume to begin anew"
 
 
 def digest(key: dict) -> str:
@@ -156,7 +177,13 @@ def read(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: broken, so that run cannot go on ({error}); begin anew with --overwrite") from error
+        raise InputError(f"{path}: broken, so that run cannot go on ({error}); {ANEW}") from error
+
+
+def is_unfinished(folder: Path) -> bool:
+    """True when something of a run is kept in a folder. Raises `InputError` for a state that is broken."""
+    content = read(folder)
+    return content is not None and (bool(content["values"]) or _has_layers(folder))
 
 
 def was_saving(folder: Path, model: Path) -> bool:
@@ -179,21 +206,27 @@ def how_to_resume(output_dir: Path) -> str:
     return "the same command with --resume" + ("" if is_named else f" --output_dir {output_dir}") + " goes on"
 
 
-def finished(output_dir: Path, key: dict) -> dict | None:
+def finished(output_dir: Path, key: dict, overwrite: bool, is_writer: bool) -> dict | None:
     """The result of a run of that key, if the folder holds it and no work is left of the run; else None.
 
-    Raises `InputError` for the result of another.
+    Raises `InputError` for the result of another, unless it is to be overwritten.
     """
-    path = output_dir / RESULT
-    if not path.exists() or read(output_dir / FOLDER):
+    path, folder = output_dir / RESULT, output_dir / FOLDER
+    if not path.exists() or read(folder):
         return None
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["key"] == digest(key):
+            if is_writer:
+                discard(folder)  # what is left when a run is killed as it ends
             return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if overwrite:
+        return None
     raise InputError(f"--output_dir {output_dir}: holds the result of other settings; {_ADVICE}")
+
+
+def _has_layers(folder: Path) -> bool:
+    return any(folder.rglob("*.safetensors"))
 
 
 def _locked(folder: Path) -> int:
