@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
 from lib.files import RESULT
-from lib.grid import Grid, run_grid
+from lib.grid import Grid, Keep, run_grid
 from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.methods import DENSE, GradientSettings
 from lib.model import Decoder
-from lib.offload import fetched_by_forward, follow
+from lib.offload import fetched_by_forward, follow, free_host_memory
 from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
@@ -33,7 +33,7 @@ from lib.pruners import Pruner
 from lib.ranks import Ranks, join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
 from lib.settings import SparsityPruning
-from lib.state import FOLDER, State, digest, discard, finished, how_to_resume
+from lib.state import FOLDER, State, check_saved, digest, discard, finished, how_to_resume
 from lib.stream import plan_window_losses
 from lib.zero_shot import ZeroShot
 
@@ -79,9 +79,11 @@ def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     ranks = join(resolve_device(settings.source.device))
+    settings = replace(settings, output_dir=Path(ranks.tell(str(settings.output_dir), 0)))  # it may have the time in it
     report = Report(ranks.is_first)
     folder, overwrite = settings.output_dir, settings.overwrite
     if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
+        check_saved(before, settings.save_model)
         report.say(f"Finished before: {folder / RESULT}")
         return before
     state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
@@ -110,7 +112,7 @@ def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
     run_grid(grid, cells, folder, anew, ranks)
 
 
-def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
+def run_cell(report: Report, settings: SparsityPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, from the weights as they were; it goes on with what is finished of it."""
     job.restore()
     job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
@@ -122,6 +124,7 @@ def run_cell(report: Report, settings: SparsityPruning, job: Job) -> dict:
             try_out(report, settings, job, result)
             if settings.log:
                 log.append(settings.log, result, settings.output_dir)
+        keep(result)
     return result
 
 
@@ -192,6 +195,12 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks, stat
     batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
     job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen, state)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
+        size = sum(linear.weight.nbytes for linear in job.linears)
+        if size > free_host_memory():
+            raise InputError(
+                f"--model {settings.model}: host memory has no room for a second copy of its weights, from which each "
+                "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
+            )
         job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
     return job
 
@@ -312,7 +321,7 @@ def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artef
     else:  # what some run has begun is taken, as what it has finished is
         state = State.of_cell(folder, key, ranks.is_first)
     with state.at_work({}):
-        found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, ranks)
+        found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, key, ranks)
     job.gradients[asked] = found
     return found
 
@@ -369,6 +378,7 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
         with report.timed("save"):
             overwrite = job.state.will_save(settings.save_model) or settings.overwrite
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, overwrite)
+        result["saved_model"] = str(settings.save_model.resolve())
         report.result(result)
     plot = report.folder / SPARSITY
     title = f"{settings.model_name}: {settings.method.name}, {settings.target_sparsity:g} {settings.pattern}"

@@ -48,7 +48,8 @@ class Batcher:
 
         `function` gets a slice of window indices and returns one row per window, so its results must not depend on
         how the windows are cut into batches. When it runs out of memory the batch is halved and the slice tried again;
-        with a batch of one the error is raised. It may itself map over the windows of its slice.
+        with a batch of one the error is raised. It may itself map over the windows of its slice: when that fails with
+        one window, the slice is halved, and the batches within begin with its size.
         """
         results, start = [], 0
         while start < count:
@@ -79,8 +80,8 @@ class Batcher:
             except Exception as error:
                 if self.size == 1 or not is_out_of_memory(error):
                     raise
-            self._halve(count)
+            self._halve(min(self.size, count))
 
     def _halve(self, tried: int) -> None:
-        self.size = max(1, min(self.size, tried) // 2)
+        self.size = max(1, tried // 2)
         free_memory()

@@ -21,9 +21,10 @@ Difference = tuple[str, torch.Tensor]  # how a weight is kept, and what of it
 
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
-    """What makes `new` of `old`, both (out, in), on the CPU: where the zeros are, in bits, or `new` itself."""
-    zeros = new == 0
-    if torch.equal(new, old.masked_fill(zeros, 0)):
+    """What makes `new` of `old`, both (out, in), to the bit: where zeros came, or `new` itself; on the CPU."""
+    zeros = (new == 0) & ~new.signbit()
+    bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # in which -0.0 is not 0.0
+    if torch.equal(new.view(bits), old.masked_fill(zeros, 0).view(bits)):
         return _ZEROS, torch.from_numpy(np.packbits(zeros.cpu().numpy().reshape(-1)))
     return _WEIGHT, new.detach().to("cpu", copy=True)
 

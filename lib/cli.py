@@ -202,6 +202,8 @@ def check_device(args: argparse.Namespace) -> None:
         raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
     if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--device_map: several processes have a device each; leave it out")
+    if ":" in args.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--device {args.device}: several processes have a device each; give its kind only")
 
 
 def default_output_dir(tool: str, model: str) -> Path:
@@ -321,8 +323,6 @@ def run(program: str, main: Callable[[], None]) -> int:
         is_input = isinstance(error, InputError)
     rank = os.environ.get("RANK", "0")
     if rank != "0":  # one of several processes
-        if is_input:
-            return 2  # the first one tells it
         message = f"process {rank}: {message}"
     print(f"{program}: {'error' if is_input else 'failed'}: {message}", file=sys.stderr)
     return 2 if is_input else 1

@@ -14,7 +14,7 @@ from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import check_format, save_pruned
 from lib.files import RESULT
-from lib.grid import Grid, run_grid
+from lib.grid import Grid, Keep, run_grid
 from lib.inputs import check_stride, check_tokens, dtype_name, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.model import Decoder
@@ -27,7 +27,7 @@ from lib.ranks import Ranks, join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
 from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
 from lib.settings import DepthPruning
-from lib.state import FOLDER, State, digest, finished, how_to_resume
+from lib.state import FOLDER, State, check_saved, digest, finished, how_to_resume
 from lib.stream import plan_window_losses
 
 
@@ -60,9 +60,11 @@ def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
     quiet_libraries()
     ranks = join(resolve_device(settings.source.device))
+    settings = replace(settings, output_dir=Path(ranks.tell(str(settings.output_dir), 0)))  # it may have the time in it
     report = Report(ranks.is_first)
     folder, overwrite = settings.output_dir, settings.overwrite
     if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
+        check_saved(before, settings.save_model)
         report.say(f"Finished before: {folder / RESULT}")
         return before
     state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
@@ -89,12 +91,13 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
     run_grid(grid, cells, folder, anew, ranks)
 
 
-def run_cell(report: Report, settings: DepthPruning, job: Job) -> dict:
+def run_cell(report: Report, settings: DepthPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, which goes on with what is finished of it."""
     job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
     with job.state.at_work(report.seconds):
         depth_report.say_model(report, settings.model_name, job.decoder)
         _, result = find_plan(report, settings, job)
+        keep(result)
     return result
 
 
@@ -398,7 +401,7 @@ def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result:
         with report.timed("save"):
             overwrite = job.state.will_save(settings.save_model) or settings.overwrite
             save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, overwrite)
-        report.result(result)
+        report.result(result | {"saved_model": str(settings.save_model.resolve())})
     depth_report.say_written(report, path, plot if drawn else None, settings.save_model)
 
 

@@ -152,7 +152,11 @@ def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
         return whole
 
     count = len(last.windows)
-    return last.batcher.map(of_batch, count) if count else torch.zeros(0, last.windows.shape[1], 0)
+    return (
+        last.batcher.map(of_batch, count)
+        if count
+        else torch.zeros(0, last.windows.shape[1], decoder.config.hidden_size)
+    )
 
 
 def _one_layer(

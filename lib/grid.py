@@ -23,6 +23,7 @@ from lib.tables import Entry, csv_table, entries, markdown
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Keep = Callable[[dict], object]
 Cells = dict[str, Settings]  # by their keys as text
 
 
@@ -33,7 +34,7 @@ class Grid(Generic[Settings, Job]):
     across: str  # what the plots have below: `sparsity`, say
     check: Callable[[Sequence[Settings]], object]  # `InputError` for what is wrong with the cells of one model
     prepare: Callable[[Report, Sequence[Settings]], Job]  # loads what all cells of one model need
-    run: Callable[[Report, Settings, Job], dict]  # one cell; as in result.json
+    run: Callable[[Report, Settings, Job, Keep], dict]  # one cell; as in result.json, which it gives to be kept
 
 
 def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False, ranks: Ranks = ALONE) -> None:
@@ -87,13 +88,12 @@ def _run_model(
     for number, (key, cell) in enumerate(missing.items(), 1):
         report.seconds = dict(shared)
         what = f"  {number}/{len(missing)} {cell.label}"
-        result = _tried(report, what.strip(), partial(grid.run, report, cell, job))
+        result = _tried(report, what.strip(), partial(grid.run, report, cell, job, partial(ledger.add, key)))
         if isinstance(result, Exception):
             failed.append(result)
             if ranks.are_several:
                 break
             continue
-        ledger.add(key, result)
         found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
         seconds = sum(report.seconds.values()) - sum(shared.values())
         report.say(f"{what}: {found} ({seconds:.0f} s)")

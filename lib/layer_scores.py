@@ -1,7 +1,6 @@
 """One number per layer from its weights and their inputs: what OWL and DLP allocate sparsity by."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -48,9 +47,7 @@ def layer_scores(
     activations, scores, wanda = Activations(decoder, windows[share], batcher, first=share.start), [], Wanda()
     for layer, layer_groups in enumerate(groups):
         with decoder.at(layer):
-            statistics = batcher.whole(partial(observe, activations, layer_groups, wanda), len(windows))
-            for statistic in statistics:
-                statistic.combine(batcher.ranks.add, len(windows))
+            statistics = observe(activations, layer_groups, wanda)
             parts = [
                 (linear.weight.abs().float() * statistic.norms).flatten()
                 for group, statistic in zip(layer_groups, statistics, strict=True)

@@ -71,6 +71,8 @@ def load_model(source: ModelSource) -> nn.Module:
     outline = load_outline(config, source.trust_remote_code)
     place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
     device_map, folder = source.device_map, None
+    if place == "none" and device_map is None and device.type == "cuda":
+        device_map = {"": str(device)}  # straight there: host memory may not hold it
     if place == "disk":
         if outline is None:
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")

@@ -4,6 +4,7 @@
 what pruning made of them from files of changes, so that host memory need not hold the model either.
 """
 
+import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,7 +125,9 @@ def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: to
         return asked if asked != "auto" else "none"
     size = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
     host = free_host_memory()
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
+        return "none"  # nothing is known of its memory
+    if device.type == "cuda":
         if size < _FITS * torch.cuda.mem_get_info(device)[0]:
             return "none"
         return "cpu" if size < _FITS * host else "disk"
@@ -132,15 +135,16 @@ def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: to
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take: what the machine has, or what its control group allows."""
+    """Bytes that this process may still take: its part of what the machine has, or what its control group allows."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this run on this machine
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())  # `max` where there is none
         usage = int((group / "memory.current").read_text())
         files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
-        return max(0, min(free, limit - usage + int(files[1] if files else 0)))
+        return max(0, min(free, limit - usage + int(files[1] if files else 0))) // beside
     except (OSError, ValueError):
-        return free
+        return free // beside
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -6,7 +6,6 @@ were, and from inputs that the layers before it made with their new weights.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 
@@ -51,21 +50,19 @@ def prune_layers(
             activations = Activations(decoder, windows[share], batcher, first=share.start)
     for layer, layer_groups in enumerate(groups):
         with decoder.at(layer):
-            if layer not in pending:
-                _take_over(layer, layer_groups, changes)
-            else:
+            if layer in pending:
                 statistics = [None] * len(layer_groups)
                 if activations:
                     with timed("observe"):
-                        statistics = batcher.whole(partial(observe, activations, layer_groups, pruner), len(windows))
-                        for statistic in statistics:
-                            statistic.combine(batcher.ranks.add, len(windows))
+                        statistics = observe(activations, layer_groups, pruner)
                 with timed("select"):
                     found = _prune_layer(
                         layer, layer_groups, statistics, pruner, sparsities[layer], say, batcher.ranks, changes
                     )
                     if changes:
                         (changes.write if batcher.ranks.is_first else changes.add)(layer, found)
+            elif not decoder.is_on_disk:  # from where it comes with its new weights
+                _take_over(layer, layer_groups, changes)
             decoder.keep(layer)
             if activations and layer < pending[-1]:
                 with timed("advance"):
@@ -117,7 +114,20 @@ def _prune_layer(
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
-    """The statistics of the inputs that the current layer's groups share, over all windows, in one pass.
+    """The statistics of the inputs that the current layer's groups share, over the windows of all processes.
+
+    In one pass, which begins anew with smaller batches when memory runs out.
+    """
+    batcher, windows = activations.batcher, torch.tensor(len(activations.windows))
+    statistics = batcher.whole(lambda: _look(activations, groups, pruner), len(activations.windows))
+    batcher.ranks.add(windows)
+    for statistic in statistics:
+        statistic.combine(batcher.ranks.add, int(windows))
+    return statistics
+
+
+def _look(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
+    """The statistics over the windows of this process.
 
     The layer's forward is left before its last group runs: what comes after gives no inputs.
     """

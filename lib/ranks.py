@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -96,6 +97,7 @@ def join(device: torch.device) -> Ranks:
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
+    # One may work for long while the others wait, and the launcher ends all when one dies.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     atexit.register(state.destroy_process_group)  # its threads must not outlive the interpreter
     return Ranks(state.process_index, state.num_processes, device)

@@ -60,12 +60,13 @@ def run(settings: SaveGradient) -> Artefact:
         if ranks.is_first:
             discard(folder)  # what is left when a run is killed as it ends
         return before
-    state = State(folder, key_of(decoder, gradients, windows), ranks.is_first, settings.resume)
+    key = key_of(decoder, gradients, windows)
+    state = State(folder, key, ranks.is_first, settings.resume)
     with state.told("the same command with --resume goes on"), state.at_work(report.seconds):
         report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
         report.say(f"Gradients   {describe(gradients)}")
         with report.timed("gradients"):
-            found = compute(report, decoder, source, gradients, windows, settings.output, state, ranks)
+            found = compute(report, decoder, source, gradients, windows, settings.output, state, key, ranks)
         say_importance(report, found.layers)
         if report.is_first:
             say_written(report, settings, found, peak_memory_bytes(decoder.device))
@@ -133,15 +134,18 @@ def compute(
     windows: torch.Tensor,
     path: Path,
     state: State,
+    key: dict,
     ranks: Ranks = ALONE,
 ) -> Artefact:
-    """The sensitivities of all layers, with what they were made from, written to `path`; goes on with the state."""
+    """The sensitivities of all layers, with what they were made from, written to `path`; goes on with the state.
+
+    `key` is that of `key_of`, to which the state is bound.
+    """
     with report.progress(decoder.num_layers, "gradients") as progress:
         layers = connection_sensitivity(
             decoder, windows, settings.gradient_type, settings.loss, progress, ranks, _Unfinished(state)
         )
-    of_model, of_text = artefact.fingerprint(decoder), artefact.digest_of(windows)
-    found = Artefact(source.name, of_model, of_text, settings, layers, environment(decoder.device))
+    found = Artefact(source.name, key["model"], key["text"], settings, layers, environment(decoder.device))
     if ranks.is_first:
         if state.folder == state_folder(path):  # which no other run works on
             clear_drafts(path)

@@ -115,11 +115,6 @@ class State:
             self.put(name, compute())
         return self._values[name]
 
-    def check_same(self, name: str, value: object) -> None:
-        """Raises `InputError` unless something is as it was when the run began."""
-        if self._values.setdefault(name, value) != value:
-            raise InputError(f"{self.folder}: holds work on another {name}, {self._values[name]} and not {value}")
-
     def close(self) -> None:
         """Deletes it all: the run is finished."""
         if self._lock is not None:
@@ -223,6 +218,14 @@ def finished(output_dir: Path, key: dict, overwrite: bool, is_writer: bool) -> d
     if overwrite:
         return None
     raise InputError(f"--output_dir {output_dir}: holds the result of other settings; {_ADVICE}")
+
+
+def check_saved(result: dict, folder: Path | None) -> None:
+    """Raises `InputError` when a run that is finished is asked to have saved its model where it did not."""
+    if folder and result.get("saved_model") != str(folder.resolve()):
+        raise InputError(
+            f"--save_model {folder}: the run is finished and saved no model there; begin anew: --overwrite"
+        )
 
 
 def _has_layers(folder: Path) -> bool:

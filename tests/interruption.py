@@ -33,7 +33,7 @@ WORK = [
     (lib.prune, "_prune_layer"),
     (lib.gradients, "summarize"),
 ]
-NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment")
+NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model")
 
 
 class Interruption:

@@ -152,3 +152,22 @@ def test_progress_counts_every_window_once():
     seen = []
     Batcher(3).map(lambda rows: torch.zeros(rows.stop - rows.start), 8, seen.append)
     assert seen == [3, 3, 2]
+
+
+def test_a_map_within_a_map_halves_no_further_than_it_must():
+    """What the outer slice holds fits for 4 windows; what the batch within needs fits for as many as there are."""
+    batcher, seen = Batcher(16), []
+
+    def outer(rows: slice) -> torch.Tensor:
+        count = rows.stop - rows.start
+
+        def inner(within: slice) -> torch.Tensor:
+            if count + (within.stop - within.start) > 8:
+                raise torch.OutOfMemoryError("out of memory")
+            seen.extend(range(rows.start + within.start, rows.start + within.stop))
+            return torch.zeros(within.stop - within.start)
+
+        return batcher.map(inner, count)
+
+    assert len(batcher.map(outer, 32)) == 32 and batcher.size >= 2
+    assert sorted(set(seen)) == list(range(32))
