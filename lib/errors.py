@@ -33,7 +33,7 @@ def describe_failure(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if is_out_of_memory(error):
         return (
-            "out of memory, with batches as small as can be; lower --seqlen, use --dtype bfloat16, or --offload cpu "
-            "or disk"
+            "out of memory, with batches as small as can be; lower --seqlen (of gradients --grad_seqlen), "
+            "use --dtype bfloat16, or --offload cpu or disk"
         )
     return None

@@ -88,7 +88,7 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
             clear_drafts(self.folder / FILE)
-            self._write()  # at once: whatever else is kept beside it is of this key
+            self._write(self._values)  # at once: whatever else is kept beside it is of this key
 
     @property
     def is_empty(self) -> bool:
@@ -101,12 +101,13 @@ class State:
 
     def put(self, name: str, value: object) -> None:
         """Keeps something that JSON can hold, from now on safe from a kill or a loss of power."""
-        self._values[name] = value
+        values = {**self._values, name: value}
         if self.is_writer:
-            self._write()
+            self._write(values)
+        self._values = values  # now: what could not be written is not kept
 
-    def _write(self) -> None:
-        content = {"format": _FORMAT, "key": self._digest, "values": self._values, "seconds": self.seconds}
+    def _write(self, values: dict[str, object]) -> None:
+        content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self.seconds}
         write_json(self.folder / FILE, content)
 
     def once(self, name: str, compute: Callable[[], object]):

@@ -1,18 +1,24 @@
-"""Stops a run, in this process, at a chosen one of the steps that it keeps, and counts the work that it does."""
+"""Runs a command in this process, and stops it at a chosen one of the steps that it keeps; counts the work it does."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 import lib.alp
 import lib.depth
 import lib.gradients
+import lib.plots
 import lib.prune
 import lib.search
+import save_gradient
 from lib import artefact, sensitivity
 from lib.changes import Changes
 from lib.report import Report
 from lib.state import State
+from tests.command import run
 
 KEPT = [
     (State, "put"),
@@ -36,13 +42,19 @@ WORK = [
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model")
 
 
-class Interruption:
-    """Counts the steps that are kept and the work that is done; stops before or after the step `at`, if any."""
+def stop() -> None:
+    raise KeyboardInterrupt
 
-    def __init__(self, monkeypatch, at: int | None = None, is_after: bool = False, error: BaseException | None = None):
+
+class Interruption:
+    """Counts the steps that are kept and the work that is done; acts before or after the step `at`, if any."""
+
+    def __init__(
+        self, monkeypatch, at: int | None = None, is_after: bool = False, act: Callable[[], object] | None = None
+    ):
         self.steps: list[str] = []
         self.work: list[str] = []
-        self.at, self.is_after, self.error = at, is_after, error or KeyboardInterrupt()
+        self.at, self.is_after, self.act = at, is_after, act or stop
         for owner, name in KEPT:
             monkeypatch.setattr(owner, name, self._step(name, getattr(owner, name)))
         for owner, name in WORK:
@@ -53,10 +65,10 @@ class Interruption:
             number = len(self.steps)
             self.steps.append(name)
             if number == self.at and not self.is_after:
-                raise self.error
+                self.act()
             result = function(*args, **options)
-            if number == self.at:
-                raise self.error
+            if number == self.at and self.is_after:
+                self.act()
             return result
 
         return step
@@ -89,3 +101,35 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def litter_of(folder: Path) -> list[str]:
     """What no finished run leaves: states, and what is only partly written."""
     return [path.name for path in folder.rglob("*") if ".partial-" in path.name or path.name.split(".")[-1] == "state"]
+
+
+@dataclass
+class Command:
+    """A command line, run in a folder, where it writes `run`, `out` or `gradient.json`."""
+
+    script: object
+    flags: list
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def is_gradient(self) -> bool:
+        return self.script is save_gradient
+
+    def run(self, folder: Path, *more, at: int | None = None, is_after=False, act=None) -> tuple[int, Interruption]:
+        """The exit status of a run that is stopped at a step, if one is given; and what it did until then."""
+        folder.mkdir(exist_ok=True)
+        paths = ["--output", "gradient.json"] if self.is_gradient else ["--output_dir", "run"]
+        with self.monkeypatch.context() as patches:
+            patches.chdir(folder)
+            patches.setattr(lib.plots, "has_matplotlib", lambda: False)  # drawing takes longer than all else
+            interruption = Interruption(patches, at, is_after, act)
+            return run(*self.flags, *paths, *more, monkeypatch=patches, script=self.script), interruption
+
+    def found(self, folder: Path) -> tuple[dict, dict[str, bytes]]:
+        """The result in a folder, and the files of the saved model."""
+        if self.is_gradient:
+            return artefact_of(folder / "gradient.json"), {}
+        return result_of(folder / "run"), files_of(folder / "out")
+
+    def state(self, folder: Path) -> Path:
+        return folder / ("gradient.state" if self.is_gradient else "run/state")

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,47 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alp_prune
-import lib.plots
 import lib.prune
 import ppllms
 import save_gradient
 from tests.command import GOES_ON, run
-from tests.interruption import Interruption, artefact_of, files_of, litter_of, result_of
+from tests.interruption import Command, Interruption, files_of, litter_of
 
 STOPPED = "failed: stopped; what is finished is kept: " + GOES_ON
 NOTHING_YET = "failed: stopped; nothing is finished yet, and the same command starts again\n"
-
-
-@dataclass
-class Command:
-    """A command line, run in a folder, where it writes `run`, `out` or `gradient.json`."""
-
-    script: object
-    flags: list
-    monkeypatch: pytest.MonkeyPatch
-
-    @property
-    def is_gradient(self) -> bool:
-        return self.script is save_gradient
-
-    def run(self, folder: Path, *more, at: int | None = None, is_after=False, error=None) -> tuple[int, Interruption]:
-        """The exit status of a run that is stopped at a step, if one is given; and what it did until then."""
-        folder.mkdir(exist_ok=True)
-        paths = ["--output", "gradient.json"] if self.is_gradient else ["--output_dir", "run"]
-        with self.monkeypatch.context() as patches:
-            patches.chdir(folder)
-            patches.setattr(lib.plots, "has_matplotlib", lambda: False)  # drawing takes longer than all else
-            interruption = Interruption(patches, at, is_after, error)
-            return run(*self.flags, *paths, *more, monkeypatch=patches, script=self.script), interruption
-
-    def found(self, folder: Path) -> tuple[dict, dict[str, bytes]]:
-        """The result in a folder, and the files of the saved model."""
-        if self.is_gradient:
-            return artefact_of(folder / "gradient.json"), {}
-        return result_of(folder / "run"), files_of(folder / "out")
-
-    def state(self, folder: Path) -> Path:
-        return folder / ("gradient.state" if self.is_gradient else "run/state")
 
 
 @pytest.fixture
