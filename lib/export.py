@@ -31,7 +31,7 @@ from lib.modeling_pruned import (
     skip_lists,
     skip_sublayers,
 )
-from lib.offload import follow
+from lib.offload import follow, layers_of, offloaded
 from lib.plan import Mode, Plan
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
@@ -76,7 +76,7 @@ def save_pruned(
     folder: Path,
     save_format: str = "hf",
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
 ) -> None:
     """Saves the model under a plan, with its tokenizer and generation config, and leaves it pruned in memory.
 
@@ -93,15 +93,20 @@ def save_pruned(
 
 
 def save_weights(
-    model: nn.Module, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str = "5GB"
+    model: nn.Module, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
 ) -> None:
     """Saves a model whose weights were changed in place as what it was loaded from, with its tokenizer."""
     with whole_folder(folder, overwrite, "--save_model") as draft:
         _write(model, tokenizer, draft, max_shard_size, "hf")
 
 
-def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str, save_format: str) -> None:
-    """Writes a model that is pruned in memory, and its tokenizer."""
+def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
+    """Writes a model that is pruned in memory, and its tokenizer.
+
+    Unless a size is given, shards are those of transformers, or small where no more than one is to be in memory.
+    """
+    is_on_disk = any((layer := offloaded(one)) and layer.is_on_disk for one in layers_of(model))
+    max_shard_size = max_shard_size or ("500MB" if is_on_disk else "5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save_format == "nemotron-nas":

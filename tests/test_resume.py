@@ -57,7 +57,8 @@ RUNS = {
     "owl": ("alp", ["--prune_method", "wanda_owl"]),
     "save_gradient": ("gradient", []),
 }
-EVERY_STEP = ("ppllms", "wanda_alp", "save_gradient", "random")  # of others, some: each run takes its time
+EVERY_STEP = ("ppllms", "save_gradient", "random")  # of others, some: each run takes its time
+LONG = ("blockpruner", "beam", "sparsegpt", "owl", "gptq")  # run by -m slow
 
 
 @pytest.fixture
@@ -72,14 +73,14 @@ def command(request) -> Callable[[str], Command]:
 # Going on -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in RUNS])
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_result(command, name, tmp_path, capsys):
     asked = command(name)
     status, whole = asked.run(tmp_path / "whole")
     assert status == 0 and not litter_of(tmp_path)
     expected, steps = asked.found(tmp_path / "whole"), whole.steps
     assert asked.is_gradient or expected[1]
-    for at in range(0, len(steps), 1 if name in EVERY_STEP else 3):
+    for at in range(0, len(steps), 1 if name in EVERY_STEP else 5):
         is_after, folder = at % 2 == 1, tmp_path / f"{at}"
         what = f"{'after' if is_after else 'before'} step {at}, {steps[at]}"
         capsys.readouterr()
