@@ -4,8 +4,8 @@
     python -m benchmarks.offload --limit 900          # and none of them may take more MiB of memory of its own
 
 Each run is a process of its own: Block Influence, a greedy search, pruning by Wanda, perplexity and saving, by the
-command lines of the scripts. Memory is what the process has of its own (private and written to), the most that it was at any
-time; the pages of files that are mapped come on top, as far as the system has room for them.
+command lines of the scripts. Memory is what the process has of its own (private and written to), the most that it was
+at any time; the pages of files that are mapped come on top, as far as the system has room for them.
 """
 
 import argparse

@@ -40,9 +40,8 @@ def main() -> None:
         ratios = [one["seconds"][part] / two["seconds"][part] for one, two in zip(found[1], found[2], strict=True)]
         median = statistics.median(one["seconds"][part] for one in found[1])
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(
-            f"{part:<10} {median:6.2f} s in one process, two are {statistics.median(ratios):.2f} times faster ({spread})"
-        )
+        ratio = statistics.median(ratios)
+        print(f"{part:<10} {median:6.2f} s in one process, two are {ratio:.2f} times as fast ({spread})")
 
 
 def run(folder: Path, text: Path, windows: int, processes: int, number: int) -> dict:
