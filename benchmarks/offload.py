@@ -1,7 +1,7 @@
 """Peak memory and seconds of runs on a model that is resident, and on one whose layers are read from disk.
 
     python -m benchmarks.offload                      # a random Llama of 1.6 GB
-    python -m benchmarks.offload --limit 900          # and none of them may take more MiB of memory of its own
+    python -m benchmarks.offload --limit 900          # in a control group of so many MiB (as root)
 
 Each run is a process of its own: Block Influence, a greedy search, pruning by Wanda, perplexity and saving, by the
 command lines of the scripts. Memory is what the process has of its own (private and written to), the most that it was
@@ -10,7 +10,7 @@ at any time; the pages of files that are mapped come on top, as far as the syste
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8, help="calibration windows (default: 8)")
     parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="MiB of its own that a process may take (RLIMIT_DATA)")
+    parser.add_argument("--limit", type=int, help="MiB of memory that a process may take (as root)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder) / "model", args.layers, args.hidden)
@@ -92,13 +92,13 @@ def tell(tool: str, mode: str, args: argparse.Namespace, folder: Path, text: Pat
 
 def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
     """Exit status of a process, the most private memory that it had, and its last line on stderr."""
-    data = resource.RLIM_INFINITY if limit is None else limit * 2**20
+    group = control_group(limit) if limit else None
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (data, data)),
+        preexec_fn=lambda: group and (group / "cgroup.procs").write_text(str(os.getpid())),
     )
     peak, watched, is_over = 0, psutil.Process(process.pid), threading.Event()
 
@@ -115,8 +115,21 @@ def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
     _, told = process.communicate()
     is_over.set()
     sampler.join()
-    lines = told.strip().splitlines()
-    return process.returncode, peak, lines[-1] if lines else ""
+    if group:
+        group.rmdir()
+    lines = told.strip().splitlines() or [f"killed by signal {-process.returncode}"]
+    return process.returncode, peak, lines[-1]
+
+
+def control_group(limit: int) -> Path:
+    """A new control group whose processes may take `limit` MiB of memory, page cache included."""
+    root, name = Path("/sys/fs/cgroup"), "memory.max"
+    if (root / "memory").is_dir():  # version 1
+        root, name = root / "memory", "memory.limit_in_bytes"
+    group = root / f"benchmark-{os.getpid()}"
+    group.mkdir()
+    (group / name).write_text(str(limit * 2**20))
+    return group
 
 
 if __name__ == "__main__":
