@@ -376,7 +376,7 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     path = report.result(result)
     if settings.save_model:
         with report.timed("save"):
-            overwrite = job.state.will_save(settings.save_model) or settings.overwrite
+            overwrite = job.state.will_save(settings.save_model, settings.overwrite)
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, overwrite)
         result["saved_model"] = str(settings.save_model.resolve())
         report.result(result)

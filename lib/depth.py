@@ -399,7 +399,7 @@ def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result:
         plot = "none: matplotlib is not installed (pip install matplotlib)"
     if settings.save_model:
         with report.timed("save"):
-            overwrite = job.state.will_save(settings.save_model) or settings.overwrite
+            overwrite = job.state.will_save(settings.save_model, settings.overwrite)
             save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, overwrite)
         report.result(result | {"saved_model": str(settings.save_model.resolve())})
     depth_report.say_written(report, path, plot if drawn else None, settings.save_model)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import ANEW, InputError, RunError, describe_failure
-from lib.files import RESULT, clear_drafts, write_json
+from lib.files import RESULT, check_model_folder, clear_drafts, write_json
 from lib.ledger import canonical
 
 FOLDER, FILE = "state", "state.json"
@@ -129,16 +129,18 @@ class State:
             os.close(self._lock)
             self._lock = None
 
-    def will_save(self, folder: Path) -> bool:
+    def will_save(self, folder: Path, overwrite: bool) -> bool:
         """Says before a model is saved that a folder of that name is this run's own from now on.
 
-        True when it was before: the run was killed while, or after, it wrote there.
+        Gives whether what is there is to be replaced: by `overwrite`, or as it was the run's own before, which was
+        killed while, or after, it wrote there. Raises `InputError` where `check_model_folder` does.
         """
         is_own = self.get(_SAVING) == str(folder.resolve())
+        check_model_folder(folder, overwrite or is_own, "--save_model")
         if is_own:
             clear_drafts(folder.resolve())
         self.put(_SAVING, str(folder.resolve()))
-        return is_own
+        return overwrite or is_own
 
     @contextmanager
     def told(self, again: str) -> Iterator[None]:

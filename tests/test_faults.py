@@ -30,7 +30,7 @@ ALP = ["--prune_method", "sparsegpt_alp", "--wbits", 4, "--nsamples", 32, "--seq
 KILLED = {
     "ppllms": [*DEPTH, "--dataset", "{}/text.jsonl", "--eval_datasets", "{}/eval.txt"],
     "alp_prune": [*ALP, "--calibration_dataset", "{}/text.jsonl", "--dataset", "{}/eval.txt"],
-    "save_gradient": ["--ngrad", 100, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
+    "save_gradient": ["--ngrad", 500, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
 }
 OF_A_RUN = ["--output_dir", "run", "--save_model", "out"]
 
@@ -142,9 +142,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(killed, name, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
-def test_runs_that_are_killed_at_twenty_moments_go_on_to_the_same_result(killed, name, record_property):
+def test_runs_that_are_killed_at_twenty_moments_go_on_to_the_same_result(killed, name):
     unfinished = [check_killed(killed(name), number) for number in range(100, 120)]
-    record_property("found with unfinished work", sum(unfinished))
     assert sum(unfinished) >= 5, "most kills came too early or too late to show anything"
 
 

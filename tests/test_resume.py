@@ -183,14 +183,23 @@ def test_how_to_go_on_names_the_folder_that_was_chosen_for_the_run(arguments, tm
     assert capsys.readouterr().err.endswith(f"the same command with --resume --output_dir {folder} goes on\n")
 
 
-def test_a_model_that_was_saved_by_another_is_not_replaced(depth, tmp_path, capsys):
-    asked = depth(*COUNTS)
-    asked.run(tmp_path, at=3)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("of somebody else")
-    assert asked.run(tmp_path, "--resume")[0] == 2
-    assert "out: exists and is not empty" in capsys.readouterr().err
-    assert files_of(tmp_path / "out") == {"config.json": b"of somebody else"}
+@pytest.mark.parametrize("name", ["ppllms", "wanda_alp"])
+def test_a_model_that_another_saves_there_meanwhile_is_not_replaced(command, name, tmp_path, capsys):
+    asked = command(name)
+    _, whole = asked.run(tmp_path / "whole")
+
+    def save() -> None:
+        (tmp_path / "run/out").mkdir()
+        (tmp_path / "run/out/config.json").write_text("of somebody else")
+
+    assert asked.run(tmp_path / "run", at=whole.steps.index("result"), act=save)[0] == 2
+    for flags in (["--resume"], []):
+        told = capsys.readouterr().err
+        assert "out: exists and is not empty" in told or "unfinished work" in told
+        assert files_of(tmp_path / "run/out") == {"config.json": b"of somebody else"}
+        assert asked.run(tmp_path / "run", *flags)[0] == 2
+    assert asked.run(tmp_path / "run", "--resume", "--overwrite")[0] == 0
+    assert asked.found(tmp_path / "run") == asked.found(tmp_path / "whole")
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------
