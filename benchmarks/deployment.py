@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import device, machine, peak_memory, random_llama, seconds, spread
-from lib.depth import budget_of
+from lib.depth_job import budget_of
 from lib.export import save_pruned
 from lib.linears import find_linears
 from lib.loading import load_model

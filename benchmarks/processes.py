@@ -34,7 +34,7 @@ def main() -> None:
         for number in range(args.runs):
             for count in found:
                 found[count].append(run(folder, text, args.windows, count, number))
-    assert len({str(result[name]) for results in found.values() for result in results for name in ("rounds",)}) == 1
+    assert len({str(result["rounds"]) for results in found.values() for result in results}) == 1
     print("16-layer random Llama, hidden 256, 6 candidates, 3 rounds, the same losses to the bit; fp32, a thread each")
     for part in PARTS:
         ratios = [one["seconds"][part] / two["seconds"][part] for one, two in zip(found[1], found[2], strict=True)]

@@ -2,100 +2,46 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import importance, spread_densities, uniform_densities
-from lib.batching import Batcher, automatic_batch_size
+from lib.alp_job import Job, check_config, prepare
 from lib.changes import Changes
-from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
-from lib.files import RESULT
 from lib.grid import Grid, Keep, run_grid
-from lib.inputs import check_stride, check_tokens, dtype_name, window_length
+from lib.inputs import dtype_name
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
-from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
-from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.methods import DENSE, GradientSettings
-from lib.model import Decoder
-from lib.offload import fetched_by_forward, follow, free_host_memory
+from lib.linears import InputGroup
+from lib.loading import load_config, resolve_device
+from lib.methods import DENSE
+from lib.offload import fetched_by_forward, follow
 from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
-from lib.ranks import Ranks, join
+from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
 from lib.settings import SparsityPruning
-from lib.state import FOLDER, State, check_saved, digest, discard, finished, how_to_resume
+from lib.sitting import carry_out
+from lib.state import FOLDER, State, digest, discard
 from lib.stream import plan_window_losses
-from lib.zero_shot import ZeroShot
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The windows (N, T) of the runs on one model, as far as any of them needs some."""
-
-    calibration: dict[int, torch.Tensor]  # by seed
-    gradients: dict[GradientSettings, torch.Tensor]
-    evaluation: dict[str, torch.Tensor]
-
-
-@dataclass
-class Job:
-    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
-
-    tokenizer: object
-    decoder: Decoder
-    groups: list[list[InputGroup]]
-    texts: Texts
-    gradients: dict[GradientSettings, artefact.Artefact]  # those that are known
-    weights: list[torch.Tensor]  # of all linears, as they were; empty when nothing begins with them again
-    zero_shot: ZeroShot | None
-    batcher: Batcher
-    seqlen: int  # tokens of a window
-    state: State  # of the run at work
-    dense: dict[str, Perplexity] | None = None  # on each text
-    scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        return [linear for layer in self.groups for group in layer for linear in group.linears]
-
-    def restore(self) -> None:
-        """Gives the linears the weights that they had."""
-        follow(self.decoder.layers, [])
-        for linear, weight in zip(self.linears, self.weights, strict=False):
-            linear.weight.data.copy_(weight)
 
 
 def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
-    quiet_libraries()
-    ranks = join(resolve_device(settings.source.device))
-    settings = replace(settings, output_dir=Path(ranks.tell(str(settings.output_dir), 0)))  # it may have the time in it
-    report = Report(ranks.is_first)
-    folder, overwrite = settings.output_dir, settings.overwrite
-    if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
-        check_saved(before, settings.save_model)
-        report.say(f"Finished before: {folder / RESULT}")
-        return before
-    state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
-    with state.told(how_to_resume(folder)):
-        job = prepare(report, [settings], ranks, state)
-        with state.at_work(report.seconds):
-            report.open(folder, goes_on=settings.resume)
-            alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
-            result = prune_and_measure(report, settings, job)
-            alp_report.say_result(report, result)
-            if report.is_first:
-                finish(report, settings, job, result)
+    return carry_out(settings, prepare, prune_once)
+
+
+def prune_once(report: Report, settings: SparsityPruning, job: Job) -> dict:
+    """A run on a job that is prepared."""
+    result = prune_and_measure(report, settings, job)
+    if report.is_first:
+        finish(report, settings, job, result)
     return result
 
 
@@ -106,7 +52,7 @@ def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
     grid = Grid(
         across="sparsity",
         check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
-        prepare=lambda report, of_model: prepare(report, of_model, ranks, State(None, {})),
+        prepare=lambda report, of_model: prepare(report, of_model, ranks),
         run=run_cell,
     )
     run_grid(grid, cells, folder, anew, ranks)
@@ -115,11 +61,9 @@ def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
 def run_cell(report: Report, settings: SparsityPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, from the weights as they were; it goes on with what is finished of it."""
     job.restore()
-    job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
+    job.state = State.of_cell(report.folder / FOLDER, settings.key, job.batcher.ranks)
     with job.state.at_work(report.seconds):
-        alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
         result = prune_and_measure(report, settings, job)
-        alp_report.say_result(report, result)
         if report.is_first:
             try_out(report, settings, job, result)
             if settings.log:
@@ -130,6 +74,7 @@ def run_cell(report: Report, settings: SparsityPruning, job: Job, keep: Keep) ->
 
 def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> dict:
     """Prunes the model, and measures it before and after: what result.json says."""
+    alp_report.say_model(report, settings, job.decoder, sum(sizes_of(job.groups)), job.seqlen)
     for part in ("allocate", "prune", "evaluate", "save"):
         report.seconds.setdefault(part, 0.0)
     job.dense = job.dense or measure(report, settings, job, "dense")
@@ -143,7 +88,7 @@ def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> di
         zeros[stage] = job.state.once(f"zeros of {stage}", lambda: count_zeros(job.decoder, job.groups))
         with kernels(settings, job):
             perplexities[stage] = measure(report, settings, job, stage)
-    return {
+    result = {
         **describe_run(settings, job),
         "importance": scores,
         "layer_density": densities,
@@ -156,97 +101,8 @@ def prune_and_measure(report: Report, settings: SparsityPruning, job: Job) -> di
         "peak_memory_bytes": peak_memory_bytes(job.decoder.device),
         "environment": environment(job.decoder.device),
     }
-
-
-# Before work starts ---------------------------------------------------------------------------------------------------
-
-
-def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks, state: State) -> Job:
-    """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
-
-    Raises `InputError`, where it can before the weights are read.
-    """
-    settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
-    found = {
-        asked: sensitivity.find(cell.gradient_path, must_exist=cell.gradient_file is not None)
-        for asked, cell in by_gradients.items()
-    }
-    gradients = {asked: known for asked, known in found.items() if known}
-    with report.timed("load"):
-        if settings.semi_structured:
-            semi_structured.check_device(resolve_device(settings.source.device))
-        config = load_config(settings.source)
-        seqlen = check_config(cells, config)
-        tokenizer = load_tokenizer(settings.source)
-    with report.timed("data"):
-        zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
-        texts = load_texts(cells, tokenizer, seqlen, config.vocab_size)
-        for asked, known in gradients.items():
-            artefact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
-    with report.timed("load"):
-        decoder = Decoder(load_model(settings.source))
-        if settings.semi_structured and decoder.is_offloaded:
-            raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
-        for cell in cells:
-            check_not_offloaded(decoder, check_linears(cell, decoder))
-        for asked, known in gradients.items():
-            artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
-        groups = input_groups(decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
-    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen, state)
-    if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        size = sum(linear.weight.nbytes for linear in job.linears)
-        if size > free_host_memory():
-            raise InputError(
-                f"--model {settings.model}: host memory has no room for a second copy of its weights, from which each "
-                "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
-            )
-        job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
-    return job
-
-
-def check_config(cells: Sequence[SparsityPruning], config) -> int:
-    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
-    seqlen = window_length(cells[0].model, config, cells[0].seqlen)
-    check_stride(cells[0].eval_stride, seqlen)
-    if any(cell.uses_gradients for cell in cells):
-        window_length(cells[0].model, config, cells[0].gradients.seqlen, "--grad_seqlen")
-    outline = load_outline(config, cells[0].source.trust_remote_code)
-    if outline is not None:
-        decoder = Decoder(outline, has_weights=False)
-        for cell in cells:
-            check_linears(cell, decoder)
-    return seqlen
-
-
-def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
-    """The linears of a model, when all can be pruned and rounded as asked for. Raises `InputError`."""
-    linears = find_linears(decoder)
-    if settings.pattern.is_structured and settings.method.pruner != DENSE:
-        check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
-    if settings.semi_structured:
-        semi_structured.check_linears(linears, decoder.has_weights)
-    if settings.quantization and settings.quantization.group_size:
-        check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
-    return linears
-
-
-def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
-    """All the text of the runs, tokenized; only what one of them needs is read."""
-    settings, calibration, gradients = cells[0], {}, {}
-    if any(cell.needs_text for cell in cells):
-        corpus = load_corpus(settings.calibration_dataset, "train")
-        for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
-            calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
-        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
-            gradients[asked] = sensitivity.gradient_windows(asked, corpus, tokenizer)
-    stride = settings.eval_stride
-    evaluation = {
-        text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen, stride) for text in settings.dataset
-    }
-    for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):
-        check_tokens(settings.model, windows, vocab_size)
-    return Texts(calibration, gradients, evaluation)
+    alp_report.say_result(report, result)
+    return result
 
 
 # The stages -----------------------------------------------------------------------------------------------------------
@@ -317,9 +173,9 @@ def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artef
     windows, ranks = job.texts.gradients[asked], job.batcher.ranks
     key = sensitivity.key_of(job.decoder, asked, windows)
     if settings.resume or settings.overwrite:
-        state = State(folder, key, ranks.is_first, settings.resume)
+        state = State(folder, key, ranks, settings.resume)
     else:  # what some run has begun is taken, as what it has finished is
-        state = State.of_cell(folder, key, ranks.is_first)
+        state = State.of_cell(folder, key, ranks)
     with state.at_work({}):
         found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, key, ranks)
     job.gradients[asked] = found

@@ -5,7 +5,7 @@ import torch
 from lib.batching import Batcher, Progress
 from lib.model import Decoder
 from lib.plan import Plan
-from lib.stream import Activations, Tick, check_finite, map_windows, state_bytes
+from lib.stream import Activations, Tick, check_finite, map_windows, waiting_bytes
 
 
 def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,6 @@ def block_influence(
         check_finite(decoder, cosines, windows[rows], Plan(decoder.num_layers).modes)
         return cosines
 
-    size = state_bytes(decoder, windows.shape[1], 1)
+    size = waiting_bytes(decoder, windows.shape[1], 1)
     cosines = map_windows(decoder, len(windows), batcher, mean_cosines, size, progress)
     return (1 - cosines.double().mean(dim=0)).tolist()

@@ -19,6 +19,7 @@ from lib.names import ModelSource, is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("auto", "none", "cpu", "disk")
+NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # change no result
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,8 +31,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-
-NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # of no result
 
 # Types ----------------------------------------------------------------------------------------------------------------
 
@@ -200,9 +199,10 @@ def check_device(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
     if args.device_map and args.offload != "auto":
         raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
-    if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    are_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # processes, which a launcher started
+    if args.device_map and are_several:
         raise InputError("--device_map: several processes have a device each; leave it out")
-    if ":" in args.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ":" in args.device and are_several:
         raise InputError(f"--device {args.device}: several processes have a device each; give its kind only")
 
 
@@ -321,8 +321,7 @@ def run(program: str, main: Callable[[], None]) -> int:
         if message is None:
             raise
         is_input = isinstance(error, InputError)
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":  # one of several processes
-        message = f"process {rank}: {message}"
+    if not is_first_process():
+        message = f"process {os.environ['RANK']}: {message}"
     print(f"{program}: {'error' if is_input else 'failed'}: {message}", file=sys.stderr)
     return 2 if is_input else 1

@@ -1,80 +1,42 @@
 """The PP-LLMs run, from settings to result.json: load, count, rank, search (or take a saved plan), measure, save."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lib import depth_report
-from lib.batching import Batcher, automatic_batch_size
 from lib.bi import block_influence
-from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.depth_job import Job, budget_of, check_config, check_decoder, find_counts, prepare
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
-from lib.export import check_format, save_pruned
-from lib.files import RESULT
+from lib.export import save_pruned
 from lib.grid import Grid, Keep, run_grid
-from lib.inputs import check_stride, check_tokens, dtype_name, window_length
-from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.inputs import dtype_name
+from lib.loading import load_config, resolve_device
 from lib.model import Decoder
-from lib.modeling_pruned import skip_lists
 from lib.names import local_path, short_name
 from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
-from lib.policies import beam, blockpruner, check_reachable, moves_of, random_layers, shortgpt, sleb
-from lib.ranks import Ranks, join
+from lib.policies import beam, blockpruner, random_layers, shortgpt, sleb
+from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
-from lib.search import Budget, Counts, Round, Sweep, choose_candidates, choose_counts, greedy_search
+from lib.search import Counts, Round, Sweep, choose_candidates, greedy_search
 from lib.settings import DepthPruning
-from lib.state import FOLDER, State, check_saved, digest, finished, how_to_resume
+from lib.sitting import carry_out
+from lib.state import FOLDER, State, digest
 from lib.stream import plan_window_losses
-
-
-@dataclass
-class Job:
-    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
-
-    tokenizer: object
-    decoder: Decoder
-    windows: dict[int, torch.Tensor]  # (N, T), for the search, by seed
-    eval_windows: dict[str, torch.Tensor]  # of each text
-    batcher: Batcher
-    seqlen: int  # tokens of a window
-    state: State  # of the run at work
-    dense: dict[str, Perplexity] = field(default_factory=dict)  # on each text
-    bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
-    _sweep: tuple[int, Sweep] | None = None
-
-    def sweep(self, seed: int) -> Sweep:
-        """Measures losses on the windows of a seed; it is kept until another seed is asked for."""
-        if self._sweep is None or self._sweep[0] != seed:
-            self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
-        sweep, state = self._sweep[1], self.state
-        sweep.know(state.get("losses", {}))
-        sweep.on_measured = lambda losses: state.put("losses", losses)
-        return sweep
 
 
 def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
-    quiet_libraries()
-    ranks = join(resolve_device(settings.source.device))
-    settings = replace(settings, output_dir=Path(ranks.tell(str(settings.output_dir), 0)))  # it may have the time in it
-    report = Report(ranks.is_first)
-    folder, overwrite = settings.output_dir, settings.overwrite
-    if settings.resume and (before := finished(folder, settings.key, overwrite, ranks.is_first)):
-        check_saved(before, settings.save_model)
-        report.say(f"Finished before: {folder / RESULT}")
-        return before
-    state = State(folder / FOLDER, settings.key, ranks.is_first, settings.resume)
-    with state.told(how_to_resume(folder)):
-        job = prepare(report, [settings], ranks, state)
-        with state.at_work(report.seconds):
-            report.open(folder, goes_on=settings.resume)
-            depth_report.say_model(report, settings.model_name, job.decoder)
-            plan, result = find_plan(report, settings, job)
-            finish(report, settings, job, plan, result)
+    return carry_out(settings, prepare, prune_once)
+
+
+def prune_once(report: Report, settings: DepthPruning, job: Job) -> dict:
+    """A run on a job that is prepared."""
+    depth_report.say_model(report, settings.model_name, job.decoder)
+    plan, result = find_plan(report, settings, job)
+    finish(report, settings, job, plan, result)
     return result
 
 
@@ -85,7 +47,7 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
     grid = Grid(
         across="share of the parameters removed",
         check=lambda of_model: check_config(of_model, load_config(of_model[0].source)),
-        prepare=lambda report, of_model: prepare(report, of_model, ranks, State(None, {})),
+        prepare=lambda report, of_model: prepare(report, of_model, ranks),
         run=run_cell,
     )
     run_grid(grid, cells, folder, anew, ranks)
@@ -93,7 +55,7 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
 
 def run_cell(report: Report, settings: DepthPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, which goes on with what is finished of it."""
-    job.state = State.of_cell(report.folder / FOLDER, settings.key, report.is_first)
+    job.state = State.of_cell(report.folder / FOLDER, settings.key, job.batcher.ranks)
     with job.state.at_work(report.seconds):
         depth_report.say_model(report, settings.model_name, job.decoder)
         _, result = find_plan(report, settings, job)
@@ -124,121 +86,7 @@ def find_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, d
     return plan, result
 
 
-# Before work starts ---------------------------------------------------------------------------------------------------
-
-
-def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks, state: State) -> Job:
-    """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
-
-    Raises `InputError`, where it can before the weights are read.
-    """
-    settings, source = cells[0], cells[0].source
-    with report.timed("load"):
-        config = load_config(source)
-        seqlen = check_config(cells, config)
-        tokenizer = load_tokenizer(source)
-    with report.timed("data"):
-        windows, eval_windows = load_windows(cells, tokenizer, seqlen, config.vocab_size)
-    with report.timed("load"):
-        decoder = Decoder(load_model(source))
-        for cell in cells:
-            check_decoder(cell, decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
-    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen, state)
-
-
-def check_config(cells: Sequence[DepthPruning], config) -> int:
-    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
-    seqlen = window_length(cells[0].model_name, config, cells[0].seqlen)
-    check_stride(cells[0].eval_stride, seqlen)
-    for settings in cells:
-        check_layers(settings, config)
-    outline = load_outline(config, cells[0].source.trust_remote_code)
-    if outline is not None:
-        decoder = Decoder(outline, has_weights=False)
-        for settings in cells:
-            check_decoder(settings, decoder)
-    return seqlen
-
-
-def check_layers(settings: DepthPruning, config) -> None:
-    """Checks a run's numbers of layers against a model's config. Raises `InputError`."""
-    layers, name = config.num_hidden_layers, settings.model_name
-    if settings.num_blocks not in (None, layers):
-        raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
-    if settings.saved_plan:
-        planned = settings.saved_plan.plan.num_layers
-        if planned != layers:
-            raise InputError(f"--apply_plan: was made for {planned} decoder layers, but {name} has {layers}")
-    else:
-        whole = layers - sum(map(bool, skip_lists(config)))
-        check_counts(settings, whole, f"{name} has {whole} {'' if whole == layers else 'whole '}decoder layers")
-
-
-def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
-    """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
-    if layers < 2 and settings.method not in ("blockpruner", "beam"):
-        raise InputError(f"{having}; pruning needs at least 2")
-    if (settings.mha_remove_layers or 0) >= layers:
-        raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
-    if (settings.ffn_remove_layers or 0) > layers:
-        raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {having}, no more")
-
-
-def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
-    """Checks a model, which may be without weights, against the plan or the budget, and the format to be saved."""
-    if settings.saved_plan:
-        plan = settings.saved_plan.plan
-        for what, layers, absent in (
-            ("attention", plan.mha_removed, [not mode.attention for mode in decoder.given_modes]),
-            ("FFN", plan.ffn_removed, [not mode.ffn for mode in decoder.given_modes]),
-        ):
-            if gone := [layer for layer in layers if absent[layer]]:
-                raise InputError(
-                    f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
-                    "give the model that the plan was made for"
-                )
-        if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
-            raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
-    elif settings.method == "ppllms":
-        find_counts(settings, decoder)
-    else:
-        check_reachable(decoder, moves_of(settings.method, decoder), settings.prune_rate)
-    if settings.save_model:
-        check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
-
-
-def load_windows(
-    cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
-) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """The calibration windows of each seed, and those of every evaluation text; text is tokenized here, once."""
-    settings, windows = cells[0], {}
-    seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
-    if seeds:
-        corpus = load_corpus(settings.dataset, "train")
-        windows = {seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds}
-    sources, stride = settings.eval_datasets if settings.eval_ppl else [], settings.eval_stride
-    eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen, stride) for s in sources}
-    for tokens in (*windows.values(), *eval_windows.values()):
-        check_tokens(settings.model_name, tokens, vocab_size)
-    return windows, eval_windows
-
-
 # The search -----------------------------------------------------------------------------------------------------------
-
-
-def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
-    """How many layers lose attention and FFN, by the settings and the model's own parameter counts."""
-    budget = budget_of(decoder)
-    ratio = budget.natural_ratio if settings.mha_ffn_ratio == "auto" else settings.mha_ffn_ratio
-    return choose_counts(budget, settings.prune_rate, ratio, settings.mha_remove_layers, settings.ffn_remove_layers)
-
-
-def budget_of(decoder: Decoder) -> Budget:
-    """The budget of a model's whole layers; those that differ in size count with their mean."""
-    sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
-    mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
-    return Budget(len(sizes), mha, ffn, decoder.total_parameters)
 
 
 def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:

@@ -217,8 +217,7 @@ def _check_rebuilt(model: nn.Module) -> None:
 
 def _describe(model: nn.Module) -> dict[str, object]:
     """Shapes of all parameters and the plain values of all modules of the decoder layers, by dotted name."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
+    layers = layers_of(model)
     described: dict[str, object] = {name: tuple(p.shape) for name, p in layers.named_parameters()}
     for path, module in layers.named_modules():
         for name, value in vars(module).items():

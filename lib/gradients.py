@@ -151,12 +151,8 @@ def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
         whole[:, predicting] = gradient.float()
         return whole
 
-    count = len(last.windows)
-    return (
-        last.batcher.map(of_batch, count)
-        if count
-        else torch.zeros(0, last.windows.shape[1], decoder.config.hidden_size)
-    )
+    count, seqlen = last.windows.shape
+    return last.batcher.map(of_batch, count) if count else torch.zeros(0, seqlen, decoder.config.hidden_size)
 
 
 def _one_layer(

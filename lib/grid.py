@@ -48,7 +48,8 @@ def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = F
     keyed: Cells = {}
     for cell in cells:
         keyed.setdefault(canonical(cell.key), cell)  # taken once: files may change while the grid runs
-    missing = {key: cell for key, cell in keyed.items() if ledger.find(key) is None}
+    left = ranks.agree(lambda: [key for key in keyed if ledger.find(key) is None])  # by what the first one has read
+    missing = {key: keyed[key] for key in left}
     models = [dict(pairs) for _, pairs in groupby(missing.items(), key=lambda pair: pair[1].source.name)]
     for of_model in models:
         grid.check(list(of_model.values()))

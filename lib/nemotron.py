@@ -188,9 +188,8 @@ def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
     for index, layer in enumerate(layers_of(model)):
         if weights := offloaded(layer):
             OffloadedLayer(llama.model.layers[index], index, weights.device, weights)
-    if hasattr(model, "hf_device_map") and not any(
-        map(offloaded, layers_of(model))
-    ):  # spread over devices: what is there stays there, inputs are moved
+    is_offloaded = any(map(offloaded, layers_of(model)))
+    if hasattr(model, "hf_device_map") and not is_offloaded:  # spread: what is on a device stays, inputs are moved
         from accelerate import dispatch_model
 
         dispatch_model(llama, model.hf_device_map)

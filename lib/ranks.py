@@ -7,11 +7,15 @@ windows is put together before anyone goes on, so all processes take the same de
 import atexit
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Json = TypeVar("Json")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,12 @@ class Ranks:
         letters = torch.tensor(list(content), dtype=torch.uint8, device=self.device)
         dist.broadcast(letters, owner)
         return json.loads(bytes(letters.cpu().tolist()))
+
+    def agree(self, function: Callable[[], Json]) -> Json:
+        """What a function gives in the first process, for all: of a file, say, that others may change meanwhile."""
+        if not self.are_several:
+            return function()
+        return json.loads(self.tell(json.dumps(function()) if self.is_first else None, 0))
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.model import Decoder
 from lib.offload import free_host_memory
 from lib.plan import Mode, Plan
-from lib.stream import Activations, Tick, check_finite, map_windows, state_bytes
+from lib.stream import Activations, Tick, check_finite, map_windows, waiting_bytes
 
 # How many -------------------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Sweep:
                 new.write(rows, states_below)  # last: a batch that runs out of memory is tried again from `known`
             return torch.stack(losses, dim=1)
 
-        size = state_bytes(self.decoder, self.windows.shape[1], len(trials) + 2)
+        size = waiting_bytes(self.decoder, self.windows.shape[1], len(trials) + 2)
         window_losses = map_windows(self.decoder, len(self.windows), batcher, losses_of, size, progress)
         if new.is_kept:
             self._prefix = new

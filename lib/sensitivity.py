@@ -37,6 +37,11 @@ class SaveGradient:
     overwrite: bool = False
     resume: bool = False
 
+    @property
+    def plot(self) -> Path:
+        """Where the plot is, beside the artefact."""
+        return self.output.with_suffix(".png")
+
 
 def run(settings: SaveGradient) -> Artefact:
     """Computes and writes one model's sensitivities. Raises `InputError` and `RunError`."""
@@ -55,13 +60,15 @@ def run(settings: SaveGradient) -> Artefact:
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
     folder = state_folder(settings.output)
-    if settings.resume and (before := finished(settings, windows, decoder)):
+    if settings.resume and (before := finished(settings, windows, decoder, ranks)):
         report.say(f"Finished before: {settings.output}")
-        if ranks.is_first:
-            discard(folder)  # what is left when a run is killed as it ends
+        if ranks.is_first:  # what is left, or lacks, when a run is killed as it ends
+            discard(folder)
+            if not settings.plot.exists():
+                draw(settings, before)
         return before
     key = key_of(decoder, gradients, windows)
-    state = State(folder, key, ranks.is_first, settings.resume)
+    state = State(folder, key, ranks, settings.resume)
     with state.told("the same command with --resume goes on"), state.at_work(report.seconds):
         report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
         report.say(f"Gradients   {describe(gradients)}")
@@ -73,12 +80,13 @@ def run(settings: SaveGradient) -> Artefact:
     return found
 
 
-def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder) -> Artefact | None:
-    """The artefact of a run, if it is there and no work is left of the run; else None.
+def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artefact | None:
+    """The artefact of a run, if it is there; else None.
 
-    Raises `InputError` for an artefact of other settings, text or another model, unless it is to be overwritten.
+    Raises `InputError` for an artefact of other settings, text or another model, unless it is to be overwritten, as it
+    is too by a run that was stopped.
     """
-    if not settings.output.exists() or read(state_folder(settings.output)):
+    if not ranks.agree(settings.output.exists):
         return None
     try:
         found = artefact.read(settings.output)
@@ -86,7 +94,7 @@ def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder) ->
         artefact.check_model(found, settings.output, settings.source.name, decoder)
         return found
     except InputError:
-        if settings.overwrite:
+        if settings.overwrite or ranks.agree(lambda: read(state_folder(settings.output)) is not None):
             return None
         raise
 
@@ -97,10 +105,14 @@ def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_by
     seconds = report.seconds.get("gradients", 0.0)
     report.say(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
     report.say(f"Written     {settings.output}")
-    plot = settings.output.with_suffix(".png")
+    has_plot = draw(settings, found)
+    report.say(f"            {settings.plot}" if has_plot else "            no plot: matplotlib is not installed")
+
+
+def draw(settings: SaveGradient, found: Artefact) -> bool:
+    """Draws the plot of an artefact; False without matplotlib."""
     title = f"{short_name(settings.source.name)}: {settings.gradients.gradient_type}"
-    has_plot = plot_sensitivity(plot, importance(found.layers), title)
-    report.say(f"            {plot}" if has_plot else "            no plot: matplotlib is not installed")
+    return plot_sensitivity(settings.plot, importance(found.layers), title)
 
 
 def check_config(source: ModelSource, config, settings: GradientSettings) -> None:
@@ -143,7 +155,7 @@ def compute(
     """
     with report.progress(decoder.num_layers, "gradients") as progress:
         layers = connection_sensitivity(
-            decoder, windows, settings.gradient_type, settings.loss, progress, ranks, _Unfinished(state)
+            decoder, windows, settings.gradient_type, settings.loss, progress, ranks, _Unfinished(state, ranks)
         )
     found = Artefact(source.name, key["model"], key["text"], settings, layers, environment(decoder.device))
     if ranks.is_first:
@@ -156,11 +168,11 @@ def compute(
 class _Unfinished:
     """The last finished layer of a state: a file with the gradient below it, and with all sensitivities so far."""
 
-    def __init__(self, state: State):
-        self._state, self._path = state, (state.folder / "gradient.safetensors")
+    def __init__(self, state: State, ranks: Ranks):
+        self._path, self._ranks = state.folder / "gradient.safetensors", ranks
 
     def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
-        if self._state.get("layers") is None:
+        if not self._ranks.agree(self._path.exists):
             return None
         try:
             with safe_open(self._path, framework="pt") as file:
@@ -170,20 +182,18 @@ class _Unfinished:
             raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {ANEW}") from error
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
-        if self._state.is_writer:
+        if self._ranks.is_first:
             metadata = {"layers": json.dumps([asdict(layer) for layer in found])}
             with whole_file(self._path) as draft:
                 save_file({"gradient": gradient}, draft, metadata)
-        if self._state.get("layers") is None:
-            self._state.put("layers", "in gradient.safetensors")
 
 
-def find(path: Path, must_exist: bool) -> Artefact | None:
+def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artefact | None:
     """The artefact in a file; None when it is not there and need not be.
 
     Raises `InputError` for a file that is broken.
     """
-    if not must_exist and not path.exists():
+    if not must_exist and not ranks.agree(path.exists):
         return None
     return artefact.read(path)
 

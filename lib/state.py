@@ -12,7 +12,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from lib.errors import ANEW, InputError, RunError, describe_failure
 from lib.files import RESULT, check_model_folder, clear_drafts, write_json
@@ -22,45 +24,57 @@ FOLDER, FILE = "state", "state.json"
 _FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
 
 
+class Processes(Protocol):
+    """Those of a run, `lib.ranks`; of several, the first decides what is taken over, and writes."""
+
+    @property
+    def is_first(self) -> bool: ...
+
+    def agree(self, function: Callable[[], Any]) -> Any: ...
+
+
 class State:
-    """What a run has finished, bound to its `key`: all that its result depends on, see `settings.key`.
+    """What a run has finished, bound to its `key`: all that its result depends on, see `settings.key`."""
 
-    Of several processes one writes (`is_writer`), and all read what was there before.
-    """
-
-    def __init__(self, folder: Path | None, key: dict, is_writer: bool = True, goes_on: bool = False):
+    def __init__(self, folder: Path | None, key: dict, processes: Processes | None = None, goes_on: bool = False):
         """Reads what is there, when it `goes_on`; `at_work` begins to write. Without a folder it lives in this process.
 
         Raises `InputError` for a state that is broken or of another key.
         """
-        self.folder, self.is_writer = folder, is_writer and folder is not None
-        self._lock: int | None = None
+        self.folder, self._lock = folder, None
+        self._is_writer = folder is not None and (processes is None or processes.is_first)
         self._digest = digest(key)
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._values: dict[str, object] = {}
-        content = read(folder) if folder and goes_on else None
+        content = None
+        if folder and goes_on:
+            content = processes.agree(partial(read, folder)) if processes else read(folder)
         if content and content["key"] != self._digest:
             raise InputError(f"{folder}: holds work on other settings, text or another model; {_ADVICE}")
         self._goes_on = content is not None
         if content:
-            self._values, self.seconds = content["values"], content["seconds"]
+            self._values, self._seconds = content["values"], content["seconds"]
 
     @classmethod
-    def of_cell(cls, folder: Path, key: dict, is_writer: bool) -> "State":
+    def of_cell(cls, folder: Path, key: dict, processes: Processes) -> "State":
         """For a cell of a grid, or a part of a run: goes on with a state of that key, and gives any other up.
 
         Where another run is at work on one, it has a folder of its own.
         """
-        try:
-            content = read(folder)
-        except InputError:
-            content = None
-        try:
-            if folder.is_dir() and is_writer:
-                os.close(_locked(folder))
-        except InputError:
-            return cls(folder.with_name(f"{folder.name}-{os.getpid()}"), key, is_writer)
-        return cls(folder, key, is_writer, goes_on=content is not None and content["key"] == digest(key))
+
+        def choose() -> tuple[str, bool]:
+            try:
+                if folder.is_dir():
+                    os.close(_locked(folder))
+            except InputError:
+                return f"{folder.name}-{os.getpid()}", False
+            with suppress(InputError):
+                content = read(folder)
+                return folder.name, content is not None and content["key"] == digest(key)
+            return folder.name, False
+
+        name, goes_on = processes.agree(choose)
+        return cls(folder.with_name(name), key, processes, goes_on)
 
     @contextmanager
     def at_work(self, seconds: dict[str, float]) -> Iterator[None]:
@@ -79,12 +93,12 @@ class State:
             self._release()
 
     def _start(self, seconds: dict[str, float]) -> None:
-        if self.is_writer and not self._goes_on:
+        if self._is_writer and not self._goes_on:
             discard(self.folder)
-        for name, before in self.seconds.items():
+        for name, before in self._seconds.items():
             seconds[name] = round(seconds.get(name, 0.0) + before, 3)
-        self.seconds = seconds
-        if self.is_writer:
+        self._seconds = seconds
+        if self._is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
             clear_drafts(self.folder / FILE)
@@ -102,12 +116,12 @@ class State:
     def put(self, name: str, value: object) -> None:
         """Keeps something that JSON can hold, from now on safe from a kill or a loss of power."""
         values = {**self._values, name: value}
-        if self.is_writer:
+        if self._is_writer:
             self._write(values)
         self._values = values  # now: what could not be written is not kept
 
     def _write(self, values: dict[str, object]) -> None:
-        content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self.seconds}
+        content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self._seconds}
         write_json(self.folder / FILE, content)
 
     def once(self, name: str, compute: Callable[[], object]):
@@ -204,7 +218,7 @@ def how_to_resume(output_dir: Path) -> str:
     return "the same command with --resume" + ("" if is_named else f" --output_dir {output_dir}") + " goes on"
 
 
-def finished(output_dir: Path, key: dict, overwrite: bool, is_writer: bool) -> dict | None:
+def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
     """The result of a run of that key, if the folder holds it and no work is left of the run; else None.
 
     Raises `InputError` for the result of another, unless it is to be overwritten.
@@ -215,8 +229,7 @@ def finished(output_dir: Path, key: dict, overwrite: bool, is_writer: bool) -> d
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["key"] == digest(key):
-            if is_writer:
-                discard(folder)  # what is left when a run is killed as it ends
+            discard(folder)  # what is left when a run is killed as it ends
             return found
     if overwrite:
         return None

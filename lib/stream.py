@@ -281,7 +281,7 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
             progress(windows - told)
 
 
-def state_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
+def waiting_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
     """Memory of the hidden states of one window, for so many walks at once and one batch's copy."""
     return seqlen * decoder.config.hidden_size * next(decoder.model.parameters()).element_size() * (streams + 1)
 
@@ -304,7 +304,7 @@ def plan_window_losses(
             check_finite(decoder, losses, windows[rows], plan.modes)
             return losses
 
-        size = state_bytes(decoder, windows.shape[1], 1)
+        size = waiting_bytes(decoder, windows.shape[1], 1)
         return map_windows(decoder, len(windows), batcher, losses_of, size, progress)
 
     return window_losses

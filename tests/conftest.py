@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,7 +10,9 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # code of 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
+import lib.stream  # noqa: E402
 from lib.batching import Batcher  # noqa: E402
 from lib.report import quiet_libraries  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
@@ -59,6 +62,25 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("".join(f"The layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(300)))
     return path
+
+
+@pytest.fixture
+def fails_once(monkeypatch) -> Callable[[int], list]:
+    """Lets the n-th call of the model's tail run out of memory; gives the list that every call is added to."""
+
+    def at(number: int) -> list:
+        calls, whole = [], lib.stream.tail_losses
+
+        def tail_losses(*args):
+            calls.append(1)
+            if len(calls) == number:
+                raise torch.OutOfMemoryError("out of memory")
+            return whole(*args)
+
+        monkeypatch.setattr(lib.stream, "tail_losses", tail_losses)
+        return calls
+
+    return at
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lib.alp
+import lib.alp_job
 from lib import artefact, log
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
@@ -134,8 +135,8 @@ def test_text_flags_choose_the_windows(prune, tiny_folder, text_file, tmp_path, 
 
 def test_magnitude_reads_no_calibration_text(prune, monkeypatch):
     read = []
-    load = lib.alp.load_corpus
-    monkeypatch.setattr(lib.alp, "load_corpus", lambda *args: read.append(args[1]) or load(*args))
+    load = lib.alp_job.load_corpus
+    monkeypatch.setattr(lib.alp_job, "load_corpus", lambda *args: read.append(args[1]) or load(*args))
     prune("--prune_method", "magnitude")
     assert read == ["test"]
 
@@ -154,9 +155,9 @@ def test_alpha_variant_and_power_change_what_goes(prune):
 
 def test_running_flags_reach_the_model(prune, monkeypatch):
     loaded, sizes = [], []
-    load, batch = lib.alp.load_model, lib.alp.Batcher
-    monkeypatch.setattr(lib.alp, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.alp, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
+    load, batch = lib.alp_job.load_model, lib.alp_job.Batcher
+    monkeypatch.setattr(lib.alp_job, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.alp_job, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     assert prune("--dtype", "bfloat16")["dtype"] == "bfloat16" and loaded[0].dtype == torch.bfloat16
     prune("--device_map", "auto", "--batch_size", 3)
     assert sizes[1] == 3 and loaded[1].dtype == torch.float32

@@ -113,18 +113,12 @@ def test_the_batch_halves_when_memory_runs_out_and_results_stay():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_running_out_of_memory_changes_no_perplexity(fails_at, monkeypatch):
+def test_running_out_of_memory_changes_no_perplexity(fails_at, fails_once):
     """Also where the walk up the layers, which is a map within a map, is at its end."""
-    model, windows, calls, whole = tiny_model("Llama"), tiny_windows(7), [], lib.stream.tail_losses
+    model, windows = tiny_model("Llama"), tiny_windows(7)
     expected = perplexity(plan_window_losses(Decoder(model), Plan(4), Batcher(4)), windows)
 
-    def tail_losses(*args):
-        calls.append(1)
-        if len(calls) == fails_at:
-            raise torch.OutOfMemoryError("out of memory")
-        return whole(*args)
-
-    monkeypatch.setattr(lib.stream, "tail_losses", tail_losses)
+    calls = fails_once(fails_at)
     batcher = Batcher(2 if fails_at == 3 else 4)
     found = perplexity(plan_window_losses(Decoder(model), Plan(4), batcher), windows)
     assert len(calls) > fails_at and found.value == pytest.approx(expected.value, rel=1e-6)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.batching import Batcher
 from lib.bi import block_influence
-from lib.depth import budget_of
+from lib.depth_job import budget_of
 from lib.errors import InputError
 from lib.export import save_pruned, save_weights
 from lib.linears import find_linears

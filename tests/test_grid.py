@@ -12,7 +12,9 @@ import weakref
 import pytest
 
 import lib.alp
+import lib.alp_job
 import lib.depth
+import lib.depth_job
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
 from lib.loading import load_model
@@ -104,16 +106,17 @@ def test_a_cell_of_depth_is_a_run_of_its_own(depth_grid, tiny_folder, text_file,
 
 
 def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp_path, monkeypatch):
-    names = ("load_model", "sampled_windows", "evaluation_windows", "measure")
-    loaded, drawn, evaluated, measured = (counted(monkeypatch, lib.alp, name) for name in names)
+    names = ("load_model", "sampled_windows", "evaluation_windows")
+    loaded, drawn, evaluated = (counted(monkeypatch, lib.alp_job, name) for name in names)
+    measured = counted(monkeypatch, lib.alp, "measure")
     taken = counted(monkeypatch, lib.sensitivity, "connection_sensitivity")
     axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
     assert len(alp_grid(*axes)) == 8
     assert (len(loaded), len(drawn), len(evaluated), len(taken)) == (1, 2, 1, 2)
     assert len(measured) == 1 + 8  # dense once
     loaded, drawn = (
-        counted(monkeypatch, lib.depth, "load_model"),
-        counted(monkeypatch, lib.depth, "calibration_windows"),
+        counted(monkeypatch, lib.depth_job, "load_model"),
+        counted(monkeypatch, lib.depth_job, "calibration_windows"),
     )
     influence, measured = (counted(monkeypatch, lib.depth, name) for name in ("block_influence", "perplexity"))
     depth_grid("--method", "ppllms", "shortgpt", "sleb", "--prune_rate", 0.08, 0.1, folder=tmp_path / "depth")
@@ -127,7 +130,7 @@ def test_what_is_finished_is_not_done_again(alp_grid, tmp_path, monkeypatch, cap
     axes = ["--prune_method", "wanda", "magnitude", "--sparsity_ratio", 0.4, 0.6]
     first = alp_grid(*axes)
     tables = tables_of(tmp_path / "grid")
-    monkeypatch.setattr(lib.alp, "load_model", None)
+    monkeypatch.setattr(lib.alp_job, "load_model", None)
     assert alp_grid(*axes) == first and tables_of(tmp_path / "grid") == tables
     assert "4 cells, 4 of them done before" in capsys.readouterr().out
     fewer = alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.6, 0.4)
@@ -290,7 +293,7 @@ def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_gr
 
 def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_path, monkeypatch):
     other, alive = shutil.copytree(tiny_folder, tmp_path / "other"), []
-    load = lib.alp.load_model
+    load = lib.alp_job.load_model
 
     def watched(source):
         gc.collect()
@@ -306,7 +309,7 @@ def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_pat
             raise RunError("NaN") from error
 
     models: list = []
-    monkeypatch.setattr(lib.alp, "load_model", watched)
+    monkeypatch.setattr(lib.alp_job, "load_model", watched)
     monkeypatch.setattr(lib.alp, "prune", failing)
     alp_grid("--model", tiny_folder, other, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5, status=1)
     assert alive == [[], [False]]

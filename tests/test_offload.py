@@ -1,5 +1,6 @@
 """Models whose layers come and go: whatever is computed with them is, to the bit, what it is with a resident model."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,47 @@ def test_what_does_not_fit_the_device_waits_in_host_memory_and_else_on_disk(free
     monkeypatch.setattr(offload, "free_host_memory", lambda: on_host)
     assert offload.choose("auto", model, torch.float32, torch.device("cuda:0")) == expected
     assert offload.choose("cpu", model, torch.float32, torch.device("cuda:0")) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "line, base, names",
+    [
+        ("0::/job/step", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step",
+            "sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_tightest_control_group_counts_and_what_can_be_reclaimed_is_free(line, base, names, tmp_path):
+    limit, usage, reclaimable = names
+
+    def group(path: str, allowed: str, used: int, files: int) -> None:
+        folder = tmp_path / base / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{allowed}\n")
+        (folder / usage).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{reclaimable} {files}\n")
+
+    assert offload.group_memory(tmp_path) == math.inf
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}\n")
+    group("", "max", 0, 0)
+    group("job/step", "max", 10, 0)
+    assert offload.group_memory(tmp_path) == math.inf
+    group("job", "1000", 700, 200)
+    assert offload.group_memory(tmp_path) == 500
+    group("job/step", "400", 300, 50)
+    assert offload.group_memory(tmp_path) == 150
+
+
+def test_processes_beside_each_other_share_the_memory(monkeypatch):
+    monkeypatch.setattr(offload, "group_memory", lambda: 1000)
+    assert offload.free_host_memory() == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert offload.free_host_memory() == 250
 
 
 def test_on_a_cpu_what_does_not_fit_stays_on_disk(monkeypatch, folders):

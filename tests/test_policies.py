@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import lib.depth
+import lib.depth_job
 from lib.batching import Batcher
 from lib.errors import InputError
 from lib.export import save_pruned
@@ -217,7 +218,7 @@ def by_rate(arguments):
 
 
 def test_random_looks_at_no_text(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lib.depth, "load_corpus", None)
+    monkeypatch.setattr(lib.depth_job, "load_corpus", None)
     command = ["--model_name", tiny_folder, "--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]
     assert run(*command, "--output_dir", tmp_path / "run", monkeypatch=monkeypatch) == 0
     assert "Calibration" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lib.depth
+import lib.depth_job
 from lib.batching import Batcher
 from lib.bi import block_influence
 from lib.data import calibration_windows, evaluation_windows, load_corpus
@@ -104,9 +105,9 @@ def test_text_flags_choose_the_windows(arguments, documents, tiny_folder, tmp_pa
 
 def test_running_flags_reach_the_model(arguments, tmp_path, monkeypatch):
     loaded, sizes = [], []
-    load, batch = lib.depth.load_model, lib.depth.Batcher
-    monkeypatch.setattr(lib.depth, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.depth, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
+    load, batch = lib.depth_job.load_model, lib.depth_job.Batcher
+    monkeypatch.setattr(lib.depth_job, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.depth_job, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     result = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
     assert result_of(*arguments, "--dtype", "bfloat16", **result)["dtype"] == "bfloat16"
     assert loaded[0].dtype == torch.bfloat16

@@ -80,6 +80,9 @@ def test_masks_are_those_of_one_process(method, sparsity, tmp_path):
     weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("m1", "m2"))
     different = sum(int(((others[name] == 0) != (weight == 0)).sum()) for name, weight in weights.items())
     assert different <= 1e-3 * sum(weight.numel() for weight in weights.values())
+    for name, weight in weights.items():
+        kept = (weight != 0) & (others[name] != 0)
+        assert torch.allclose(others[name][kept], weight[kept], atol=1e-4), name
     if method == "wanda_alp":
         assert different == 0 and all(torch.equal(others[name], weight) for name, weight in weights.items())
         assert results[0]["perplexity"] == results[1]["perplexity"]
@@ -129,4 +132,5 @@ def test_alone_everything_is_as_it_was():
     assert ALONE.share(13, 4) == slice(0, 13) and torch.equal(ALONE.gather(rows), rows)
     ALONE.add(rows)
     ALONE.send(rows, 0)
-    assert torch.equal(rows, torch.arange(6).view(3, 2)) and ALONE.tell("x", 0) == "x" and ALONE.is_first
+    assert torch.equal(rows, torch.arange(6).view(3, 2)) and ALONE.agree(lambda: {"a": 1}) == {"a": 1}
+    assert ALONE.tell("x", 0) == "x" and ALONE.is_first

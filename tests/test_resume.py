@@ -147,7 +147,7 @@ def test_unfinished_work_is_neither_gone_on_with_nor_lost_unless_told(command, n
 def test_a_run_that_was_to_overwrite_another_goes_on_wherever_it_was_stopped(command, name, tmp_path):
     asked, seed = command(name), ["--seed", 1]
     _, whole = asked.run(tmp_path / "whole", *seed)
-    for at in (None, 0, 3, len(whole.steps) - 1):
+    for at in dict.fromkeys((None, 0, 3, len(whole.steps) - 1)):
         folder = tmp_path / f"{at}"
         assert asked.run(folder)[0] == 0
         if at is not None:

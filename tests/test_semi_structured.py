@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lib.alp
+import lib.alp_job
 from lib import semi_structured
 from lib.errors import InputError
 from lib.linears import find_linears
@@ -24,7 +25,7 @@ FLAGS = ["--sparsity_type", "2:4", "--prune_method", "magnitude", "--semi_struct
 
 @pytest.mark.skipif(HAS_KERNELS, reason="this machine has the kernels")
 def test_without_such_a_gpu_it_is_refused_before_a_model_is_loaded(alp_arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lib.alp, "load_model", None)
+    monkeypatch.setattr(lib.alp_job, "load_model", None)
     assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "need an NVIDIA GPU of compute capability 8.0 or newer, not cpu" in told
@@ -49,7 +50,7 @@ def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
 
 def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypatch, capsys):
     monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
-    monkeypatch.setattr(lib.alp, "load_model", None)
+    monkeypatch.setattr(lib.alp_job, "load_model", None)
     assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
     assert "no multiple of 32 x 64" in capsys.readouterr().err
 

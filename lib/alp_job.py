@@ -1,0 +1,149 @@
+"""What the runs of `alp_prune.py` on one model work on: loaded and checked before work starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lib import artefact, semi_structured, sensitivity
+from lib.batching import Batcher, automatic_batch_size
+from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.errors import InputError
+from lib.evaluate import Perplexity
+from lib.inputs import check_stride, check_tokens, window_length
+from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
+from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.methods import DENSE, GradientSettings
+from lib.model import Decoder
+from lib.offload import follow, free_host_memory
+from lib.ranks import Ranks
+from lib.report import Report
+from lib.settings import SparsityPruning
+from lib.state import State
+from lib.zero_shot import ZeroShot
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The windows (N, T) of the runs on one model, as far as any of them needs some."""
+
+    calibration: dict[int, torch.Tensor]  # by seed
+    gradients: dict[GradientSettings, torch.Tensor]
+    evaluation: dict[str, torch.Tensor]
+
+
+@dataclass
+class Job:
+    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
+
+    tokenizer: object
+    decoder: Decoder
+    groups: list[list[InputGroup]]
+    texts: Texts
+    gradients: dict[GradientSettings, artefact.Artefact]  # those that are known
+    weights: list[torch.Tensor]  # of all linears, as they were; empty when nothing begins with them again
+    zero_shot: ZeroShot | None
+    batcher: Batcher
+    seqlen: int  # tokens of a window
+    state: State = field(default_factory=lambda: State(None, {}))  # of the run at work
+    dense: dict[str, Perplexity] | None = None  # on each text
+    scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [linear for layer in self.groups for group in layer for linear in group.linears]
+
+    def restore(self) -> None:
+        """Gives the linears the weights that they had."""
+        follow(self.decoder.layers, [])
+        for linear, weight in zip(self.linears, self.weights, strict=False):
+            linear.weight.data.copy_(weight)
+
+
+def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> Job:
+    """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
+
+    Raises `InputError`, where it can before the weights are read.
+    """
+    settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
+    found = {
+        asked: sensitivity.find(cell.gradient_path, must_exist=cell.gradient_file is not None, ranks=ranks)
+        for asked, cell in by_gradients.items()
+    }
+    gradients = {asked: known for asked, known in found.items() if known}
+    with report.timed("load"):
+        if settings.semi_structured:
+            semi_structured.check_device(resolve_device(settings.source.device))
+        config = load_config(settings.source)
+        seqlen = check_config(cells, config)
+        tokenizer = load_tokenizer(settings.source)
+    with report.timed("data"):
+        zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
+        texts = load_texts(cells, tokenizer, seqlen, config.vocab_size)
+        for asked, known in gradients.items():
+            artefact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
+    with report.timed("load"):
+        decoder = Decoder(load_model(settings.source))
+        if settings.semi_structured and decoder.is_offloaded:
+            raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
+        for cell in cells:
+            check_not_offloaded(decoder, check_linears(cell, decoder))
+        for asked, known in gradients.items():
+            artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
+        groups = input_groups(decoder)
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen)
+    if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
+        size = sum(linear.weight.nbytes for linear in job.linears)
+        if size > free_host_memory():
+            raise InputError(
+                f"--model {settings.model}: host memory has no room for a second copy of its weights, from which each "
+                "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
+            )
+        job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
+    return job
+
+
+def check_config(cells: Sequence[SparsityPruning], config) -> int:
+    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    seqlen = window_length(cells[0].model, config, cells[0].seqlen)
+    check_stride(cells[0].eval_stride, seqlen)
+    if any(cell.uses_gradients for cell in cells):
+        window_length(cells[0].model, config, cells[0].gradients.seqlen, "--grad_seqlen")
+    outline = load_outline(config, cells[0].source.trust_remote_code)
+    if outline is not None:
+        decoder = Decoder(outline, has_weights=False)
+        for cell in cells:
+            check_linears(cell, decoder)
+    return seqlen
+
+
+def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
+    """The linears of a model, when all can be pruned and rounded as asked for. Raises `InputError`."""
+    linears = find_linears(decoder)
+    if settings.pattern.is_structured and settings.method.pruner != DENSE:
+        check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
+    if settings.semi_structured:
+        semi_structured.check_linears(linears, decoder.has_weights)
+    if settings.quantization and settings.quantization.group_size:
+        check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
+    return linears
+
+
+def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
+    """All the text of the runs, tokenized; only what one of them needs is read."""
+    settings, calibration, gradients = cells[0], {}, {}
+    if any(cell.needs_text for cell in cells):
+        corpus = load_corpus(settings.calibration_dataset, "train")
+        for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
+            calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
+        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
+            gradients[asked] = sensitivity.gradient_windows(asked, corpus, tokenizer)
+    stride = settings.eval_stride
+    evaluation = {
+        text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen, stride) for text in settings.dataset
+    }
+    for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):
+        check_tokens(settings.model, windows, vocab_size)
+    return Texts(calibration, gradients, evaluation)

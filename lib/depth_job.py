@@ -1,0 +1,158 @@
+"""What the runs of `ppllms.py` on one model work on: loaded and checked before work starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lib.batching import Batcher, automatic_batch_size
+from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.errors import InputError
+from lib.evaluate import Perplexity
+from lib.export import check_format
+from lib.inputs import check_stride, check_tokens, window_length
+from lib.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.model import Decoder
+from lib.modeling_pruned import skip_lists
+from lib.policies import check_reachable, moves_of
+from lib.ranks import Ranks
+from lib.report import Report
+from lib.search import Budget, Counts, Sweep, choose_counts
+from lib.settings import DepthPruning
+from lib.state import State
+
+
+@dataclass
+class Job:
+    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
+
+    tokenizer: object
+    decoder: Decoder
+    windows: dict[int, torch.Tensor]  # (N, T), for the search, by seed
+    eval_windows: dict[str, torch.Tensor]  # of each text
+    batcher: Batcher
+    seqlen: int  # tokens of a window
+    state: State = field(default_factory=lambda: State(None, {}))  # of the run at work
+    dense: dict[str, Perplexity] = field(default_factory=dict)  # on each text
+    bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
+    _sweep: tuple[int, Sweep] | None = None
+
+    def sweep(self, seed: int) -> Sweep:
+        """Measures losses on the windows of a seed; it is kept until another seed is asked for."""
+        if self._sweep is None or self._sweep[0] != seed:
+            self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
+        sweep, state = self._sweep[1], self.state
+        sweep.know(state.get("losses", {}))
+        sweep.on_measured = lambda losses: state.put("losses", losses)
+        return sweep
+
+
+def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Job:
+    """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
+
+    Raises `InputError`, where it can before the weights are read.
+    """
+    settings, source = cells[0], cells[0].source
+    with report.timed("load"):
+        config = load_config(source)
+        seqlen = check_config(cells, config)
+        tokenizer = load_tokenizer(source)
+    with report.timed("data"):
+        windows, eval_windows = load_windows(cells, tokenizer, seqlen, config.vocab_size)
+    with report.timed("load"):
+        decoder = Decoder(load_model(source))
+        for cell in cells:
+            check_decoder(cell, decoder)
+    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
+
+
+def check_config(cells: Sequence[DepthPruning], config) -> int:
+    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    seqlen = window_length(cells[0].model_name, config, cells[0].seqlen)
+    check_stride(cells[0].eval_stride, seqlen)
+    for settings in cells:
+        check_layers(settings, config)
+    outline = load_outline(config, cells[0].source.trust_remote_code)
+    if outline is not None:
+        decoder = Decoder(outline, has_weights=False)
+        for settings in cells:
+            check_decoder(settings, decoder)
+    return seqlen
+
+
+def check_layers(settings: DepthPruning, config) -> None:
+    """Checks a run's numbers of layers against a model's config. Raises `InputError`."""
+    layers, name = config.num_hidden_layers, settings.model_name
+    if settings.num_blocks not in (None, layers):
+        raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
+    if settings.saved_plan:
+        planned = settings.saved_plan.plan.num_layers
+        if planned != layers:
+            raise InputError(f"--apply_plan: was made for {planned} decoder layers, but {name} has {layers}")
+    else:
+        whole = layers - sum(map(bool, skip_lists(config)))
+        check_counts(settings, whole, f"{name} has {whole} {'' if whole == layers else 'whole '}decoder layers")
+
+
+def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
+    """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
+    if layers < 2 and settings.method not in ("blockpruner", "beam"):
+        raise InputError(f"{having}; pruning needs at least 2")
+    if (settings.mha_remove_layers or 0) >= layers:
+        raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
+    if (settings.ffn_remove_layers or 0) > layers:
+        raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {having}, no more")
+
+
+def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
+    """Checks a model, which may be without weights, against the plan or the budget, and the format to be saved."""
+    if settings.saved_plan:
+        plan = settings.saved_plan.plan
+        for what, layers, absent in (
+            ("attention", plan.mha_removed, [not mode.attention for mode in decoder.given_modes]),
+            ("FFN", plan.ffn_removed, [not mode.ffn for mode in decoder.given_modes]),
+        ):
+            if gone := [layer for layer in layers if absent[layer]]:
+                raise InputError(
+                    f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
+                    "give the model that the plan was made for"
+                )
+        if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
+            raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
+    elif settings.method == "ppllms":
+        find_counts(settings, decoder)
+    else:
+        check_reachable(decoder, moves_of(settings.method, decoder), settings.prune_rate)
+    if settings.save_model:
+        check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
+
+
+def load_windows(
+    cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
+) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+    """The calibration windows of each seed, and those of every evaluation text; text is tokenized here, once."""
+    settings, windows = cells[0], {}
+    seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
+    if seeds:
+        corpus = load_corpus(settings.dataset, "train")
+        windows = {seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds}
+    sources, stride = settings.eval_datasets if settings.eval_ppl else [], settings.eval_stride
+    eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen, stride) for s in sources}
+    for tokens in (*windows.values(), *eval_windows.values()):
+        check_tokens(settings.model_name, tokens, vocab_size)
+    return windows, eval_windows
+
+
+def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
+    """How many layers lose attention and FFN, by the settings and the model's own parameter counts."""
+    budget = budget_of(decoder)
+    ratio = budget.natural_ratio if settings.mha_ffn_ratio == "auto" else settings.mha_ffn_ratio
+    return choose_counts(budget, settings.prune_rate, ratio, settings.mha_remove_layers, settings.ffn_remove_layers)
+
+
+def budget_of(decoder: Decoder) -> Budget:
+    """The budget of a model's whole layers; those that differ in size count with their mean."""
+    sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
+    mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
+    return Budget(len(sizes), mha, ffn, decoder.total_parameters)

@@ -1,0 +1,51 @@
+"""One run from its settings to its result: what the runs of `ppllms.py` and `alp_prune.py` have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from lib.files import RESULT
+from lib.loading import resolve_device
+from lib.ranks import Ranks, join
+from lib.report import Report, quiet_libraries
+from lib.settings import DepthPruning, SparsityPruning
+from lib.state import FOLDER, State, check_saved, finished, how_to_resume
+
+
+class HasState(Protocol):
+    """A job: what a run works on, and where it keeps what is finished."""
+
+    state: State
+
+
+Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
+Job = TypeVar("Job", bound=HasState)
+
+
+def carry_out(
+    settings: Settings,
+    prepare: Callable[[Report, Sequence[Settings], Ranks], Job],
+    work: Callable[[Report, Settings, Job], dict],
+) -> dict:
+    """The result of a run, which goes on with one that was stopped, or says that it is finished, if it is to.
+
+    `prepare` loads and checks all that it needs, and `work` does it, with what is finished kept in the job's state.
+    Raises `InputError`, and `RunError` that says what is kept.
+    """
+    quiet_libraries()
+    ranks = join(resolve_device(settings.source.device))
+    folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # which may have the time in it
+    settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)
+    if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
+        check_saved(before, settings.save_model)
+        report.say(f"Finished before: {folder / RESULT}")
+        return before
+    state = State(folder / FOLDER, settings.key, ranks, settings.resume)
+    with state.told(how_to_resume(folder)):
+        job = prepare(report, [settings], ranks)
+        job.state = state
+        with state.at_work(report.seconds):
+            report.open(folder, goes_on=settings.resume)
+            return work(report, settings, job)
