@@ -1,11 +1,11 @@
-"""Peak memory and seconds of runs on a model that is resident, and on one whose layers are read from disk.
+"""Peak memory and seconds of runs on a model that is resident, and on one whose layers come and go.
 
     python -m benchmarks.offload                      # a random Llama of 1.6 GB
     python -m benchmarks.offload --limit 900          # in a control group of so many MiB (as root)
 
 Each run is a process of its own: Block Influence, a greedy search, pruning by Wanda, perplexity and saving, by the
-command lines of the scripts. Memory is what the process has of its own (private and written to), the most that it was
-at any time; the pages of files that are mapped come on top, as far as the system has room for them.
+command lines of the scripts. Memory is what the process has of its own (anonymous), the most that it was at any time;
+the pages of files that are mapped come on top, as far as the system has room for them.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8, help="calibration windows (default: 8)")
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--modes", nargs="+", choices=["none", "cpu", "disk"], default=["none", "cpu", "disk"])
     parser.add_argument("--limit", type=int, help="MiB of memory that a process may take (as root)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +47,7 @@ def main() -> None:
             f"random Llama, {args.layers} layers, hidden {args.hidden}: {size / 2**20:,.0f} MiB of weights, fp32, CPU"
         )
         for tool in ("ppllms.py", "alp_prune.py"):
-            for mode in ("none", "disk"):
+            for mode in args.modes:
                 tell(tool, mode, args, Path(folder), text)
 
 
@@ -91,7 +92,7 @@ def tell(tool: str, mode: str, args: argparse.Namespace, folder: Path, text: Pat
 
 
 def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
-    """Exit status of a process, the most private memory that it had, and its last line on stderr."""
+    """Exit status of a process, the most memory of its own that it had, and its last line on stderr."""
     group = control_group(limit) if limit else None
     process = subprocess.Popen(
         command,
@@ -106,7 +107,7 @@ def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
         nonlocal peak
         while not is_over.wait(0.02):
             try:
-                peak = max(peak, sum(one.private_dirty for one in watched.memory_maps()))
+                peak = max(peak, sum(one.anonymous + one.swap for one in watched.memory_maps()))
             except (psutil.Error, OSError):
                 return
 
