@@ -164,7 +164,7 @@ def test_a_preset_may_be_changed_to_a_pattern(tmp_path, monkeypatch, text_file):
     assert "|  | 2:4 |" in (tmp_path / "out/table.md").read_text()
 
 
-@pytest.mark.parametrize("tool", ["alp_prune.py", "ppllms.py"])
+@pytest.mark.parametrize("tool", ["alp_prune.py", pytest.param("ppllms.py", marks=pytest.mark.slow)])
 def test_a_killed_grid_goes_on_to_the_same_tables(tool, tiny_folder, text_file, tmp_path):
     if tool == "ppllms.py":
         axes = ["--method", "blockpruner", "sleb", "beam", "--prune_rate", "0.1", "0.15"]
@@ -356,6 +356,7 @@ def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
 # Presets --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_preset_of_weights_in_a_small_form(tmp_path, monkeypatch, text_file):
     monkeypatch.chdir(tmp_path)
     small = ["--nsamples", 2, "--seqlen", 64, "--dataset", text_file, "--sparsity_ratio", 0.5, 0.6]
