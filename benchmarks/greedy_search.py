@@ -1,7 +1,7 @@
 """The greedy search: the shared-prefix sweep beside the obvious way, toggling layers and running the whole model.
 
     python -m benchmarks.greedy_search                  # the comparison: a narrow 32-layer Llama, candidates 20-29
-    python -m benchmarks.greedy_search --growth out.png # time against layers, candidates and windows
+    python -m benchmarks.greedy_search --growth out.png # time against layers, width, candidates and windows
 
 Both sides run in one process, in turn, on the same model, windows and batch size, and must choose the same layers.
 """
@@ -12,7 +12,7 @@ import statistics
 import torch
 
 from benchmarks.common import machine, random_llama, seconds, side_by_side, spread
-from lib.batching import Batcher
+from lib.batching import Batcher, keep_freed_memory
 from lib.evaluate import token_losses
 from lib.model import Decoder
 from lib.plan import Plan
@@ -72,10 +72,11 @@ def compare(args: argparse.Namespace) -> None:
 
 GROWTH = {
     "layers": [16, 32, 48, 64],
+    "width": [64, 128, 192, 256],
     "candidates": [4, 8, 12, 16],
     "windows": [2, 4, 8, 16],
 }
-BASE = {"layers": 32, "candidates": 8, "windows": 4}
+BASE = {"layers": 32, "width": 128, "candidates": 8, "windows": 4}
 
 
 def growth(args: argparse.Namespace) -> None:
@@ -84,7 +85,8 @@ def growth(args: argparse.Namespace) -> None:
     for quantity, values in GROWTH.items():
         for value in values:
             size = {**BASE, quantity: value}
-            decoder = Decoder(random_llama(size["layers"], 128, 344, context=args.seqlen))
+            width = size["width"]
+            decoder = Decoder(random_llama(size["layers"], width, width * 43 // 16, context=args.seqlen))
             windows = torch.randint(0, 2048, (size["windows"], args.seqlen))
             last = size["layers"] - 3
             candidates = list(range(last - size["candidates"] + 1, last + 1))
@@ -102,7 +104,7 @@ def draw_growth(path: str, measured: dict[str, list[list[float]]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, row = plt.subplots(1, len(measured), figsize=(9, 2.8), layout="constrained", sharey=True)
+    figure, row = plt.subplots(1, len(measured), figsize=(11, 2.8), layout="constrained", sharey=True)
     for axes, (quantity, runs) in zip(row, measured.items(), strict=True):
         middle = [statistics.median(times) for times in runs]
         axes.errorbar(
@@ -133,9 +135,10 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--growth", metavar="PNG", help="draw time against layers, candidates and windows instead")
+    parser.add_argument("--growth", metavar="PNG", help="draw time against each quantity instead")
     args = parser.parse_args()
     print(machine())
+    keep_freed_memory()  # for both sides
     growth(args) if args.growth else compare(args)
 
 

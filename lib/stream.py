@@ -14,7 +14,7 @@ from lib.offload import free_host_memory
 from lib.plan import Mode, Plan
 
 _LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
-_TOKENS_AT_ONCE_ON_CPU = 256  # more do not fit its caches
+_LOGITS_AT_ONCE_ON_CPU, _TOKENS_AT_LEAST = 2**21, 256  # more of a large vocabulary do not fit its caches
 _HOST_SHARE = 0.4  # of the free host memory, for hidden states that wait
 _ON = Mode()
 
@@ -51,9 +51,10 @@ def tail_losses(
     labels = input_ids[:, 1:].to(hidden_states.device)
     scored = scored or labels.shape[1]
     labels, hidden_states = labels[:, -scored:], hidden_states[:, :-1][:, -scored:]
-    at_once = max(1, _LOGITS_AT_ONCE // decoder.config.vocab_size)  # tokens
+    vocabulary = decoder.config.vocab_size
+    at_once = max(1, _LOGITS_AT_ONCE // vocabulary)  # tokens
     if hidden_states.device.type == "cpu":
-        at_once = min(at_once, _TOKENS_AT_ONCE_ON_CPU)
+        at_once = min(at_once, max(_TOKENS_AT_LEAST, _LOGITS_AT_ONCE_ON_CPU // vocabulary))
     rows = max(1, at_once // labels.shape[1])  # whole windows in a piece, or a piece of one window
     piece = min(at_once, labels.shape[1])
     losses = []
@@ -92,17 +93,18 @@ class Activations:
         batcher: Batcher,
         layer: int = 0,
         hidden_states: torch.Tensor | None = None,
+        inputs: "SharedInputs | None" = None,
         first: int = 0,
     ):
         """Before layer 0, from the embedding; or before another `layer`, with the `hidden_states` that are known.
 
-        `first` is the number of the first window, for messages.
+        `inputs` are those of other walks of the same windows; `first` is the number of the first window, for messages.
         """
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self.layer, self.first = layer, first
         self.hidden_states = hidden_states
         self._is_own = False  # else somebody shares them, and they must not be written to
-        self.inputs = _SharedInputs(decoder, windows)
+        self.inputs = inputs or SharedInputs(decoder, windows)
         if hidden_states is None and len(windows):
             batcher.map(self._embed, len(windows))
 
@@ -127,10 +129,8 @@ class Activations:
 
     def fork(self) -> "Activations":
         """The same hidden states, to be moved on by themselves."""
-        other = Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states)
-        other.inputs = self.inputs
         self._is_own = False
-        return other
+        return Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states, self.inputs)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -193,7 +193,7 @@ class Activations:
         return self.decoder.run_layer(self.layer, self.states(rows), self.inputs.of(rows), mode)
 
 
-class _SharedInputs:
+class SharedInputs:
     """What layers are handed besides hidden states, for batches of some windows, by the windows in a batch."""
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor):

@@ -10,6 +10,7 @@ from lib.batching import Batcher
 from lib.errors import InputError, RunError
 from lib.model import Decoder
 from lib.plan import Mode, Plan
+from lib.policies import blockpruner, sleb
 from lib.search import Budget, Counts, Sweep, Trial, choose_candidates, choose_counts, greedy_search
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
@@ -43,11 +44,35 @@ def test_the_kept_prefix_is_used_only_under_the_modes_it_was_made_with(batcher):
             assert sweep.losses(base, [Trial(layer, closed)]) == pytest.approx(fresh, rel=1e-6)
 
 
-def test_without_room_for_the_prefix_the_losses_are_the_same(batcher, monkeypatch):
+@pytest.mark.parametrize("policy", [sleb, blockpruner, None])
+@pytest.mark.parametrize("states", [0, 1, 2, 5])
+def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batcher, monkeypatch):
     decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
-    kept = greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2)
-    monkeypatch.setattr(lib.search, "_device_with_room", lambda size, device: None)
-    assert greedy_search(Sweep(decoder, windows, batcher), [3, 2], 2) == kept
+
+    def search():
+        sweep = Sweep(decoder, windows, batcher)
+        return policy(sweep, 0.35) if policy else greedy_search(sweep, [3, 2, 1], 3)
+
+    expected = search()
+    size = windows.numel() * decoder.config.hidden_size * 4
+    monkeypatch.setattr(lib.search, "_free_memory", lambda device: size * states / lib.search._ROOM)
+    monkeypatch.setattr(lib.search, "free_host_memory", lambda: 0)
+    assert search() == expected
+
+
+def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once(batcher, monkeypatch):
+    decoder, windows, states = Decoder(tiny_model("Llama")), tiny_windows(4), torch.randn(4, 24, 32)
+    monkeypatch.setattr(lib.search, "_free_memory", lambda device: 0)
+    kept = lib.search._States(decoder.device)
+    on, off = Mode(), Mode(False, False)
+    kept.begin([(on, on)], slice(0, len(windows)))
+    for modes in ((on,), (off,)):
+        for rows in (slice(0, 3), slice(3, 4)):
+            kept.write(rows, modes, states[rows])
+    assert kept.longest((on, on)) == ()  # not all windows' yet, for all that is known
+    kept.end()
+    assert kept.longest((on, on)) == (on,) and kept.longest((off, on)) == ()
+    assert torch.equal(kept.read(slice(1, 4), (on,), decoder.device), states[1:4])
 
 
 @pytest.mark.parametrize("fails_at", range(1, 7))
@@ -69,8 +94,9 @@ def test_the_sweep_runs_far_fewer_layers_than_whole_forwards(monkeypatch, batche
     run_layer = decoder.run_layer
     monkeypatch.setattr(decoder, "run_layer", lambda *args: calls.append(args[0]) or run_layer(*args))
     greedy_search(Sweep(decoder, tiny_windows(2), batcher), list(range(10, 14)), 2)
-    # Round 1: 10 layers of prefix, the base over 3 candidates, trials of 5, 4, 3 and 2 layers and 4 that are closed.
-    assert len(calls) <= 10 + 2 * 3 + (5 + 4 + 3 + 2 + 4) + (5 + 4 + 3 + 3)
+    # Round 1: 10 layers below, the base over 3 candidates, the trials over the rest of 3, 2, 1 and 0 candidates and 2
+    # layers, and 4 that are closed. Round 2: no base, and no layer below the one that was chosen.
+    assert len(calls) <= 10 + 3 + (3 + 2 + 1 + 4 * 2 + 4) + 3 * (3 + 2 + 1)
     assert len(calls) < 7 * 16 / 2
 
 
