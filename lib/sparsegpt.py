@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -11,7 +13,9 @@ from lib.methods import Quantization
 from lib.quantize import Grid
 
 BLOCK = 128  # columns
+_AT_ONCE = 16  # columns whose losses the columns after them take over one by one, and all others together
 _LARGEST_DAMPING = 1.0
+_PARTS = 4  # of the Hessian's rows, each multiplied as far as the diagonal: 10 of 16 blocks
 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -20,7 +24,10 @@ class Hessian:
     """H = (2/n) sum over windows of X^T X (in, in), in fp32, for the n windows seen, X (T, in)."""
 
     def __init__(self, in_features: int, device: torch.device):
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(
+            in_features, in_features, dtype=torch.float32, device=device
+        )  # right on and below edges
+        self._edges = [in_features * part // _PARTS for part in range(_PARTS + 1)]
         self.windows = 0
         self.damping: float | None = None  # what the factor took, as a share of the mean diagonal
         self._factors: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -29,20 +36,28 @@ class Hessian:
         """Adds the inputs (B, T, in) of B windows; one at a time, so that the sum does not depend on the batch."""
         self._factors.clear()
         for window in inputs:
-            window = window.float()
-            self.total.addmm_(window.T, window)
+            window = window if _sums_in_float32(window) else window.float()
+            for first, last in pairwise(self._edges):  # the sum is symmetric: what is right of the diagonal can wait
+                _add_product(self._sum[first:last, :last], window[:, first:last], window[:, :last])
         self.windows += len(inputs)
 
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
         """Takes over what other processes saw of all `windows`; `add` replaces a tensor by the sum over processes."""
         self._factors.clear()
-        add(self.total)
+        add(self._sum)
         self.windows = windows
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The sum over windows of X^T X, (in, in)."""
+        for first, last in pairwise(self._edges):
+            self._sum[:first, first:last] = self._sum[first:last, :first].T
+        return self._sum
 
     @property
     def diagonal(self) -> torch.Tensor:
         """(in,)"""
-        return self.total.diagonal() * (2 / self.windows)
+        return self._sum.diagonal() * (2 / self.windows)
 
     def inverse_factor(self, damping: float, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The upper triangular R (in, in) with R^T R = (H + damping * mean(diag H) * I)^-1, and the columns' order.
@@ -57,10 +72,10 @@ class Hessian:
         return self._factors[by_activation]
 
     def _factorize(self, damping: float, order: torch.Tensor | None) -> torch.Tensor:
-        if not self.total.diagonal().isfinite().all():
+        if not self.diagonal.isfinite().all():
             raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
         # With J the reversal of rows: J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J, which is upper triangular.
-        reverse = torch.arange(len(self.total) - 1, -1, -1, device=self.total.device)
+        reverse = torch.arange(len(self._sum) - 1, -1, -1, device=self._sum.device)
         places = reverse if order is None else order[reverse]
         hessian = self.total[places[:, None], places].mul_(2 / self.windows)
         diagonal = hessian.diagonal().clone()
@@ -76,10 +91,24 @@ class Hessian:
             damping = min(max(damping, 1e-3) * 10, _LARGEST_DAMPING)
         self.damping = damping
         del hessian  # of wide layers each of these is large
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        del lower, identity
+        inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT  # by columns: solved in place
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        del lower
         return inverse.flip(0, 1)
+
+
+def _sums_in_float32(window: torch.Tensor) -> bool:
+    """True where products of such numbers can be summed in fp32 as they are, without a copy in fp32."""
+    is_half = window.dtype in (torch.float16, torch.bfloat16)
+    return not is_half or window.is_cuda and "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total (m, n) += left^T right, for (T, m) and (T, n), with products and sums in fp32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -129,32 +158,58 @@ def obs_update(
     columns = weight.shape[1]
     step = step or block
     block = max(step, block // step * step)
-    diagonal = factor.diagonal()
+    diagonal = factor.diagonal()[:, None]
     new = weight.T.contiguous()  # (in, out): columns of the weight are rows here, and contiguous
-    grid, mask = None, None
+    grid = None
     for first, last in pairwise([*range(0, columns, block), columns]):
         inner = factor[first:last, first:last]
-        errors = torch.zeros_like(new[first:last])
+        errors = torch.empty_like(new[first:last])
 
         def current(start: int, stop: int, inner=inner, errors=errors, first=first) -> torch.Tensor:
             """The weights of columns `start` to `stop` of the block after what the columns before them lost."""
             return new[first + start : first + stop] - inner[:start, start:stop].T @ errors[:start]
 
-        for i in range(last - first):
-            column = first + i
-            if i % step == 0:
-                stop = min(i + step, last - first)
-                scores = (current(i, stop) / diagonal[column : first + stop, None]).square()
-                mask = choose(scores.T, column).T
-            if rounding is not None and rounding.starts_group(column):
-                ahead = min(i + rounding.quantization.group_size, last - first)
-                later = new[last : column + rounding.quantization.group_size]
-                grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
-            before = current(i, i + 1)[0]
-            after = before.masked_fill(mask[i % step], 0.0)
-            if rounding is not None:
-                after = (rounding.grid(column) if rounding.grids else grid).round(after[:, None])[:, 0]
-            errors[i] = (before - after) / diagonal[column]
-            new[column] = after
+        for start, stop in pairwise([*range(0, last - first, step), last - first]):
+            columns_now = slice(first + start, first + stop)
+            now = current(start, stop)
+            mask = choose((now / diagonal[columns_now]).square().T, first + start).T
+            if rounding is None:
+                zero_columns(now, inner[start:stop, start:stop], mask, errors[start:stop])
+                new[columns_now] = now
+                continue
+            for i in range(start, stop):
+                column = first + i
+                if rounding.starts_group(column):
+                    ahead = min(i + rounding.quantization.group_size, last - first)
+                    later = new[last : column + rounding.quantization.group_size]
+                    grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
+                before = current(i, i + 1)[0]
+                kept = before.masked_fill(mask[i - start], 0.0)
+                new[column] = (rounding.grid(column) if rounding.grids else grid).round(kept[:, None])[:, 0]
+                errors[i] = (before - new[column]) / diagonal[column]
         new[last:] -= factor[first:last, last:].T @ errors
     return new.T.contiguous()
+
+
+def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
+    """Zeroes, in place, the masked weights of some columns, one column after the other, and moves those that follow.
+
+    `now` (k, out) has a row for each column, `triangle` (k, k) is their part of the factor, `mask` (k, out) says what
+    goes. `errors` (k, out) is written: what each weight lost, over the diagonal.
+    """
+    if now.is_cuda and _has_triton():
+        from lib import kernels
+
+        return kernels.zero_columns(now, triangle, mask, errors)
+    lost = mask / triangle.diagonal()[:, None]
+    for first, last in pairwise([*range(0, len(now), _AT_ONCE), len(now)]):
+        for column in range(first, last):
+            now[column].addmv_(errors[first:column].T, triangle[first:column, column], alpha=-1)
+            torch.mul(now[column], lost[column], out=errors[column])
+        now[last:] -= triangle[first:last, last:].T @ errors[first:last]
+    now.masked_fill_(mask, 0.0)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

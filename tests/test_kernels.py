@@ -1,0 +1,41 @@
+"""The kernels of accelerators against the plain versions; without an accelerator in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from lib import sparsegpt
+
+IS_CUDA = torch.cuda.is_available()
+if not IS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for CUDA")
+
+
+@pytest.mark.parametrize("columns, outs", [(128, 70), (128, 16), (4, 33), (100, 5), (1, 1)])
+def test_the_kernel_zeroes_and_compensates_as_the_plain_version(columns, outs):
+    from lib import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(200, 200, generator=generator).triu() + 8 * torch.eye(200)
+    triangle = factor[20 : 20 + columns, 20 : 20 + columns]
+    now, mask = torch.randn(columns, outs, generator=generator), torch.rand(outs, columns, generator=generator).T < 0.5
+    expected, expected_errors = now.clone(), torch.empty_like(now)
+    sparsegpt.zero_columns(expected, triangle, mask, expected_errors)
+    device = "cuda" if IS_CUDA else "cpu"
+    found, errors = now.to(device), torch.empty_like(now, device=device)
+    kernels.zero_columns(found, factor.to(device)[20 : 20 + columns, 20 : 20 + columns], mask.to(device), errors)
+    assert torch.equal(found.cpu() == 0, mask)
+    assert torch.allclose(found.cpu(), expected, atol=1e-5)
+    assert torch.allclose(errors.cpu(), expected_errors, atol=1e-5)
+
+
+@pytest.mark.skipif(not IS_CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_hessian_of_half_precision_inputs_is_summed_in_fp32(dtype):
+    inputs = torch.randn(3, 500, 96, device="cuda").to(dtype)
+    hessian = sparsegpt.Hessian(96, inputs.device)
+    hessian.update(inputs)
+    expected = sum(x.double().T @ x.double() for x in inputs)
+    assert torch.allclose(hessian.total.double(), expected, rtol=1e-5, atol=1e-3)
