@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import transformers
 
+from lib.batching import free_memory
+
 
 def random_llama(
     layers: int, hidden: int, ffn: int, vocab: int = 2048, context: int = 2048, heads: int = 8, dtype=torch.float32
@@ -50,6 +52,7 @@ def peak_memory(function: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated() / 2**20
         function()
         return torch.cuda.max_memory_allocated() / 2**20 - before
+    free_memory()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = _status("VmRSS")

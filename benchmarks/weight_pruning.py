@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.common import machine, random_llama, side_by_side, spread
-from lib.batching import Batcher, automatic_batch_size
+from benchmarks.common import machine, peak_memory, random_llama, side_by_side, spread
+from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.linears import InputGroup, input_groups
 from lib.model import Decoder
 from lib.plan import Mode
@@ -145,7 +145,7 @@ def compare(args: argparse.Namespace) -> None:
     linears = [linear for layer in groups for group in layer for linear in group.linears]
     dense = [linear.weight.clone() for linear in linears]
     windows = torch.randint(0, 2048, (args.windows, args.seqlen))
-    batch_size = args.batch_size or automatic_batch_size(decoder.device, args.seqlen)
+    batch_size = args.batch_size or automatic_batch_size(decoder.device, args.seqlen, decoder.token_bytes)
     masks: dict[str, list[torch.Tensor]] = {}
 
     def on_dense_weights(name: str, function) -> None:
@@ -170,17 +170,16 @@ def compare(args: argparse.Namespace) -> None:
         def theirs(loop=loop) -> None:
             reference_loops(decoder, windows, loop, args.sparsity)
 
-        times = side_by_side(
-            {
-                "reference loops": partial(on_dense_weights, "reference loops", theirs),
-                "ours": partial(on_dense_weights, "ours", ours),
-                "two bare passes": lambda: bare_passes(decoder, windows, batch_size),
-            },
-            args.runs,
-        )
+        sides = {
+            "reference loops": partial(on_dense_weights, "reference loops", theirs),
+            "ours": partial(on_dense_weights, "ours", ours),
+            "two bare passes": lambda: bare_passes(decoder, windows, batch_size),
+        }
+        times = side_by_side(sides, args.runs)
+        memory = {side: peak_memory(function) for side, function in sides.items()}
         print(name)
         for side, values in times.items():
-            print(f"  {side:16} {spread(values, ' s')}")
+            print(f"  {side:16} {spread(values, ' s')}, {memory[side]:,.0f} MiB beyond the model")
         for side in ("reference loops", "two bare passes"):
             ratios = [other / own for other, own in zip(times[side], times["ours"], strict=True)]
             print(f"  {side} / ours  {spread(ratios)}")
@@ -205,6 +204,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=SIDES, default=list(SIDES))
     args = parser.parse_args()
     print(machine())
+    keep_freed_memory()  # for all sides
     compare(args)
 
 

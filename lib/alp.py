@@ -25,7 +25,7 @@ from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
 from lib.ranks import join
-from lib.report import Report, environment, peak_memory_bytes, quiet_libraries, timed
+from lib.report import Report, environment, peak_memory_bytes, set_up, timed
 from lib.settings import SparsityPruning
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest, discard
@@ -47,7 +47,7 @@ def prune_once(report: Report, settings: SparsityPruning, job: Job) -> dict:
 
 def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
-    quiet_libraries()
+    set_up()
     ranks = join(resolve_device(cells[0].source.device))
     grid = Grid(
         across="sparsity",

@@ -92,7 +92,8 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> J
         for asked, known in gradients.items():
             artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
+    batcher = Batcher(settings.batch_size or batch_size, ranks)
     job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
         size = sum(linear.weight.nbytes for linear in job.linears)

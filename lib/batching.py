@@ -1,7 +1,9 @@
 """Runs a function over calibration windows in batches, halving the batch when memory runs out."""
 
+import ctypes
 import gc
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -13,15 +15,48 @@ Result = TypeVar("Result")
 Progress = Callable[[float], object]  # is told how many windows were done
 
 
-def automatic_batch_size(device: torch.device, seqlen: int) -> int:
-    """Windows in a first batch: about 32k tokens on an accelerator, 1k on a CPU, whose caches are the limit."""
-    tokens = 1024 if device.type == "cpu" else 32768
+def automatic_batch_size(device: torch.device, seqlen: int, token_bytes: int) -> int:
+    """Windows in a first batch: 2k tokens on a CPU, whose caches are the limit; on an accelerator 32k that fit.
+
+    `token_bytes` is what a token takes of the memory while it passes a layer; half of what is free may be taken.
+    """
+    tokens = 2048 if device.type == "cpu" else 32768
+    if device.type == "cuda":
+        tokens = min(tokens, torch.cuda.mem_get_info(device)[0] // 2 // token_bytes)
     return max(1, tokens // seqlen)
+
+
+# Parameters of glibc's mallopt, and what they are set to, in bytes
+_TRIM_THRESHOLD, _KEPT_AT_MOST = -1, 128 * 2**20
+_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 * 2**20  # the most that glibc takes
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is one that keeps memory as it is told."""
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    except (OSError, TypeError):  # of systems that have no such library
+        return None
+
+
+def keep_freed_memory() -> None:
+    """Has the memory of tensors that are gone kept for the next ones, which then do not fault in each page anew.
+
+    For the whole process, on the CPU, of at most 128 MiB and in tensors of up to 32 MiB each; by glibc, else not at
+    all. Without it a pass through layers on a CPU spends up to a tenth of its time in the kernel.
+    """
+    if library := _glibc():
+        library.mallopt(_TRIM_THRESHOLD, _KEPT_AT_MOST)
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def free_memory() -> None:
     """Gives back what nothing refers to any more."""
     gc.collect()
+    if library := _glibc():
+        library.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

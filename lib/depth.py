@@ -19,7 +19,7 @@ from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
 from lib.policies import beam, blockpruner, random_layers, shortgpt, sleb
 from lib.ranks import join
-from lib.report import Report, environment, peak_memory_bytes, quiet_libraries
+from lib.report import Report, environment, peak_memory_bytes, set_up
 from lib.search import Counts, Round, Sweep, choose_candidates, greedy_search
 from lib.settings import DepthPruning
 from lib.sitting import carry_out
@@ -42,7 +42,7 @@ def prune_once(report: Report, settings: DepthPruning, job: Job) -> dict:
 
 def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
-    quiet_libraries()
+    set_up()
     ranks = join(resolve_device(cells[0].source.device))
     grid = Grid(
         across="share of the parameters removed",

@@ -63,7 +63,8 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Job:
         decoder = Decoder(load_model(source))
         for cell in cells:
             check_decoder(cell, decoder)
-    batcher = Batcher(settings.batch_size or automatic_batch_size(decoder.device, seqlen), ranks)
+    batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
+    batcher = Batcher(settings.batch_size or batch_size, ranks)
     return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
 
 

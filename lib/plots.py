@@ -117,7 +117,7 @@ def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence
     figure, grid = plt.subplots(rows, 1, figsize=(width, 1.0 + 2.4 * rows), layout="constrained", sharex=True)
     axes = [grid] if rows == 1 else list(grid)
     yield axes
-    axes[0].set_title(title, parse_math=False)
+    axes[0].set_title(title, loc="left", parse_math=False)
     axes[-1].set_xlabel("decoder layer")
     axes[-1].set_xticks(range(0, layers, max(1, layers // 20)))
     for one in axes:

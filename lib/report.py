@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lib.batching import keep_freed_memory
 from lib.files import RESULT, clear_drafts, write_json
 from lib.plots import REMOVALS, SPARSITY
 
@@ -33,6 +34,12 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+
+
+def set_up() -> None:
+    """What every run of a script begins with."""
+    quiet_libraries()
+    keep_freed_memory()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from lib.model import Decoder
 from lib.names import ModelSource, short_name
 from lib.plots import plot_sensitivity
 from lib.ranks import ALONE, Ranks, join
-from lib.report import Report, columns, environment, peak_memory_bytes, quiet_libraries
+from lib.report import Report, columns, environment, peak_memory_bytes, set_up
 from lib.state import State, discard, read
 
 
@@ -45,7 +45,7 @@ class SaveGradient:
 
 def run(settings: SaveGradient) -> Artefact:
     """Computes and writes one model's sensitivities. Raises `InputError` and `RunError`."""
-    quiet_libraries()
+    set_up()
     source, gradients = settings.source, settings.gradients
     ranks = join(resolve_device(source.device))
     report = Report(ranks.is_first)

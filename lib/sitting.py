@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from lib.files import RESULT
 from lib.loading import resolve_device
 from lib.ranks import Ranks, join
-from lib.report import Report, quiet_libraries
+from lib.report import Report, set_up
 from lib.settings import DepthPruning, SparsityPruning
 from lib.state import FOLDER, State, check_saved, finished, how_to_resume
 
@@ -34,7 +34,7 @@ def carry_out(
     `prepare` loads and checks all that it needs, and `work` does it, with what is finished kept in the job's state.
     Raises `InputError`, and `RunError` that says what is kept.
     """
-    quiet_libraries()
+    set_up()
     ranks = join(resolve_device(settings.source.device))
     folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # which may have the time in it
     settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)

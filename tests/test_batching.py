@@ -1,0 +1,48 @@
+"""How many windows at once, and the memory of tensors that are gone."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lib.batching import automatic_batch_size
+from lib.model import Decoder
+from tests.command import ROOT
+from tests.families import tiny_model
+
+FAULTS = """
+import resource, torch
+from lib.batching import keep_freed_memory
+if {keeps}:
+    keep_freed_memory()
+x = torch.ones(2**21)  # 8 MiB
+for number in range(60):
+    if number == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    (x + 1, x + 2, x + 3, x + 4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_kept_is_not_faulted_in_again():
+    def faults(keeps: bool) -> int:
+        command = [sys.executable, "-c", FAULTS.format(keeps=keeps)]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout)
+
+    assert faults(True) < faults(False) / 10
+
+
+@pytest.mark.parametrize("free, windows", [(2**40, 16), (2 * 4096 * 1000, 2), (2 * 5000 * 1000, 2), (10, 1)])
+def test_a_batch_fits_the_free_memory_of_an_accelerator(free, windows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**50))
+    assert automatic_batch_size(torch.device("cuda"), 2048, 1000) == windows
+    assert automatic_batch_size(torch.device("cpu"), 512, 1000) == 4
+
+
+def test_a_token_takes_a_few_of_a_layers_widest_tensors():
+    decoder = Decoder(tiny_model("Llama"))
+    hidden, ffn = decoder.config.hidden_size, decoder.config.intermediate_size
+    assert decoder.token_bytes == 4 * (8 * hidden + 4 * max(hidden, ffn))
