@@ -11,20 +11,21 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
     """As `lib.sparsegpt.zero_columns`, in one launch: (k, out), (k, k), (k, out), (k, out)."""
     columns, outs = now.shape
     assert now.stride(1) == triangle.stride(1) == errors.stride(1) == 1
-    _zero_columns[(triton.cdiv(outs, _OUTS),)](
-        now,
-        triangle,
-        mask.view(torch.uint8),
-        errors,
-        columns,
-        outs,
-        now.stride(0),
-        triangle.stride(0),
-        *mask.stride(),
-        errors.stride(0),
-        COLUMNS=triton.next_power_of_2(columns),
-        OUTS=_OUTS,
-    )
+    with torch.cuda.device_of(now):
+        _zero_columns[(triton.cdiv(outs, _OUTS),)](
+            now,
+            triangle,
+            mask.view(torch.uint8),
+            errors,
+            columns,
+            outs,
+            now.stride(0),
+            triangle.stride(0),
+            *mask.stride(),
+            errors.stride(0),
+            COLUMNS=triton.next_power_of_2(columns),
+            OUTS=_OUTS,
+        )
 
 
 @triton.jit

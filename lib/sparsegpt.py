@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -24,9 +23,8 @@ class Hessian:
     """H = (2/n) sum over windows of X^T X (in, in), in fp32, for the n windows seen, X (T, in)."""
 
     def __init__(self, in_features: int, device: torch.device):
-        self._sum = torch.zeros(
-            in_features, in_features, dtype=torch.float32, device=device
-        )  # right on and below edges
+        # Of the sum over windows of X^T X what is right of the diagonal blocks is only filled in by `total`.
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._edges = [in_features * part // _PARTS for part in range(_PARTS + 1)]
         self.windows = 0
         self.damping: float | None = None  # what the factor took, as a share of the mean diagonal
@@ -37,7 +35,7 @@ class Hessian:
         self._factors.clear()
         for window in inputs:
             window = window if _sums_in_float32(window) else window.float()
-            for first, last in pairwise(self._edges):  # the sum is symmetric: what is right of the diagonal can wait
+            for first, last in pairwise(self._edges):
                 _add_product(self._sum[first:last, :last], window[:, first:last], window[:, :last])
         self.windows += len(inputs)
 
@@ -197,10 +195,8 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
     `now` (k, out) has a row for each column, `triangle` (k, k) is their part of the factor, `mask` (k, out) says what
     goes. `errors` (k, out) is written: what each weight lost, over the diagonal.
     """
-    if now.is_cuda and _has_triton():
-        from lib import kernels
-
-        return kernels.zero_columns(now, triangle, mask, errors)
+    if now.is_cuda and (kernel := _kernel(now.device)):
+        return kernel(now, triangle, mask, errors)
     lost = mask / triangle.diagonal()[:, None]
     for first, last in pairwise([*range(0, len(now), _AT_ONCE), len(now)]):
         for column in range(first, last):
@@ -211,5 +207,13 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _kernel(device: torch.device) -> Callable | None:
+    """`zero_columns` in one launch, where that works: it takes Triton, a C compiler, and a device that it knows."""
+    try:
+        from lib import kernels
+
+        now, eye, errors = (torch.eye(2, device=device) for _ in range(3))
+        kernels.zero_columns(now, eye, now > 0, errors)
+        return kernels.zero_columns if not now.any() and torch.equal(errors, eye) else None
+    except Exception:  # whatever Triton and its tools raise; all of it can be done without
+        return None

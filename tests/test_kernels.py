@@ -31,6 +31,14 @@ def test_the_kernel_zeroes_and_compensates_as_the_plain_version(columns, outs):
     assert torch.allclose(errors.cpu(), expected_errors, atol=1e-5)
 
 
+def test_a_device_without_a_kernel_has_the_plain_version(monkeypatch):
+    assert sparsegpt._kernel(torch.device("cuda" if IS_CUDA else "cpu")) is not None
+    sparsegpt._kernel.cache_clear()
+    monkeypatch.setattr("lib.kernels.zero_columns", lambda *args: 1 / 0)
+    assert sparsegpt._kernel(torch.device("cpu")) is None
+    sparsegpt._kernel.cache_clear()
+
+
 @pytest.mark.skipif(not IS_CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_hessian_of_half_precision_inputs_is_summed_in_fp32(dtype):

@@ -1,5 +1,7 @@
 """SparseGPT and GPTQ: the Hessian, the pass over the columns, the grids."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from lib.errors import RunError
 from lib.methods import Pattern, Quantization
 from lib.pruners import Rounded, SparseGpt
 from lib.quantize import Grid, round_to_nearest
-from lib.sparsegpt import Hessian
+from lib.sparsegpt import Hessian, _kernel
 from tests import reference
 
 
@@ -101,6 +103,13 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_more_and_that_is_said(
     fine = hessian_of(problem()[1])
     pruner.prune([torch.randn(4, 40)], fine, 0.5)
     assert pruner.remark(fine) is None
+
+
+def test_without_triton_there_is_no_kernel_and_no_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lib.kernels", None)
+    _kernel.cache_clear()
+    assert _kernel(torch.device("cpu")) is None
+    _kernel.cache_clear()
 
 
 def test_a_hessian_that_cannot_be_factored_is_an_error():
