@@ -46,7 +46,8 @@ def main() -> None:
     windows = load_file(folder / "windows.safetensors")["windows"]
     linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
     dense = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    print(f"llm-compressor {llmcompressor.__version__}, torch {torch.__version__}", file=answers, flush=True)
+    versions = [f"{module.__name__} {module.__version__}" for module in (llmcompressor, torch, transformers)]
+    print(", ".join(versions), file=answers, flush=True)
     for line in sys.stdin:
         method, sparsity = line.split()
         with torch.no_grad():

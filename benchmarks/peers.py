@@ -4,8 +4,8 @@
     python -m benchmarks.peers PEER/bin/python
 
 llm-compressor needs library versions of its own, so it runs in a process of its own environment, which waits while we
-work, as we wait while it works. Times are of pruning alone, without loading; memory is the most that a process held
-beyond what it held before.
+work, as we wait while it works. Both work as by default: it on one window at a time. Times are without loading, with
+the set-up of both; memory is the most that a process held beyond what it held before.
 """
 
 import argparse
@@ -77,22 +77,24 @@ def main() -> None:
         )
         print(f"sparsity {args.sparsity}, {args.runs} runs after one that is not counted")
         for method in PRUNERS:
-            compare(method, Decoder(model), windows, peer, Path(folder), args)
+            compare(method, model, windows, peer, Path(folder), args)
         peer.end()
 
 
 def compare(
-    method: str, decoder: Decoder, windows: torch.Tensor, peer: Peer, folder: Path, args: argparse.Namespace
+    method: str, model: torch.nn.Module, windows: torch.Tensor, peer: Peer, folder: Path, args: argparse.Namespace
 ) -> None:
     """Prunes on both sides in turn, and prints times, memory and how far the masks agree."""
-    linears = {f"{i}.{n}": linear for i, layer in enumerate(find_linears(decoder)) for n, linear in layer.items()}
+    linears = {
+        f"{i}.{n}": linear for i, layer in enumerate(find_linears(Decoder(model))) for n, linear in layer.items()
+    }
     dense = {name: linear.weight.clone() for name, linear in linears.items()}
-    groups = input_groups(decoder)
-    batch_size = automatic_batch_size(decoder.device, args.seqlen, decoder.token_bytes)
 
     def prune() -> None:
+        decoder = Decoder(model)
         sparsities = [args.sparsity] * decoder.num_layers
-        prune_layers(decoder, groups, PRUNERS[method], sparsities, windows, Batcher(batch_size))
+        batch_size = automatic_batch_size(decoder.device, args.seqlen, decoder.token_bytes)
+        prune_layers(decoder, input_groups(decoder), PRUNERS[method], sparsities, windows, Batcher(batch_size))
 
     def restore() -> None:
         for name, linear in linears.items():

@@ -1,6 +1,6 @@
 """Wanda and SparseGPT: our engine beside an obvious implementation of the reference loops, and beside two bare passes.
 
-    python -m benchmarks.weight_pruning                 # 8 layers of 512/1376 (29.5M parameters), 32 x 512 tokens
+    python -m benchmarks.weight_pruning                 # 8 layers of 512/1376 (27.4M parameters), 32 x 512 tokens
     python -m benchmarks.weight_pruning --dtype bfloat16 --layers 4
 
 The reference loops run one window at a time, keep one statistic for each linear, sort rows and step through columns, as

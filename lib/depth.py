@@ -94,7 +94,9 @@ def search_plan(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan,
     if settings.method == "random":
         return random_layers(job.decoder, settings.prune_rate, settings.seed), {}
     depth_report.say_calibration(report, settings.dataset, job.windows[settings.seed], settings.seed)
-    return SEARCHES[settings.method](report, settings, job)
+    found = SEARCHES[settings.method](report, settings, job)
+    job.sweep(settings.seed).forget()  # what it kept is room for the rest of the run
+    return found
 
 
 def search_shortgpt(report: Report, settings: DepthPruning, job: Job) -> tuple[Plan, dict]:

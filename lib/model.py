@@ -149,7 +149,8 @@ class Decoder:
     @property
     def token_bytes(self) -> int:
         """About the memory that a token takes while it passes a layer: eight of its states, and four of the widest."""
-        widths = (max(parameter.shape[:2], default=1) for parameter in self.layers.parameters())
+        weights = (parameter for parameter in self.layers.parameters() if parameter.is_floating_point())
+        widths = (max(weight.shape[:2], default=1) for weight in weights)
         return (8 * self.config.hidden_size + 4 * max(widths, default=1)) * self.model.dtype.itemsize
 
     @property

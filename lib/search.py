@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from lib.batching import Batcher, Progress
-from lib.errors import InputError
+from lib.batching import Batcher, Progress, free_cuda_memory
+from lib.errors import InputError, is_out_of_memory
 from lib.model import Decoder
 from lib.offload import free_host_memory
 from lib.plan import Mode, Plan
@@ -166,7 +166,12 @@ class _States:
             if self._size or size > free_host_memory() * _ROOM:
                 return None
             device = torch.device("cpu")
-        return torch.empty(shape, dtype=hidden_states.dtype, device=device)
+        try:
+            return torch.empty(shape, dtype=hidden_states.dtype, device=device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # it is only there to save time
 
     @property
     def _size(self) -> int:
@@ -179,8 +184,10 @@ class _States:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Free bytes on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+    """Free bytes on a device; none on one that does not tell."""
+    if device.type == "cuda":
+        return free_cuda_memory(device)
+    return free_host_memory() if device.type == "cpu" else 0
 
 
 class Sweep:
@@ -202,6 +209,10 @@ class Sweep:
         """Takes over what `on_measured` was given before: these are not measured again."""
         for text, loss in losses.items():
             self._losses[tuple(_MODES[letter] for letter in text)] = loss
+
+    def forget(self) -> None:
+        """Lets the hidden states go that the next trials could begin with."""
+        self._kept = None
 
     def losses(self, base: Plan, trials: Sequence[Trial], progress: Progress | None = None) -> list[float]:
         """For each trial, the sum over windows of mean token cross-entropy times T (fp32, summed in fp64).

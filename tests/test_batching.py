@@ -38,6 +38,8 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
 @pytest.mark.parametrize("free, windows", [(2**40, 16), (2 * 4096 * 1000, 2), (2 * 5000 * 1000, 2), (10, 1)])
 def test_a_batch_fits_the_free_memory_of_an_accelerator(free, windows, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**50))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     assert automatic_batch_size(torch.device("cuda"), 2048, 1000) == windows
     assert automatic_batch_size(torch.device("cpu"), 512, 1000) == 4
 

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from lib import sparsegpt
+from lib.methods import Pattern
+from lib.pruners import SparseGpt
+from tests.test_sparsegpt import hessian_of, problem
 
 IS_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if IS_CUDA else "cpu"
 if not IS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for CUDA")
@@ -23,16 +27,29 @@ def test_the_kernel_zeroes_and_compensates_as_the_plain_version(columns, outs):
     now, mask = torch.randn(columns, outs, generator=generator), torch.rand(outs, columns, generator=generator).T < 0.5
     expected, expected_errors = now.clone(), torch.empty_like(now)
     sparsegpt.zero_columns(expected, triangle, mask, expected_errors)
-    device = "cuda" if IS_CUDA else "cpu"
-    found, errors = now.to(device), torch.empty_like(now, device=device)
-    kernels.zero_columns(found, factor.to(device)[20 : 20 + columns, 20 : 20 + columns], mask.to(device), errors)
+    found, errors = now.to(DEVICE), torch.empty_like(now, device=DEVICE)
+    kernels.zero_columns(found, factor.to(DEVICE)[20 : 20 + columns, 20 : 20 + columns], mask.to(DEVICE), errors)
     assert torch.equal(found.cpu() == 0, mask)
     assert torch.allclose(found.cpu(), expected, atol=1e-5)
     assert torch.allclose(errors.cpu(), expected_errors, atol=1e-5)
 
 
+def test_sparsegpt_by_the_kernel_is_sparsegpt(monkeypatch):
+    from lib import kernels
+
+    weight, inputs = problem(rows=40, columns=320, tokens=640)
+    for pattern in (Pattern(), Pattern(2, 4)):
+        (expected,) = SparseGpt(pattern).prune([weight], hessian_of(inputs), 0.6)
+        with monkeypatch.context() as patches:
+            patches.setattr(sparsegpt, "zero_columns", kernels.zero_columns)
+            (found,) = SparseGpt(pattern).prune([weight.to(DEVICE)], hessian_of(inputs.to(DEVICE)), 0.6)
+        same = (found.cpu() == 0) == (expected == 0)
+        assert same.float().mean() > 0.999
+        assert torch.allclose(found.cpu()[same], expected[same], rtol=1e-3, atol=1e-4)
+
+
 def test_a_device_without_a_kernel_has_the_plain_version(monkeypatch):
-    assert sparsegpt._kernel(torch.device("cuda" if IS_CUDA else "cpu")) is not None
+    assert sparsegpt._kernel(torch.device(DEVICE)) is not None
     sparsegpt._kernel.cache_clear()
     monkeypatch.setattr("lib.kernels.zero_columns", lambda *args: 1 / 0)
     assert sparsegpt._kernel(torch.device("cpu")) is None

@@ -60,6 +60,19 @@ def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batche
     assert search() == expected
 
 
+def test_no_room_for_states_to_keep_is_no_failure(batcher, monkeypatch):
+    decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
+    expected = greedy_search(Sweep(decoder, windows, batcher), [3, 2, 1], 3)
+
+    def full(shape, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    sweep = Sweep(decoder, windows, batcher)
+    monkeypatch.setattr(lib.search.torch, "empty", full)
+    assert greedy_search(sweep, [3, 2, 1], 3) == expected
+    assert sweep._kept.longest(Plan(4).modes) == ()
+
+
 def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once(batcher, monkeypatch):
     decoder, windows, states = Decoder(tiny_model("Llama")), tiny_windows(4), torch.randn(4, 24, 32)
     monkeypatch.setattr(lib.search, "_free_memory", lambda device: 0)
