@@ -1,5 +1,6 @@
 """What the benchmarks share: models of a shape with random weights, and times side by side."""
 
+import argparse
 import platform
 import statistics
 import time
@@ -28,6 +29,12 @@ def random_llama(
     with torch.device(device()):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def add_shape_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags of whole numbers, such as a model's and the windows' sizes, with their defaults."""
+    for flag, value in defaults.items():
+        parser.add_argument(f"--{flag}", type=int, default=value, help=f"default: {value}")
 
 
 def device() -> str:

@@ -11,12 +11,13 @@ import statistics
 
 import torch
 
-from benchmarks.common import machine, random_llama, seconds, side_by_side, spread
+from benchmarks.common import add_shape_flags, machine, random_llama, seconds, side_by_side, spread
 from lib.batching import Batcher, keep_freed_memory
 from lib.evaluate import token_losses
 from lib.model import Decoder
 from lib.plan import Plan
-from lib.search import Sweep, greedy_search
+from lib.search import greedy_search
+from lib.sweep import Sweep
 
 
 @torch.no_grad()
@@ -125,16 +126,8 @@ def draw_growth(path: str, measured: dict[str, list[list[float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--ffn", type=int, default=344)
-    parser.add_argument("--first", type=int, default=20, help="the lowest candidate layer")
-    parser.add_argument("--candidates", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
+    add_shape_flags(parser, layers=32, hidden=128, ffn=344, windows=8, seqlen=256, batch_size=4, rounds=5, runs=3)
+    add_shape_flags(parser, first=20, candidates=10)  # the lowest candidate layer, and how many
     parser.add_argument("--growth", metavar="PNG", help="draw time against each quantity instead")
     args = parser.parse_args()
     print(machine())

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import device, machine, peak_memory, random_llama, seconds
+from benchmarks.common import add_shape_flags, device, machine, peak_memory, random_llama, seconds
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.bi import block_influence
 from lib.evaluate import perplexity
@@ -25,8 +25,9 @@ from lib.model import Decoder
 from lib.plan import Plan
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
-from lib.search import Sweep, greedy_search
+from lib.search import greedy_search
 from lib.stream import plan_window_losses
+from lib.sweep import Modes, Sweep
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),
@@ -39,10 +40,8 @@ CANDIDATES, ROUNDS = 10, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, value in zip(FLAGS, SHAPES[device()], strict=True):
-        parser.add_argument(f"--{flag}", type=int, default=value, help=f"default: {value}")
+    add_shape_flags(parser, **dict(zip(FLAGS, SHAPES[device()], strict=True)), runs=3)
     parser.add_argument("--dtype", default="bfloat16" if device() == "cuda" else "float32")
-    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--parts", nargs="+", help="only these")
     args = parser.parse_args()
     keep_freed_memory()
@@ -77,6 +76,24 @@ def matmul_peak(dtype: torch.dtype) -> float:
     return 2 * size**3 * 10 / fastest
 
 
+class Need:
+    """The floating-point operations of one token that a part of the work cannot do without."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.attention = 8 * args.hidden**2 + 2 * 2 * args.seqlen / 2 * args.hidden  # causal
+        self.ffn, self.head = 6 * args.hidden * args.ffn, 2 * args.hidden * args.vocab
+        layer, down = self.attention + self.ffn, 2 * args.hidden * args.ffn
+        self.layers = args.layers * layer
+        self.passes = 2 * self.layers - args.layers * down - layer  # one ends before `down`, one before the last layer
+        self.hessians = args.layers * (3 * args.hidden**2 + args.ffn**2)  # symmetric, so half of them
+
+    def search(self, models: set[Modes]) -> float:
+        """Each layer once under all the modes of layers below it that some model has, and the heads."""
+        walks = {modes[:end] for modes in models for end in range(1, len(modes) + 1)}
+        layers = sum(walk[-1].attention * self.attention + walk[-1].ffn * self.ffn for walk in walks)
+        return layers + len(models) * self.head
+
+
 def parts(
     decoder: Decoder, args: argparse.Namespace
 ) -> dict[str, tuple[Callable[[], object], int, Callable[[], float]]]:
@@ -93,10 +110,6 @@ def parts(
     groups = input_groups(decoder)
     last = args.layers - 2
     candidates = list(range(max(1, last - CANDIDATES), last))
-    attention = 8 * args.hidden**2 + 2 * 2 * args.seqlen / 2 * args.hidden  # products for a token, causal
-    ffn, head = 6 * args.hidden * args.ffn, 2 * args.hidden * args.vocab
-    layer, layers = attention + ffn, args.layers * (attention + ffn)
-    hessians = args.layers * (3 * args.hidden**2 + args.ffn**2)  # for a token; symmetric, so half of them
 
     def prune(pruner: Pruner) -> None:  # what is pruned already takes as long again
         prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size))
@@ -106,29 +119,23 @@ def parts(
         greedy_search(sweep, candidates, rounds)
         return sweep
 
-    def products_of_search(rounds: int) -> float:
-        """Of a token: each layer once under all the modes of layers below it that some trial has, and the heads."""
-        models = search(rounds).asked
-        walks = {modes[:end] for modes in models for end in range(1, args.layers + 1)}
-        return sum(walk[-1].attention * attention + walk[-1].ffn * ffn for walk in walks) + len(models) * head
-
+    need = Need(args)
     seen, looked = windows.numel(), some.numel()
-    passes = 2 * layers - args.layers * 2 * args.hidden * args.ffn - layer  # down_proj is not looked at; the last is
     return {
-        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), seen, lambda: seen * layers),
-        "round": (partial(search, 1), looked, lambda: looked * products_of_search(1)),
-        "search": (partial(search, ROUNDS), looked, lambda: looked * products_of_search(ROUNDS)),
+        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), seen, lambda: seen * need.layers),
+        "round": (partial(search, 1), looked, lambda: looked * need.search(search(1).asked)),
+        "search": (partial(search, ROUNDS), looked, lambda: looked * need.search(search(ROUNDS).asked)),
         "gradients": (
             lambda: connection_sensitivity(decoder, short),
             short.numel(),
-            lambda: short.numel() * 4 * layers,
+            lambda: short.numel() * 4 * need.layers,
         ),
-        "wanda": (partial(prune, Wanda()), seen, lambda: seen * passes),
-        "sparsegpt": (partial(prune, SparseGpt()), seen, lambda: seen * (passes + hessians)),
+        "wanda": (partial(prune, Wanda()), seen, lambda: seen * need.passes),
+        "sparsegpt": (partial(prune, SparseGpt()), seen, lambda: seen * (need.passes + need.hessians)),
         "perplexity": (
             lambda: perplexity(plan_window_losses(decoder, Plan(args.layers), Batcher(size)), text),
             text.numel(),
-            lambda: text.numel() * (layers + head),
+            lambda: text.numel() * (need.layers + need.head),
         ),
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import machine, peak_memory, random_llama, seconds, spread
+from benchmarks.common import add_shape_flags, machine, peak_memory, random_llama, seconds, spread
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.linears import find_linears, input_groups
 from lib.loading import load_tokenizer
@@ -53,14 +53,9 @@ class Peer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", help="of the environment that has llmcompressor")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1376)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512)
+    add_shape_flags(parser, layers=8, hidden=512, ffn=1376, windows=32, seqlen=512, runs=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     keep_freed_memory()  # as in a run of ours; the other process is as its users have it
     model = random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen, dtype=getattr(torch, args.dtype))

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.common import machine, peak_memory, random_llama, side_by_side, spread
+from benchmarks.common import add_shape_flags, machine, peak_memory, random_llama, side_by_side, spread
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.linears import InputGroup, input_groups
 from lib.model import Decoder
@@ -177,30 +177,36 @@ def compare(args: argparse.Namespace) -> None:
         }
         times = side_by_side(sides, args.runs)
         memory = {side: peak_memory(function) for side, function in sides.items()}
-        print(name)
-        for side, values in times.items():
-            print(f"  {side:16} {spread(values, ' s')}, {memory[side]:,.0f} MiB beyond the model")
-        for side in ("reference loops", "two bare passes"):
-            ratios = [other / own for other, own in zip(times[side], times["ours"], strict=True)]
-            print(f"  {side} / ours  {spread(ratios)}")
-        split = {part: statistics.median(one[part] for one in parts[1:]) for part in parts[-1]}
-        print("  ours, by part: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in split.items()))
-        pairs = zip(masks["ours"], masks["reference loops"], strict=True)
-        equal = sum(int((a == b).sum()) for a, b in pairs) / sum(mask.numel() for mask in masks["ours"])
-        print(f"  mask bits equal to the reference loops': {equal:.5%}", flush=True)
+        tell(name, times, memory, parts[1:], masks)
+
+
+def tell(
+    name: str,
+    times: dict[str, list[float]],
+    memory: dict[str, float],
+    parts: list[dict[str, float]],
+    masks: dict[str, list[torch.Tensor]],
+) -> None:
+    """Prints what the sides took, and how far their masks agree."""
+    print(name)
+    for side, values in times.items():
+        print(f"  {side:16} {spread(values, ' s')}, {memory[side]:,.0f} MiB beyond the model")
+    for side in ("reference loops", "two bare passes"):
+        ratios = [other / own for other, own in zip(times[side], times["ours"], strict=True)]
+        print(f"  {side} / ours  {spread(ratios)}")
+    split = {part: statistics.median(one[part] for one in parts) for part in parts[0]}
+    print("  ours, by part: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in split.items()))
+    pairs = zip(masks["ours"], masks["reference loops"], strict=True)
+    equal = sum(int((a == b).sum()) for a, b in pairs) / sum(mask.numel() for mask in masks["ours"])
+    print(f"  mask bits equal to the reference loops': {equal:.5%}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1376)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512)
+    add_shape_flags(parser, layers=8, hidden=512, ffn=1376, windows=32, seqlen=512, runs=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--batch_size", type=int, help="ours; default: as alp_prune.py chooses it")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=SIDES, default=list(SIDES))
     args = parser.parse_args()
     print(machine())

@@ -20,11 +20,12 @@ from lib.plots import REMOVALS, plot_removals
 from lib.policies import beam, blockpruner, random_layers, shortgpt, sleb
 from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up
-from lib.search import Counts, Round, Sweep, choose_candidates, greedy_search
+from lib.search import Counts, Round, choose_candidates, greedy_search
 from lib.settings import DepthPruning
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest
 from lib.stream import plan_window_losses
+from lib.sweep import Sweep
 
 
 def run(settings: DepthPruning) -> dict:

@@ -17,9 +17,10 @@ from lib.modeling_pruned import skip_lists
 from lib.policies import check_reachable, moves_of
 from lib.ranks import Ranks
 from lib.report import Report
-from lib.search import Budget, Counts, Sweep, choose_counts
+from lib.search import Budget, Counts, choose_counts
 from lib.settings import DepthPruning
 from lib.state import State
+from lib.sweep import Sweep
 
 
 @dataclass

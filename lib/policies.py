@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from lib.errors import InputError
 from lib.model import Decoder
 from lib.plan import Mode, Plan
-from lib.search import Round, Sweep, Trial
+from lib.search import Round
+from lib.sweep import Sweep, Trial
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import lib.depth
 import lib.gradients
 import lib.plots
 import lib.prune
-import lib.search
+import lib.sweep
 import save_gradient
 from lib import artefact, sensitivity
 from lib.changes import Changes
@@ -31,7 +31,7 @@ KEPT = [
 ]
 WORK = [
     (lib.depth, "block_influence"),
-    (lib.search.Sweep, "_measured"),
+    (lib.sweep.Sweep, "_measured"),
     (lib.depth, "perplexity"),
     (lib.alp, "perplexity"),
     (lib.alp, "layer_scores"),

@@ -26,8 +26,9 @@ from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
 from lib.plan import Plan
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
-from lib.search import Sweep, greedy_search
+from lib.search import greedy_search
 from lib.stream import plan_window_losses
+from lib.sweep import Sweep
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)

@@ -15,7 +15,7 @@ from lib.model import Decoder
 from lib.names import ModelSource
 from lib.plan import Plan
 from lib.policies import Move, beam, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
-from lib.search import Sweep
+from lib.sweep import Sweep
 from tests import reference
 from tests.command import run
 from tests.families import tiny_model, tiny_windows

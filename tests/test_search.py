@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-import lib.search
+import lib.sweep
 from lib.batching import Batcher
 from lib.errors import InputError, RunError
 from lib.model import Decoder
 from lib.plan import Mode, Plan
 from lib.policies import blockpruner, sleb
-from lib.search import Budget, Counts, Sweep, Trial, choose_candidates, choose_counts, greedy_search
+from lib.search import Budget, Counts, choose_candidates, choose_counts, greedy_search
+from lib.sweep import Sweep, Trial
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
@@ -55,8 +56,8 @@ def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batche
 
     expected = search()
     size = windows.numel() * decoder.config.hidden_size * 4
-    monkeypatch.setattr(lib.search, "_free_memory", lambda device: size * states / lib.search._ROOM)
-    monkeypatch.setattr(lib.search, "free_host_memory", lambda: 0)
+    monkeypatch.setattr(lib.sweep, "_free_memory", lambda device: size * states / lib.sweep._ROOM)
+    monkeypatch.setattr(lib.sweep, "free_host_memory", lambda: 0)
     assert search() == expected
 
 
@@ -68,15 +69,15 @@ def test_no_room_for_states_to_keep_is_no_failure(batcher, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     sweep = Sweep(decoder, windows, batcher)
-    monkeypatch.setattr(lib.search.torch, "empty", full)
+    monkeypatch.setattr(lib.sweep.torch, "empty", full)
     assert greedy_search(sweep, [3, 2, 1], 3) == expected
     assert sweep._kept.longest(Plan(4).modes) == ()
 
 
 def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once(batcher, monkeypatch):
     decoder, windows, states = Decoder(tiny_model("Llama")), tiny_windows(4), torch.randn(4, 24, 32)
-    monkeypatch.setattr(lib.search, "_free_memory", lambda device: 0)
-    kept = lib.search._States(decoder.device)
+    monkeypatch.setattr(lib.sweep, "_free_memory", lambda device: 0)
+    kept = lib.sweep._States(decoder.device)
     on, off = Mode(), Mode(False, False)
     kept.begin([(on, on)], slice(0, len(windows)))
     for modes in ((on,), (off,)):
@@ -102,15 +103,16 @@ def test_running_out_of_memory_anywhere_changes_no_loss(fails_at, fails_once):
         assert one.losses == pytest.approx(other.losses, rel=1e-6)
 
 
-def test_the_sweep_runs_far_fewer_layers_than_whole_forwards(monkeypatch, batcher):
-    decoder, calls = Decoder(tiny_model("Llama", num_hidden_layers=16)), []
+def test_a_layer_runs_once_for_all_models_that_are_the_same_up_to_it(monkeypatch, batcher):
+    decoder, calls, windows = Decoder(tiny_model("Llama", num_hidden_layers=16)), [], tiny_windows(2)
     run_layer = decoder.run_layer
     monkeypatch.setattr(decoder, "run_layer", lambda *args: calls.append(args[0]) or run_layer(*args))
-    greedy_search(Sweep(decoder, tiny_windows(2), batcher), list(range(10, 14)), 2)
-    # Round 1: 10 layers below, the base over 3 candidates, the trials over the rest of 3, 2, 1 and 0 candidates and 2
-    # layers, and 4 that are closed. Round 2: no base, and no layer below the one that was chosen.
-    assert len(calls) <= 10 + 3 + (3 + 2 + 1 + 4 * 2 + 4) + 3 * (3 + 2 + 1)
-    assert len(calls) < 7 * 16 / 2
+    sweep = Sweep(decoder, windows, batcher)
+    greedy_search(sweep, list(range(10, 14)), 3)
+    walks = {model[:end] for model in sweep.asked for end in range(1, 17)}
+    batches = -(-len(windows) // batcher.size)
+    assert len(calls) == batches * sum(walk[-1].attention or walk[-1].ffn for walk in walks)
+    assert len(calls) < batches * (4 + 3 + 2) * 16 / 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_search_and_names_the_layer(batcher):

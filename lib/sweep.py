@@ -1,0 +1,230 @@
+"""What it costs to remove something: losses of many models at once, sharing all that they have in common."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from lib.batching import Batcher, Progress, free_cuda_memory
+from lib.errors import is_out_of_memory
+from lib.model import Decoder
+from lib.offload import free_host_memory
+from lib.plan import Mode, Plan
+from lib.stream import Activations, SharedInputs, Tick, check_finite, map_windows, waiting_bytes
+
+Modes = tuple[Mode, ...]  # of the layers from the first on
+_ROOM = 0.25  # of the free memory, for hidden states that the next trials can begin with
+
+
+class Trial(NamedTuple):
+    """The base with one layer in another mode."""
+
+    layer: int
+    mode: Mode
+
+
+class _States:
+    """Hidden states (N, T, D) of this process's windows, each under the modes of all layers below some layer.
+
+    As many as there is room for, on the device where they wait; in host memory the first at least, which spares most.
+    """
+
+    def __init__(self, device: torch.device):
+        self._room = int(_free_memory(device) * _ROOM)  # bytes, for all
+        self._share = slice(0, 0)
+        self._complete: dict[Modes, torch.Tensor] = {}
+        self._filling: dict[Modes, torch.Tensor | None] = {}  # None: there was no room
+
+    def begin(self, models: Sequence[Modes], share: slice) -> None:
+        """Before walks of these models; makes room where much is kept that none of them passes through."""
+        self._filling = {}
+        if share != self._share:
+            self._share, self._complete = share, {}
+        if self._size > self._room / 2:
+            passed = [modes for modes in self._complete if any(model[: len(modes)] == modes for model in models)]
+            self._complete = {modes: self._complete[modes] for modes in passed}
+
+    def end(self) -> None:
+        """After walks of all windows: what was written can be read."""
+        self._complete |= {modes: states for modes, states in self._filling.items() if states is not None}
+        self._filling = {}
+
+    def longest(self, modes: Modes) -> Modes:
+        """The longest beginning of some modes whose states can be read; none when there is none."""
+        return next((modes[:n] for n in range(len(modes), 0, -1) if modes[:n] in self._complete), ())
+
+    def read(self, rows: slice, modes: Modes, device: torch.device) -> torch.Tensor | None:
+        """The states (B, T, D) of some windows, None for no modes."""
+        return self._complete[modes][self._places(rows)].to(device) if modes else None
+
+    def write(self, rows: slice, modes: Modes, hidden_states: torch.Tensor) -> None:
+        """Keeps the states (B, T, D) of some windows, if there is room for those of all."""
+        if not modes or modes in self._complete:
+            return
+        if modes not in self._filling:
+            self._filling[modes] = self._room_for(hidden_states)
+        if (kept := self._filling[modes]) is not None:
+            kept[self._places(rows)] = hidden_states.to(kept.device)
+
+    def _room_for(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        shape, device = (self._share.stop - self._share.start, *hidden_states.shape[1:]), hidden_states.device
+        size = math.prod(shape) * hidden_states.element_size()
+        if size == 0:  # no window is this process's, and one that it looks at does not count
+            return None
+        if self._size + size > self._room:
+            if self._size or size > free_host_memory() * _ROOM:
+                return None
+            device = torch.device("cpu")
+        try:
+            return torch.empty(shape, dtype=hidden_states.dtype, device=device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # it is only there to save time
+
+    @property
+    def _size(self) -> int:
+        """Bytes of all that is kept."""
+        kept = [*self._complete.values(), *self._filling.values()]
+        return sum(states.nbytes for states in kept if states is not None)
+
+    def _places(self, rows: slice) -> slice:
+        return slice(rows.start - self._share.start, rows.stop - self._share.start)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Free bytes on a device; none on one that does not tell."""
+    if device.type == "cuda":
+        return free_cuda_memory(device)
+    return free_host_memory() if device.type == "cpu" else 0
+
+
+class Sweep:
+    """Measures the loss of many models that differ from a base in one layer each, sharing what they have in common.
+
+    One walk a batch: models whose layers so far are in the same modes go up together, and part where they differ; each
+    ends in the model's own tail. Hidden states at the layers of trials are kept, so that the next trials over the same
+    windows begin at the last layer up to which they are those of an earlier one.
+    """
+
+    def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
+        self.decoder, self.windows, self.batcher = decoder, windows, batcher
+        self._kept: _States | None = None
+        self._losses: dict[Modes, float] = {}
+        self.asked: set[Modes] = set()  # for the loss of which models, since this was last cleared
+        self.on_measured: Callable[[dict[str, float]], object] = lambda losses: None  # is given all that is known
+
+    def know(self, losses: Mapping[str, float]) -> None:
+        """Takes over what `on_measured` was given before: these are not measured again."""
+        for text, loss in losses.items():
+            self._losses[tuple(_MODES[letter] for letter in text)] = loss
+
+    def forget(self) -> None:
+        """Lets the hidden states go that the next trials could begin with."""
+        self._kept = None
+
+    def losses(self, base: Plan, trials: Sequence[Trial], progress: Progress | None = None) -> list[float]:
+        """For each trial, the sum over windows of mean token cross-entropy times T (fp32, summed in fp64).
+
+        What was measured before, in whichever search, is not measured again. Raises `RunError` naming the layer when a
+        loss is not finite.
+        """
+        tried = [(*base.modes[: trial.layer], trial.mode, *base.modes[trial.layer + 1 :]) for trial in trials]
+        self.asked |= set(tried)
+        new = {modes: trial for modes, trial in zip(tried, trials, strict=True) if modes not in self._losses}
+        if new:
+            self._losses |= zip(new, self._measured(new, progress), strict=True)
+            self.on_measured({"".join(map(_letter, modes)): loss for modes, loss in self._losses.items()})
+        elif progress:
+            progress(len(self.windows))
+        return [self._losses[modes] for modes in tried]
+
+    def loss(self, plan: Plan) -> float:
+        """The loss of the model under a plan."""
+        layer = min((*plan.mha_removed, *plan.ffn_removed), default=0)
+        return self.losses(plan, [Trial(layer, plan.mode(layer))])[0]
+
+    def _measured(self, trials: Mapping[Modes, Trial], progress: Progress | None) -> list[float]:
+        """The losses of models. Several processes share the windows, or, where these are too few, the models."""
+        ranks, models = self.batcher.ranks, list(trials)
+        if len(self.windows) >= ranks.count:
+            return self._sums(self._measure(trials, self.batcher, progress))
+        mine = {modes: trials[modes] for modes in models[ranks.rank :: ranks.count]}
+        found = self._measure(mine, Batcher(self.batcher.size), progress) if mine else torch.zeros(1, 0)
+        sums = ranks.gather(torch.tensor(self._sums(found), dtype=torch.float64)).tolist()
+        places = [place for rank in range(ranks.count) for place in range(len(models))[rank :: ranks.count]]
+        return [loss for _, loss in sorted(zip(places, sums, strict=True))]
+
+    def _sums(self, window_losses: torch.Tensor) -> list[float]:
+        """(N, trials) -> the loss of each trial."""
+        return (window_losses.double().sum(dim=0) * self.windows.shape[1]).tolist()
+
+    def _measure(self, trials: Mapping[Modes, Trial], batcher: Batcher, progress: Progress | None) -> torch.Tensor:
+        """The losses (N, trials) of all windows, by walks up the layers."""
+        self._kept = self._kept or _States(self.decoder.waiting_device)
+        self._kept.begin(list(trials), batcher.share(len(self.windows)))
+
+        def losses_of(rows: slice, tick: Tick) -> torch.Tensor:  # (N, trials)
+            running = self._walk(rows, trials, tick)
+            losses = [self._trial_losses(rows, modes, trial, running.pop(modes)) for modes, trial in trials.items()]
+            return torch.stack(losses, dim=1)
+
+        size = waiting_bytes(self.decoder, self.windows.shape[1], len(trials) + 2)
+        window_losses = map_windows(self.decoder, len(self.windows), batcher, losses_of, size, progress)
+        self._kept.end()
+        return window_losses
+
+    def _walk(self, rows: slice, trials: Mapping[Modes, Trial], tick: Tick) -> dict[Modes, Activations]:
+        """Takes some windows up the layers; gives each model after the last."""
+        decoder, windows, forks = self.decoder, self.windows[rows], {trial.layer for trial in trials.values()}
+        begins = {modes: self._kept.longest(modes) for modes in trials}
+        running: dict[Modes, Activations] = {}  # by the modes of the layers below
+        inputs = SharedInputs(decoder, windows)
+        for layer in range(min(map(len, begins.values())), decoder.num_layers):
+            for begin in begins.values():
+                if len(begin) == layer and begin not in running:
+                    states = self._kept.read(rows, begin, decoder.waiting_device)
+                    running[begin] = Activations(decoder, windows, self.batcher, layer, states, inputs)
+            if layer in forks:
+                for below, states in running.items():
+                    self._kept.write(rows, below, states.hidden_states)
+            next_of = {below: {} for below in running}  # the modes that follow, in the order of the models
+            for modes, begin in begins.items():
+                if len(begin) <= layer:
+                    next_of[modes[:layer]][modes[layer]] = None
+            with self._at(layer, [mode for followers in next_of.values() for mode in followers]):
+                running = {
+                    (*below, mode): states
+                    for below, followers in next_of.items()
+                    for mode, states in _stepped(running.pop(below), list(followers)).items()
+                }
+            tick()
+        return running
+
+    def _at(self, layer: int, modes: Sequence[Mode]) -> AbstractContextManager[None]:
+        """Inside, the weights of a layer are there for all that walk through it; of a closed one nothing is needed."""
+        return self.decoder.at(layer) if any(mode.attention or mode.ffn for mode in modes) else nullcontext()
+
+    def _trial_losses(self, rows: slice, modes: Modes, trial: Trial, states: Activations) -> torch.Tensor:
+        """The tail of one trial: mean cross-entropy (N,) of its windows, on the CPU."""
+        losses = states.losses()
+        check_finite(self.decoder, losses, self.windows[rows], modes, f"trial without layer {trial.layer}: ")
+        return losses
+
+
+def _stepped(states: Activations, modes: Sequence[Mode]) -> dict[Mode, Activations]:
+    """What a layer makes of hidden states in each of some modes; the states themselves are moved on in the last."""
+    after = {mode: states.fork() for mode in modes[:-1]} | {modes[-1]: states}
+    for mode, moved in after.items():
+        moved.step(mode)
+    return after
+
+
+_MODES = {"2": Mode(), "a": Mode(ffn=False), "f": Mode(attention=False), "0": Mode(False, False)}
+
+
+def _letter(mode: Mode) -> str:
+    """A layer's mode as a letter: what it still has."""
+    return next(letter for letter, other in _MODES.items() if other == mode)
