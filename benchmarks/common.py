@@ -52,19 +52,27 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that this process, or the accelerator's allocator, held at most during a call beyond what it held before."""
+def measure(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call, and the MiB that it held at most beyond what was held before.
+
+    Of this process, or of the accelerator's allocator.
+    """
+    free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
-        function()
-        return torch.cuda.max_memory_allocated() / 2**20 - before
-    free_memory()
+        taken = seconds(function)
+        return taken, torch.cuda.max_memory_allocated() / 2**20 - before
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
+    taken = seconds(function)
+    return taken, _status("VmHWM") - before
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that a call held at most beyond what was held before."""
+    return measure(function)[1]
 
 
 def _status(field: str) -> float:

@@ -12,6 +12,7 @@ import statistics
 import torch
 
 from benchmarks.common import add_shape_flags, machine, random_llama, seconds, side_by_side, spread
+from benchmarks.floor import Shape, Speeds
 from lib.batching import Batcher, keep_freed_memory
 from lib.evaluate import token_losses
 from lib.model import Decoder
@@ -49,7 +50,8 @@ def sweep_search(
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the ratio of the two ways, run by run."""
+    """Prints the ratio of the two ways, run by run, and the floor."""
+    speeds, shape = Speeds.measure(torch.float32), Shape.of(args, torch.float32)
     decoder = Decoder(random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen))
     windows = torch.randint(0, 2048, (args.windows, args.seqlen))
     candidates = list(range(args.first, args.first + args.candidates))
@@ -68,6 +70,10 @@ def compare(args: argparse.Namespace) -> None:
         print(f"  {name:9} {spread(values, ' s')}")
     ratios = [slow / fast for slow, fast in zip(times["toggling"], times["sweep"], strict=True)]
     print(f"  toggling / sweep  {spread(ratios)}")
+    sweep = Sweep(decoder, windows, Batcher(args.batch_size))
+    greedy_search(sweep, candidates, args.rounds)
+    floor, middle = speeds.floor(shape.search(windows.numel(), sweep.asked)), statistics.median(times["sweep"])
+    print(f"  floor of the models that the search asks for {floor:.2f} s, {floor / middle:.0%} of the sweep; {speeds}")
     print(f"  same choices: {chosen['toggling'] == chosen['sweep']} {chosen['sweep']}")
 
 

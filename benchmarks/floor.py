@@ -1,0 +1,106 @@
+"""What the work cannot do without, and how fast this machine could do it: the floor beside a measured time."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.common import device, seconds
+from lib.sweep import Modes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of matrix products, and bytes to and from memory."""
+
+    products: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.products + other.products, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.products * times, self.bytes * times)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine reaches: floating-point operations per second in a product, bytes per second in a copy."""
+
+    products: float
+    bytes: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype) -> "Speeds":
+        """The fastest of several large square products, and of several copies, in a dtype."""
+        size = 8192 if device() == "cuda" else 2048
+        left, right = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
+        times = 10 if device() == "cuda" else 1
+        multiply, copy = (
+            min(seconds(lambda f=function: [f() for _ in range(times)]) for _ in range(20)) / times
+            for function in (lambda: torch.mm(left, right), lambda: left.copy_(right))
+        )
+        return cls(2 * size**3 / multiply, 2 * left.nbytes / copy)
+
+    def floor(self, work: Work) -> float:
+        """Seconds that the work takes at least."""
+        return max(work.products / self.products, work.bytes / self.bytes)
+
+    def __str__(self) -> str:
+        return f"{self.products / 1e12:.2f} TFLOP/s in a large product, {self.bytes / 1e9:.0f} GB/s in a copy"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, by what its parts need for so many tokens: each product once, its weights, inputs and outputs once."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    seqlen: int
+    itemsize: int  # bytes of a number
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, dtype: torch.dtype, vocab: int = 2048) -> "Shape":
+        return cls(args.layers, args.hidden, args.ffn, getattr(args, "vocab", vocab), args.seqlen, dtype.itemsize)
+
+    def linear(self, tokens: int, ins: int, outs: int) -> Work:
+        return Work(2 * tokens * ins * outs, self.itemsize * (ins * outs + tokens * (ins + outs)))
+
+    def attention(self, tokens: int) -> Work:
+        causal = Work(2 * 2 * tokens * self.seqlen / 2 * self.hidden, self.itemsize * 4 * tokens * self.hidden)
+        return self.linear(tokens, self.hidden, self.hidden) * 4 + causal
+
+    def down(self, tokens: int) -> Work:
+        return self.linear(tokens, self.ffn, self.hidden)
+
+    def feed_forward(self, tokens: int) -> Work:
+        return self.linear(tokens, self.hidden, self.ffn) * 2 + self.down(tokens)
+
+    def layer(self, tokens: int) -> Work:
+        return self.attention(tokens) + self.feed_forward(tokens)
+
+    def model(self, tokens: int) -> Work:
+        """All layers, without the head."""
+        return self.layer(tokens) * self.layers
+
+    def head(self, tokens: int) -> Work:
+        return Work(2 * tokens * self.hidden * self.vocab, self.itemsize * self.hidden * (self.vocab + tokens))
+
+    def observe_and_advance(self, tokens: int) -> Work:
+        """Two passes through each layer: the first ends before the last linear, the last layer needs no second."""
+        return self.model(tokens) * 2 + (self.down(tokens) * self.layers + self.layer(tokens)) * -1
+
+    def hessians(self, tokens: int) -> Work:
+        """One for each distinct input (of q, k, v; of o; of gate and up; of down), half of it by symmetry."""
+        ins = (self.hidden, self.hidden, self.hidden, self.ffn)
+        one_layer = [Work(tokens * width**2, self.itemsize * tokens * width + 4 * width**2) for width in ins]
+        return sum(one_layer, Work()) * self.layers
+
+    def search(self, tokens: int, models: set[Modes]) -> Work:
+        """Each layer once under all the modes of layers below it that some model has, and a head for each model."""
+        walks = {modes[:end] for modes in models for end in range(1, len(modes) + 1)}
+        last = [walk[-1] for walk in walks]
+        attention = self.attention(tokens) * sum(mode.attention for mode in last)
+        return attention + self.feed_forward(tokens) * sum(mode.ffn for mode in last) + self.head(tokens) * len(models)
