@@ -67,7 +67,7 @@ def run_cell(report: Report, settings: SparsityPruning, job: Job, keep: Keep) ->
         if report.is_first:
             try_out(report, settings, job, result)
             if settings.log:
-                log.append(settings.log, result, settings.output_dir)
+                keep_rows(settings, job, result)
         keep(result)
     return result
 
@@ -242,13 +242,14 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     try:
         try_out(report, settings, job, result, report.result)
     finally:
-        logged = (
-            job.state.once("log", lambda: str(log.append(settings.log, result, settings.output_dir)))
-            if settings.log
-            else None
-        )
+        logged = keep_rows(settings, job, result) if settings.log else None
     plot = plot if has_plot else "none: matplotlib is not installed (pip install matplotlib)"
     alp_report.say_written(report, path, plot, settings.save_model, logged)
+
+
+def keep_rows(settings: SparsityPruning, job: Job, result: dict) -> Path:
+    """Appends a result to the log, once, whenever the run is killed; the log's path."""
+    return log.append(settings.log, job.state.once("rows", lambda: log.rows(result, settings.output_dir)))
 
 
 def try_out(

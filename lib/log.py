@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import InputError
@@ -39,20 +40,27 @@ def check(folder: Path) -> None:
         raise InputError(f"--save: {path} is no log that can be appended to ({error}); name another folder") from error
 
 
-def append(folder: Path, result: dict, output_dir: Path) -> Path:
-    """Appends the rows of one result.json, and a header should the file be new; safe when several runs do so at once.
+def rows(result: dict, output_dir: Path) -> list[str]:
+    """The lines of one result.json, as of now."""
+    return [_line([row[column] for column in COLUMNS]) for row in _rows(result, output_dir)]
+
+
+def append(folder: Path, lines: Sequence[str]) -> Path:
+    """Appends the lines that are not there yet, and a header should the file be new; safe for several runs at once.
 
     Returns the file's path. Raises `InputError` for a file with other columns.
     """
     path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(_line([row[column] for column in COLUMNS]) for row in _rows(result, output_dir))
     with path.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        header = file.readline()
-        _check_header(path, header)
-        file.write(("" if header else _line(COLUMNS)) + lines)
+        found = file.readlines() or [_line(COLUMNS)]
+        _check_header(path, found[0])
+        is_new, is_cut = file.tell() == 0, not found[-1].endswith("\n")
+        there = {line.rstrip("\n") for line in found}
+        new = [line for line in lines if line.rstrip("\n") not in there]  # a run that was killed here comes again
+        file.write((found[0] if is_new else "") + ("\n" if is_cut else "") + "".join(new))
         file.flush()
         os.fsync(file.fileno())
     return path

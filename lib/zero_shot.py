@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from lib.errors import InputError, RunError, is_out_of_memory
+from lib.names import local
 
 _METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
 
@@ -27,7 +27,7 @@ class Tasks:
         """From names of tasks and paths of YAML files. Raises `InputError` for a file that defines no task."""
         names, folders = [], []
         for task in given:
-            path = Path(task).expanduser()
+            path = local(task)
             if path.suffix not in (".yaml", ".yml"):
                 names.append(task)
                 continue

@@ -268,24 +268,33 @@ def test_the_log_gets_a_row_for_each_run(prune, text_file, capsys):
     assert three["method"] == "wanda"
 
 
-def _append(folder: Path, result: dict, count: int, start) -> None:
+def _append(folder: Path, result: dict, count: int, start, process: int) -> None:
     start.wait()
     for number in range(count):
-        log.append(folder / str(number), result, Path("a\tb"))
+        log.append(folder / str(number), log.rows(result, Path(f"a\t{process}")))
 
 
 def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_path):
     result, count = prune(), 200
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(4)
-    processes = [context.Process(target=_append, args=(tmp_path / "log", result, count, start)) for _ in range(4)]
+    processes = [context.Process(target=_append, args=(tmp_path / "log", result, count, start, i)) for i in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     for number in range(count):
         rows = read_log(tmp_path / "log" / str(number))
-        assert len(rows) == 4 and {row["output_dir"] for row in rows} == {"a b"}
+        assert sorted(row["output_dir"] for row in rows) == [f"a {i}" for i in range(4)]
+
+
+def test_rows_that_are_there_are_not_appended_again(prune, tmp_path):
+    lines = log.rows(prune(), Path("a"))
+    path = log.append(tmp_path / "log", lines)
+    whole = path.read_text()
+    assert log.append(tmp_path / "log", lines).read_text() == whole
+    path.write_text(whole[:-5])  # a line that was cut off is not gone on with
+    assert log.append(tmp_path / "log", lines).read_text() == whole[:-5] + "\n" + lines[-1]
 
 
 # Quantization ---------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ from tests.families import tiny_model
         (["--model_name", "no/such/model"], "model no/such/model: no such folder"),
         (["--model_name", "nobody/nothing"], "nobody/nothing: .*without a network give the path of a local folder"),
         (["--dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
+        (["--model_name", "~nosuchuser/model"], "model ~nosuchuser/model: no such folder"),
+        (["--output_dir", "~nosuchuser/run"], "no home folder is known of that user"),
         (["--eval_datasets", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),
         (["--dataset", "missing.jsonl"], "dataset missing.jsonl: no such file or folder"),
         (["--dataset", "nobody/nothing"], "dataset nobody/nothing: .*without a network give the path of a local copy"),
