@@ -248,8 +248,12 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
 
 
 def keep_rows(settings: SparsityPruning, job: Job, result: dict) -> Path:
-    """Appends a result to the log, once, whenever the run is killed; the log's path."""
-    return log.append(settings.log, job.state.once("rows", lambda: log.rows(result, settings.output_dir)))
+    """Appends a result to the log, once, whenever the run is killed; the log's path.
+
+    Once more where tasks were not evaluated the first time, as that failed.
+    """
+    name = "rows with tasks" if "zero_shot" in result else "rows"
+    return log.append(settings.log, job.state.once(name, lambda: log.rows(result, settings.output_dir)))
 
 
 def try_out(

@@ -15,7 +15,7 @@ from lib import ledger, state
 from lib.errors import InputError, describe_failure
 from lib.files import RESULT, check_model_folder, check_writable
 from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES, Pattern, parse_pattern
-from lib.names import ModelSource, is_hub_model, local, locate_model, short_name
+from lib.names import ModelSource, expand, is_hub_model, locate_model, short_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("auto", "none", "cpu", "disk")
@@ -133,7 +133,7 @@ def name(text: str) -> str:
 
 def folder(text: str) -> Path:
     """A path, `~` expanded."""
-    path = local(name(text))
+    path = expand(name(text))
     if text.startswith("~") and str(path).startswith("~"):
         raise argparse.ArgumentTypeError(f"{text}: no home folder is known of that user")
     return path
@@ -286,7 +286,7 @@ def is_first_process() -> bool:
 def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
     """Raises `InputError` for an output folder within a folder of text, which the next run would read as text."""
     for text in texts:
-        folder = local(text)
+        folder = expand(text)
         if folder.is_dir() and folder.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
             raise InputError(f"--output_dir {output_dir}: lies in the folder of text {text}; name another")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lib.errors import InputError
-from lib.names import check_text, local
+from lib.names import check_text, expand
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
@@ -54,7 +54,7 @@ def load_corpus(source: str, purpose: str) -> Corpus:
 
         return Corpus("demo", ["\n\n".join(documents("train" if purpose == "train" else "held_out"))])
     check_text(source)
-    path = local(source)
+    path = expand(source)
     return _load_local(source, path, purpose) if path.exists() else _load_hub(source, purpose)
 
 

@@ -33,10 +33,10 @@ def check(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        with path.open("a+", encoding="utf-8") as file:
+        with path.open("a+b") as file:
             file.seek(0)
             _check_header(path, file.readline())
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"--save: {path} is no log that can be appended to ({error}); name another folder") from error
 
 
@@ -52,15 +52,20 @@ def append(folder: Path, lines: Sequence[str]) -> Path:
     """
     path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    new = [line.encode() for line in lines]
+    with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        found = file.readlines() or [_line(COLUMNS)]
-        _check_header(path, found[0])
-        is_new, is_cut = file.tell() == 0, not found[-1].endswith("\n")
-        there = {line.rstrip("\n") for line in found}
-        new = [line for line in lines if line.rstrip("\n") not in there]  # a run that was killed here comes again
-        file.write((found[0] if is_new else "") + ("\n" if is_cut else "") + "".join(new))
+        there = file.read().splitlines(keepends=True)
+        if there and not there[-1].endswith(b"\n"):
+            if any(line.startswith(there[-1]) for line in (_HEADER, *new)):  # cut off by a full disk: it comes again
+                file.truncate(file.tell() - len(there.pop()))
+            else:
+                there.append(b"\n")
+                file.write(there[-1])
+        if there:
+            _check_header(path, there[0])
+        file.write(b"".join(line for line in (_HEADER, *new) if line not in there))
         file.flush()
         os.fsync(file.fileno())
     return path
@@ -97,6 +102,9 @@ def _line(cells) -> str:
     return "\t".join(re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in cells) + "\n"
 
 
-def _check_header(path: Path, header: str) -> None:
-    if header and header != _line(COLUMNS):
+_HEADER = _line(COLUMNS).encode()
+
+
+def _check_header(path: Path, header: bytes) -> None:
+    if not _HEADER.startswith(header):
         raise InputError(f"--save: {path} has other columns than this version writes; move it, or name another folder")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.names import is_demo, is_hub_model, local, short_name
+from lib.names import expand, is_demo, is_hub_model, short_name
 
 DEPTH_METHODS = ("ppllms", "shortgpt", "sleb", "blockpruner", "random", "beam")
 DENSE = "dense"
@@ -119,7 +119,7 @@ class GradientSettings:
     def path(self, model: str, dtype: str = "auto") -> Path:
         """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by them."""
         name = model.replace("/", "--")[:80] if is_hub_model(model) else _local_label(model)
-        text = _local_label(self.dataset) if local(self.dataset).exists() else self.dataset[:80]
+        text = _local_label(self.dataset) if expand(self.dataset).exists() else self.dataset[:80]
         windows = f"{self.nsamples}x{self.seqlen}"
         parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
         file = "-".join(parts + [dtype] * (dtype != "auto"))
@@ -130,5 +130,5 @@ def _local_label(name: str) -> str:
     """The last part of a path, and what tells it from others that end alike; `demo` as it is."""
     if name == "demo" or is_demo(name):
         return "demo"
-    path = str(local(name).resolve())
+    path = str(expand(name).resolve())
     return f"{short_name(name)[:80]}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"

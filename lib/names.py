@@ -33,38 +33,38 @@ class ModelSource:
     offload: str = "auto"
 
 
-def local(name: str) -> Path:
-    """A name as a path, with `~` expanded; that of a user who is not known stays as it is, and leads nowhere."""
+def expand(name: str) -> Path:
+    """A name as a path, with `~` expanded; that of a user who is not known stays as it is."""
     return Path(os.path.expanduser(name))
 
 
 def is_demo(model: str) -> bool:
     """True for the bundled model, by name or by path."""
-    return model == "demo" or local(model).resolve() == DEMO_MODEL
+    return model == "demo" or expand(model).resolve() == DEMO_MODEL
 
 
 def locate_model(name: str) -> str:
     """What a loading library needs for a model's name: the folder of `demo`, a path without `~`, or the hub id."""
     if is_demo(name):
         return str(DEMO_MODEL)
-    path = local(name)
+    path = expand(name)
     return str(path) if path.exists() else name
 
 
 def is_hub_model(name: str) -> bool:
     """True when a model's name can only be a hub id: nothing of that name exists here, and it looks like one."""
-    return name != "demo" and not local(name).exists() and bool(_HUB_ID.fullmatch(name))
+    return name != "demo" and not expand(name).exists() and bool(_HUB_ID.fullmatch(name))
 
 
 def local_path(name: str) -> str | None:
     """The absolute path of a model in a local folder; None for hub ids and the bundled model."""
-    path = local(name)
+    path = expand(name)
     return str(path.absolute()) if path.is_dir() and not is_demo(name) else None
 
 
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for file names; `demo` for the bundled model."""
-    return "demo" if is_demo(model) else local(model).absolute().name
+    return "demo" if is_demo(model) else expand(model).absolute().name
 
 
 def stamp(name: str) -> str:
@@ -72,7 +72,7 @@ def stamp(name: str) -> str:
 
     Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
     """
-    path = local(name)
+    path = expand(name)
     if is_demo(name) or not path.exists():
         return f"demo, Python {platform.python_version()}" if is_demo(name) else name
     is_model = (path / "config.json").is_file()  # whose files stand side by side; below may be anything
@@ -93,7 +93,7 @@ def check_model(name: str) -> None:
     """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
     if is_demo(name) or is_hub_model(name):
         return
-    folder = local(name)
+    folder = expand(name)
     if not folder.is_dir():
         raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
     if not (folder / "config.json").is_file():
@@ -120,7 +120,7 @@ def _check_index(name: str, index: Path) -> None:
 def is_hub_text(name: str) -> bool:
     """True when a text's name can only be one of the hub's: `c4`, `wikitext2`, an id or `id:config`."""
     is_file_name = name.lower().endswith(TEXT_SUFFIXES)
-    is_here = name == "demo" or local(name).exists()
+    is_here = name == "demo" or expand(name).exists()
     return not is_here and not is_file_name and bool(_HUB_TEXT.fullmatch(name))
 
 
@@ -128,5 +128,5 @@ def check_text(name: str) -> None:
     """Raises `InputError` for a path to text that does not exist; hub ids pass."""
     if name == "ptb" and not Path(name).exists():
         raise InputError("dataset ptb: is not on the hub in a form that loads; give the path of ptb.test.txt")
-    if name != "demo" and not is_hub_text(name) and not local(name).exists():
+    if name != "demo" and not is_hub_text(name) and not expand(name).exists():
         raise InputError(f"dataset {name}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lib.errors import InputError, RunError, is_out_of_memory
-from lib.names import local
+from lib.names import expand
 
 _METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
 
@@ -27,7 +27,7 @@ class Tasks:
         """From names of tasks and paths of YAML files. Raises `InputError` for a file that defines no task."""
         names, folders = [], []
         for task in given:
-            path = local(task)
+            path = expand(task)
             if path.suffix not in (".yaml", ".yml"):
                 names.append(task)
                 continue

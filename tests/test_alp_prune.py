@@ -293,8 +293,14 @@ def test_rows_that_are_there_are_not_appended_again(prune, tmp_path):
     path = log.append(tmp_path / "log", lines)
     whole = path.read_text()
     assert log.append(tmp_path / "log", lines).read_text() == whole
-    path.write_text(whole[:-5])  # a line that was cut off is not gone on with
-    assert log.append(tmp_path / "log", lines).read_text() == whole[:-5] + "\n" + lines[-1]
+    for cut in (len(whole) - 5, 7):  # as by a full disk: in a row, in the header
+        path.write_text(whole[:cut])
+        assert log.append(tmp_path / "log", lines).read_text() == whole
+    other = whole + "a line without an end"
+    path.write_text(other)
+    assert log.append(tmp_path / "log", lines).read_text() == other + "\n"
+    path.write_bytes(whole.encode() + b"\xe9\n")
+    assert log.append(tmp_path / "log", lines).read_bytes() == whole.encode() + b"\xe9\n"
 
 
 # Quantization ---------------------------------------------------------------------------------------------------------
