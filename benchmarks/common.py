@@ -11,9 +11,17 @@ import transformers
 
 from lib.batching import free_memory
 
+VOCABULARY = 2048  # tokens, of models whose head does not matter
+
 
 def random_llama(
-    layers: int, hidden: int, ffn: int, vocab: int = 2048, context: int = 2048, heads: int = 8, dtype=torch.float32
+    layers: int,
+    hidden: int,
+    ffn: int,
+    vocab: int = VOCABULARY,
+    context: int = 2048,
+    heads: int = 8,
+    dtype=torch.float32,
 ) -> torch.nn.Module:
     """A Llama with random weights on the accelerator, if there is one."""
     torch.manual_seed(0)
@@ -60,9 +68,11 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
     free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
+        before = torch.cuda.memory_allocated()
         taken = seconds(function)
-        return taken, torch.cuda.max_memory_allocated() / 2**20 - before
+        most = torch.cuda.max_memory_allocated()
+        free_memory()  # other processes are next
+        return taken, (most - before) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = _status("VmRSS")

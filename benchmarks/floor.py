@@ -1,11 +1,12 @@
 """What the work cannot do without, and how fast this machine could do it: the floor beside a measured time."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.common import device, seconds
+from benchmarks.common import VOCABULARY, device, seconds
 from lib.sweep import Modes
 
 
@@ -13,41 +14,45 @@ from lib.sweep import Modes
 class Work:
     """Floating-point operations of matrix products, and bytes to and from memory."""
 
-    products: float = 0.0
+    flops: float = 0.0
     bytes: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.products + other.products, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def __mul__(self, times: float) -> "Work":
-        return Work(self.products * times, self.bytes * times)
+        return Work(self.flops * times, self.bytes * times)
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What this machine reaches: floating-point operations per second in a product, bytes per second in a copy."""
+    """What this machine reaches in a dtype: operations per second in a product, bytes per second in a copy."""
 
-    products: float
+    flops: float
     bytes: float
 
     @classmethod
     def measure(cls, dtype: torch.dtype) -> "Speeds":
-        """The fastest of several large square products, and of several copies, in a dtype."""
-        size = 8192 if device() == "cuda" else 2048
+        """The fastest of some large square products, and of some copies of what no cache holds."""
+        size, times = (8192, 10) if device() == "cuda" else (2048, 1)
         left, right = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
-        times = 10 if device() == "cuda" else 1
-        multiply, copy = (
-            min(seconds(lambda f=function: [f() for _ in range(times)]) for _ in range(20)) / times
-            for function in (lambda: torch.mm(left, right), lambda: left.copy_(right))
-        )
-        return cls(2 * size**3 / multiply, 2 * left.nbytes / copy)
+        here, there = (torch.ones(2**28, dtype=torch.uint8, device=device()) for _ in range(2))
+
+        def fastest(function: Callable[[], object]) -> float:
+            found: list[float] = []
+            while len(found) < 20 and sum(found) < 2:
+                found.append(seconds(lambda: [function() for _ in range(times)]))
+            return min(found) / times
+
+        product, copy = fastest(lambda: torch.mm(left, right)), fastest(lambda: here.copy_(there))
+        return cls(2 * size**3 / product, 2 * here.nbytes / copy)
 
     def floor(self, work: Work) -> float:
         """Seconds that the work takes at least."""
-        return max(work.products / self.products, work.bytes / self.bytes)
+        return max(work.flops / self.flops, work.bytes / self.bytes)
 
     def __str__(self) -> str:
-        return f"{self.products / 1e12:.2f} TFLOP/s in a large product, {self.bytes / 1e9:.0f} GB/s in a copy"
+        return f"{self.flops / 1e12:.2f} TFLOP/s in a large product, {self.bytes / 1e9:.0f} GB/s in a copy"
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class Shape:
     itemsize: int  # bytes of a number
 
     @classmethod
-    def of(cls, args: argparse.Namespace, dtype: torch.dtype, vocab: int = 2048) -> "Shape":
-        return cls(args.layers, args.hidden, args.ffn, getattr(args, "vocab", vocab), args.seqlen, dtype.itemsize)
+    def of(cls, args: argparse.Namespace, dtype: torch.dtype) -> "Shape":
+        vocab = getattr(args, "vocab", VOCABULARY)
+        return cls(args.layers, args.hidden, args.ffn, vocab, args.seqlen, dtype.itemsize)
 
     def linear(self, tokens: int, ins: int, outs: int) -> Work:
         return Work(2 * tokens * ins * outs, self.itemsize * (ins * outs + tokens * (ins + outs)))
@@ -104,3 +110,8 @@ class Shape:
         last = [walk[-1] for walk in walks]
         attention = self.attention(tokens) * sum(mode.attention for mode in last)
         return attention + self.feed_forward(tokens) * sum(mode.ffn for mode in last) + self.head(tokens) * len(models)
+
+
+def hessian_speeds(speeds: Speeds, speeds32: Speeds) -> Speeds:
+    """Those of a model's dtype on an accelerator; a CPU has no products of half precision with sums in fp32."""
+    return speeds if device() == "cuda" else speeds32

@@ -18,7 +18,7 @@ from lib.evaluate import token_losses
 from lib.model import Decoder
 from lib.plan import Plan
 from lib.search import greedy_search
-from lib.sweep import Sweep
+from lib.sweep import Modes, Sweep
 
 
 @torch.no_grad()
@@ -44,9 +44,11 @@ def toggling_search(
 
 def sweep_search(
     decoder: Decoder, windows: torch.Tensor, candidates: list[int], rounds: int, batch_size: int
-) -> list[int]:
-    plan, _ = greedy_search(Sweep(decoder, windows, Batcher(batch_size)), candidates, rounds)
-    return list(plan.mha_removed)
+) -> tuple[list[int], set[Modes]]:
+    """The layers that are chosen, and the models whose losses it took."""
+    sweep = Sweep(decoder, windows, Batcher(batch_size))
+    plan, _ = greedy_search(sweep, candidates, rounds)
+    return list(plan.mha_removed), sweep.asked
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -56,11 +58,16 @@ def compare(args: argparse.Namespace) -> None:
     windows = torch.randint(0, 2048, (args.windows, args.seqlen))
     candidates = list(range(args.first, args.first + args.candidates))
     problem = (decoder, windows, candidates, args.rounds, args.batch_size)
-    chosen = {}
+    chosen, asked = {}, set()
+
+    def sweep() -> None:
+        nonlocal asked
+        chosen["sweep"], asked = sweep_search(*problem)
+
     times = side_by_side(
         {
             "toggling": lambda: chosen.update(toggling=toggling_search(*problem)),
-            "sweep": lambda: chosen.update(sweep=sweep_search(*problem)),
+            "sweep": sweep,
         },
         args.runs,
     )
@@ -70,9 +77,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"  {name:9} {spread(values, ' s')}")
     ratios = [slow / fast for slow, fast in zip(times["toggling"], times["sweep"], strict=True)]
     print(f"  toggling / sweep  {spread(ratios)}")
-    sweep = Sweep(decoder, windows, Batcher(args.batch_size))
-    greedy_search(sweep, candidates, args.rounds)
-    floor, middle = speeds.floor(shape.search(windows.numel(), sweep.asked)), statistics.median(times["sweep"])
+    floor, middle = speeds.floor(shape.search(windows.numel(), asked)), statistics.median(times["sweep"])
     print(f"  floor of the models that the search asks for {floor:.2f} s, {floor / middle:.0%} of the sweep; {speeds}")
     print(f"  same choices: {chosen['toggling'] == chosen['sweep']} {chosen['sweep']}")
 

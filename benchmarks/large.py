@@ -5,8 +5,8 @@
 
 Weights are random, which changes neither time nor memory. The floor counts the products of the decoder's linears, of
 attention, of the head, and of SparseGPT's Hessians, each once, at the speed of a large square product in the model's
-dtype, measured here; or the bytes of weights, inputs and outputs, at that of a copy, where that is longer. That of
-gradients is by the speeds of fp32, which they are in.
+dtype, measured here; or the bytes of weights, inputs and outputs, at that of a copy, where that is longer. Gradients
+are taken in fp32, after one pass in the model's dtype.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import add_shape_flags, device, machine, peak_memory, random_llama, seconds
-from benchmarks.floor import Shape, Speeds, Work
+from benchmarks.floor import Shape, Speeds, hessian_speeds
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.bi import block_influence
 from lib.evaluate import perplexity
@@ -30,7 +30,7 @@ from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.search import greedy_search
 from lib.stream import plan_window_losses
-from lib.sweep import Sweep
+from lib.sweep import Modes, Sweep
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),
@@ -39,13 +39,14 @@ SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows o
 FLAGS = ("layers", "hidden", "ffn", "vocab", "heads", "windows", "seqlen", "search_windows", "eval_windows")
 GRADIENT_WINDOWS, GRADIENT_SEQLEN = 10, 64
 CANDIDATES, ROUNDS = 10, 5
+PARTS = ("bi", "round", "search", "gradients", "wanda", "sparsegpt", "perplexity")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_flags(parser, **dict(zip(FLAGS, SHAPES[device()], strict=True)), runs=3)
     parser.add_argument("--dtype", default="bfloat16" if device() == "cuda" else "float32")
-    parser.add_argument("--parts", nargs="+", help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     args = parser.parse_args()
     keep_freed_memory()
     dtype = getattr(torch, args.dtype)
@@ -54,12 +55,12 @@ def main() -> None:
     print(machine())
     print(f"{args.layers} layers of {args.hidden}/{args.ffn}, vocabulary {args.vocab}; {args.runs} runs, medians")
     print(f"{args.dtype}: {speeds}; float32: {speeds32}")
-    for name, (run, tokens, work) in parts(Decoder(model), args, dtype).items():
-        if args.parts and name not in args.parts:
+    for name, (run, tokens, find_floor) in parts(Decoder(model), args, speeds, speeds32).items():
+        if name not in args.parts:
             continue
         run()
         taken = [seconds(run) for _ in range(args.runs)]
-        middle, floor = statistics.median(taken), (speeds32 if name == "gradients" else speeds).floor(work())
+        middle, floor = statistics.median(taken), find_floor()
         print(
             f"{name:12} {middle:8.2f} s ({min(taken):.2f} - {max(taken):.2f})  {tokens / middle:10,.0f} tokens/s  "
             f"floor {floor:7.2f} s, {floor / middle:4.0%}  {peak_memory(run):8,.0f} MiB beyond the model",
@@ -68,9 +69,9 @@ def main() -> None:
 
 
 def parts(
-    decoder: Decoder, args: argparse.Namespace, dtype: torch.dtype
-) -> dict[str, tuple[Callable[[], object], int, Callable[[], Work]]]:
-    """{part of the work: (what runs it, the tokens it goes over, what it needs)}"""
+    decoder: Decoder, args: argparse.Namespace, speeds: Speeds, speeds32: Speeds
+) -> dict[str, tuple[Callable[[], object], int, Callable[[], float]]]:
+    """{part of the work: (what runs it, the tokens it goes over, its floor in seconds once it has run)}"""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int, seqlen: int) -> torch.Tensor:
@@ -88,30 +89,38 @@ def parts(
     def prune(pruner: Pruner) -> None:  # what is pruned already takes as long again
         prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size))
 
-    def search(rounds: int) -> Sweep:
+    asked: set[Modes] = set()  # the models of the last search
+
+    def search(rounds: int) -> None:
+        nonlocal asked
         sweep = Sweep(decoder, some, Batcher(size))
         greedy_search(sweep, candidates, rounds)
-        return sweep
+        asked = sweep.asked
 
-    shape = Shape.of(args, dtype)
-    short_shape = replace(shape, seqlen=GRADIENT_SEQLEN, itemsize=torch.float32.itemsize)
+    shape = Shape.of(args, getattr(torch, args.dtype))
+    short_shape = replace(shape, seqlen=GRADIENT_SEQLEN)
+    short_shape32 = replace(short_shape, itemsize=torch.float32.itemsize)
     seen, looked, scored = windows.numel(), some.numel(), text.numel()
-    prune_work = shape.observe_and_advance(seen)
+    floor, floor32, floor_hessians = speeds.floor, speeds32.floor, hessian_speeds(speeds, speeds32).floor
     return {
-        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), seen, lambda: shape.model(seen)),
-        "round": (partial(search, 1), looked, lambda: shape.search(looked, search(1).asked)),
-        "search": (partial(search, all_rounds), looked, lambda: shape.search(looked, search(all_rounds).asked)),
-        "gradients": (  # forward, forward again in its layer, and twice as much backward
+        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), seen, lambda: floor(shape.model(seen))),
+        "round": (partial(search, 1), looked, lambda: floor(shape.search(looked, asked))),
+        "search": (partial(search, all_rounds), looked, lambda: floor(shape.search(looked, asked))),
+        "gradients": (  # forward; then each layer forward again, and twice as much backward
             lambda: connection_sensitivity(decoder, short),
             short.numel(),
-            lambda: short_shape.model(short.numel()) * 4,
+            lambda: floor(short_shape.model(short.numel())) + floor32(short_shape32.model(short.numel()) * 3),
         ),
-        "wanda": (partial(prune, Wanda()), seen, lambda: prune_work),
-        "sparsegpt": (partial(prune, SparseGpt()), seen, lambda: prune_work + shape.hessians(seen)),
+        "wanda": (partial(prune, Wanda()), seen, lambda: floor(shape.observe_and_advance(seen))),
+        "sparsegpt": (
+            partial(prune, SparseGpt()),
+            seen,
+            lambda: floor(shape.observe_and_advance(seen)) + floor_hessians(shape.hessians(seen)),
+        ),
         "perplexity": (
             lambda: perplexity(plan_window_losses(decoder, Plan(args.layers), Batcher(size)), text),
             scored,
-            lambda: shape.model(scored) + shape.head(scored),
+            lambda: floor(shape.model(scored) + shape.head(scored)),
         ),
     }
 

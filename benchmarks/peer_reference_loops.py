@@ -3,10 +3,13 @@
 One window at a time, one statistic for each linear, full sorts, and a step for each column.
 """
 
+import sys
+
 import torch
 from torch import nn
 
 from benchmarks.peers import serve
+from lib.batching import keep_freed_memory
 from lib.model import Decoder
 from lib.plan import Mode
 
@@ -95,12 +98,15 @@ def reference_loops(decoder: Decoder, windows: torch.Tensor, loop: type, sparsit
         states = [decoder.run_layer(index, state, given, Mode()) for state, given in zip(states, inputs, strict=True)]
 
 
+KEEP = "--keep_freed_memory"  # as our runs do
 LOOPS = {"Wanda": WandaLoop, "SparseGPT": SparseGptLoop}
 
 
-def prune(model: nn.Module, windows: torch.Tensor, method: str, sparsity: float) -> None:
+def prune(model: nn.Module, tokenizer, windows: torch.Tensor, method: str, sparsity: float) -> None:
     reference_loops(Decoder(model), windows, LOOPS[method], sparsity)
 
 
 if __name__ == "__main__":
+    if KEEP in sys.argv:
+        keep_freed_memory()
     serve(prune, ("torch", "transformers"))

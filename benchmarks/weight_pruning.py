@@ -5,8 +5,9 @@
     python -m venv PEER && PEER/bin/pip install llmcompressor
     python -m benchmarks.weight_pruning --llm_compressor PEER/bin/python
 
-The sides take turns, on copies of one model. The other tools run in processes of their own, as their users have them:
-one window at a time. Times are without loading. Memory is beyond the model's weights.
+The sides take turns, on copies of one model. The other tools run in processes of their own, one window at a time; the
+loops in one as it comes, and in one that has freed memory kept, as ours has. Times are with the set-up, without
+loading. Memory is beyond the model's weights.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_shape_flags, machine, measure, random_llama, spread
-from benchmarks.floor import Shape, Speeds, Work
+from benchmarks.common import VOCABULARY, add_shape_flags, machine, measure, random_llama, spread
+from benchmarks.floor import Shape, Speeds, hessian_speeds
+from benchmarks.peer_reference_loops import KEEP
 from benchmarks.peers import Masks, Peer, give
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.linears import find_linears, input_groups
@@ -40,23 +42,21 @@ class Engine:
     """Ours, on one model and its windows."""
 
     def __init__(self, model: torch.nn.Module, windows: torch.Tensor, batch_size: int | None):
-        self._decoder, self._windows = Decoder(model), windows
-        device, token_bytes = self._decoder.device, self._decoder.token_bytes
-        self.batch_size = batch_size or automatic_batch_size(device, windows.shape[1], token_bytes)
-        layers = enumerate(find_linears(self._decoder))
+        self._model, self._windows, decoder = model, windows, Decoder(model)
+        self.batch_size = batch_size or automatic_batch_size(decoder.device, windows.shape[1], decoder.token_bytes)
+        layers = enumerate(find_linears(decoder))
         self._linears = {f"{i}.{name}": linear for i, layer in layers for name, linear in layer.items()}
-        self._dense = {name: linear.weight.clone() for name, linear in self._linears.items()}
+        self._dense = {name: linear.weight.cpu().clone() for name, linear in self._linears.items()}
 
     def prune(self, pruner: Pruner, sparsity: float, parts: dict[str, float]) -> tuple[float, float]:
         """Seconds, and MiB beyond the model, of one run; the seconds of its `parts` are written."""
         for name, linear in self._linears.items():
             linear.weight.copy_(self._dense[name])
-        sparsities = [sparsity] * self._decoder.num_layers
 
         def run() -> None:
-            groups = input_groups(self._decoder)
-            batcher, times = Batcher(self.batch_size), partial(timed, parts)
-            prune_layers(self._decoder, groups, pruner, sparsities, self._windows, batcher, timed=times)
+            decoder, batcher = Decoder(self._model), Batcher(self.batch_size)
+            groups, sparsities = input_groups(decoder), [sparsity] * decoder.num_layers
+            prune_layers(decoder, groups, pruner, sparsities, self._windows, batcher, timed=partial(timed, parts))
 
         return measure(run)
 
@@ -64,8 +64,9 @@ class Engine:
         """Seconds, and MiB, of two passes of all windows through every layer, and nothing else."""
 
         def run() -> None:
-            activations = Activations(self._decoder, self._windows, Batcher(self.batch_size))
-            for _ in self._decoder.layers:
+            decoder = Decoder(self._model)
+            activations = Activations(decoder, self._windows, Batcher(self.batch_size))
+            for _ in decoder.layers:
                 activations.look()
                 activations.advance()
 
@@ -110,15 +111,9 @@ def share_equal(one: Masks, other: Masks) -> float:
     return equal / sum(mask.numel() for mask in one.values())
 
 
-def needed(method: str, shape: Shape, tokens: int) -> Work:
-    """The passes, and SparseGPT's Hessians; not what is done with them."""
-    passes = shape.observe_and_advance(tokens)
-    return passes + shape.hessians(tokens) if method == "SparseGPT" else passes
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape_flags(parser, layers=8, hidden=512, ffn=1376, windows=32, seqlen=512, runs=3)
+    add_shape_flags(parser, layers=8, hidden=512, ffn=1376, heads=8, windows=32, seqlen=512, runs=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--batch_size", type=int, help="ours; default: as alp_prune.py chooses it")
     parser.add_argument("--dtype", default="float32")
@@ -127,13 +122,17 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()  # as in a run of ours
     dtype = getattr(torch, args.dtype)
-    model = random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen, dtype=dtype)
-    windows = torch.randint(0, 2048, (args.windows, args.seqlen))
+    model = random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen, heads=args.heads, dtype=dtype)
+    windows = torch.randint(0, VOCABULARY, (args.windows, args.seqlen))
     speeds, shape = Speeds.measure(dtype), Shape.of(args, dtype)
+    floor = speeds.floor(shape.observe_and_advance(windows.numel()))
+    hessians = hessian_speeds(speeds, Speeds.measure(torch.float32)).floor(shape.hessians(windows.numel()))
+    floors = {"Wanda": floor, "SparseGPT": floor + hessians}
     engine = Engine(model, windows, args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         give(Path(folder), model, windows, load_tokenizer(ModelSource("demo")))
-        peers = {"reference loops": Peer(sys.executable, "benchmarks.peer_reference_loops", Path(folder))}
+        loops = (sys.executable, "benchmarks.peer_reference_loops", Path(folder))
+        peers = {"reference loops": Peer(*loops), "loops that keep": Peer(*loops, KEEP)}
         if args.llm_compressor:
             peers["llm-compressor"] = Peer(args.llm_compressor, "benchmarks.peer_llm_compressor", Path(folder))
         print(f"{machine()}; {speeds}")
@@ -144,7 +143,7 @@ def main() -> None:
         print(f"{args.windows} x {args.seqlen} tokens, sparsity {args.sparsity}, {args.runs} runs; ", end="")
         print(f"our batch {engine.batch_size}", flush=True)
         for method in args.methods:
-            compare(method, engine, peers, speeds.floor(needed(method, shape, windows.numel())), args)
+            compare(method, engine, peers, floors[method], args)
         for peer in peers.values():
             peer.end()
 

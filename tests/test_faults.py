@@ -112,7 +112,10 @@ def check_killed(run: Killed, number: int) -> bool:
         if number % 3 == 2:
             kill(process, chance.uniform(0, run.start_seconds))
         elif is_at_work(process):
+            begin = time.monotonic()
             kill(process, chance.uniform(0, 1.1 * run.work_seconds))
+            if process.returncode == 0 and not more:  # the machine is less busy than it was
+                run.work_seconds = min(run.work_seconds, time.monotonic() - begin)
         else:
             process.communicate()
         assert process.returncode in (0, -9)
