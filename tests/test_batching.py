@@ -49,7 +49,7 @@ def test_a_batch_fits_the_free_memory_of_an_accelerator(free, windows, monkeypat
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     assert automatic_batch_size(torch.device("cuda"), 2048, 1000) == windows
-    assert automatic_batch_size(torch.device("cpu"), 512, 1000) == 4
+    assert automatic_batch_size(torch.device("cpu"), 512, 1000) == 2
 
 
 def test_a_token_takes_a_few_of_a_layers_widest_tensors():
