@@ -1,5 +1,7 @@
-"""Runs a script's command line in this process."""
+"""Runs a script's command line in this process, or in one that is stopped."""
 
+import signal
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -32,3 +34,20 @@ def run_alp(*arguments, monkeypatch) -> int:
 
 def run_gradient(*arguments, monkeypatch) -> int:
     return run(*arguments, monkeypatch=monkeypatch, script=save_gradient)
+
+
+def stopped(script: str, *arguments, at: bytes, kind: signal.Signals) -> tuple[int, bytes]:
+    """The status and stderr of a script that is sent a signal once it has printed a line with `at`."""
+    process = subprocess.Popen(
+        list(map(str, [sys.executable, ROOT / script, *arguments])),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
+    )
+    try:
+        next(line for line in process.stdout if at in line)
+        process.send_signal(kind)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, told

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from lib.methods import METHODS, GradientSettings
 from lib.model import Decoder
 from lib.names import ModelSource
 from tests import reference
-from tests.command import GOES_ON, ROOT, gradient_path, run_alp, run_gradient
+from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped
 
 
 @pytest.fixture
@@ -373,14 +371,8 @@ def test_without_matplotlib_there_is_a_result_and_a_word_about_it(prune, gradien
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
 def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, kind):
     flags = [*alp_arguments, "--nsamples", 100000, "--seqlen", 4, "--batch_size", 1, "--save_model", tmp_path / "out"]
-    command = list(map(str, [sys.executable, ROOT / "alp_prune.py", *flags, "--save_log"]))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in process.stdout:
-        if b"Importance" in line:
-            process.send_signal(kind)
-            break
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
+    status, told = stopped("alp_prune.py", *flags, "--save_log", at=b"Importance", kind=kind)
+    assert status == (1 if kind == signal.SIGINT else -signal.SIGKILL)
     advice = f"alp_prune.py: failed: stopped; what is finished is kept: {GOES_ON}".encode()
     assert told == (advice if kind == signal.SIGINT else b"")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt", "state"]

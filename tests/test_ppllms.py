@@ -21,7 +21,7 @@ from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from lib.names import ModelSource
 from tests import reference
-from tests.command import GOES_ON, ROOT, run
+from tests.command import GOES_ON, ROOT, run, stopped
 
 
 def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
@@ -179,15 +179,8 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
     flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 10000]
     flags += ["--seqlen", 4, "--batch_size", 1, "--output_dir", tmp_path / "run", "--save_model", tmp_path / "out"]
     flags += ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
-    process = subprocess.Popen(
-        list(map(str, [sys.executable, ROOT / "ppllms.py", *flags])), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    for line in process.stdout:
-        if b"Greedy search" in line:
-            process.send_signal(kind)
-            break
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == (1 if kind == signal.SIGINT else -signal.SIGKILL)
+    status, told = stopped("ppllms.py", *flags, at=b"Greedy search", kind=kind)
+    assert status == (1 if kind == signal.SIGINT else -signal.SIGKILL)
     advice = f"ppllms.py: failed: stopped; what is finished is kept: {GOES_ON}".encode()
     assert told == (advice if kind == signal.SIGINT else b"")
     found = sorted(path.name for path in tmp_path.rglob("*") if not path.name.startswith("."))
