@@ -11,7 +11,7 @@ import statistics
 
 import torch
 
-from benchmarks.common import add_shape_flags, machine, random_llama, seconds, side_by_side, spread
+from benchmarks.common import VOCABULARY, add_shape_flags, machine, random_llama, seconds, side_by_side, spread
 from benchmarks.floor import Shape, Speeds
 from lib.batching import Batcher, keep_freed_memory
 from lib.evaluate import token_losses
@@ -55,7 +55,7 @@ def compare(args: argparse.Namespace) -> None:
     """Prints the ratio of the two ways, run by run, and the floor."""
     speeds, shape = Speeds.measure(torch.float32), Shape.of(args, torch.float32)
     decoder = Decoder(random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen))
-    windows = torch.randint(0, 2048, (args.windows, args.seqlen))
+    windows = torch.randint(0, VOCABULARY, (args.windows, args.seqlen))
     candidates = list(range(args.first, args.first + args.candidates))
     problem = (decoder, windows, candidates, args.rounds, args.batch_size)
     chosen, asked = {}, set()
@@ -99,7 +99,7 @@ def growth(args: argparse.Namespace) -> None:
             size = {**BASE, quantity: value}
             width = size["width"]
             decoder = Decoder(random_llama(size["layers"], width, width * 43 // 16, context=args.seqlen))
-            windows = torch.randint(0, 2048, (size["windows"], args.seqlen))
+            windows = torch.randint(0, VOCABULARY, (size["windows"], args.seqlen))
             last = size["layers"] - 3
             candidates = list(range(last - size["candidates"] + 1, last + 1))
             problem = (decoder, windows, candidates, 1, args.batch_size)

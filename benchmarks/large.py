@@ -55,12 +55,13 @@ def main() -> None:
     print(machine())
     print(f"{args.layers} layers of {args.hidden}/{args.ffn}, vocabulary {args.vocab}; {args.runs} runs, medians")
     print(f"{args.dtype}: {speeds}; float32: {speeds32}")
-    for name, (run, tokens, find_floor) in parts(Decoder(model), args, speeds, speeds32).items():
+    asked: set[Modes] = set()
+    for name, (run, tokens) in parts(Decoder(model), args, asked).items():
         if name not in args.parts:
             continue
         run()
         taken = [seconds(run) for _ in range(args.runs)]
-        middle, floor = statistics.median(taken), find_floor()
+        middle, floor = statistics.median(taken), floor_of(name, args, tokens, asked, speeds, speeds32)
         print(
             f"{name:12} {middle:8.2f} s ({min(taken):.2f} - {max(taken):.2f})  {tokens / middle:10,.0f} tokens/s  "
             f"floor {floor:7.2f} s, {floor / middle:4.0%}  {peak_memory(run):8,.0f} MiB beyond the model",
@@ -68,10 +69,8 @@ def main() -> None:
         )
 
 
-def parts(
-    decoder: Decoder, args: argparse.Namespace, speeds: Speeds, speeds32: Speeds
-) -> dict[str, tuple[Callable[[], object], int, Callable[[], float]]]:
-    """{part of the work: (what runs it, the tokens it goes over, its floor in seconds once it has run)}"""
+def parts(decoder: Decoder, args: argparse.Namespace, asked: set[Modes]) -> dict[str, tuple[Callable[[], object], int]]:
+    """{part of the work: (what runs it, the tokens it goes over)}; `asked` is set to the models of the last search."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int, seqlen: int) -> torch.Tensor:
@@ -89,40 +88,39 @@ def parts(
     def prune(pruner: Pruner) -> None:  # what is pruned already takes as long again
         prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size))
 
-    asked: set[Modes] = set()  # the models of the last search
-
     def search(rounds: int) -> None:
-        nonlocal asked
         sweep = Sweep(decoder, some, Batcher(size))
         greedy_search(sweep, candidates, rounds)
-        asked = sweep.asked
+        asked.clear()
+        asked.update(sweep.asked)
 
-    shape = Shape.of(args, getattr(torch, args.dtype))
-    short_shape = replace(shape, seqlen=GRADIENT_SEQLEN)
-    short_shape32 = replace(short_shape, itemsize=torch.float32.itemsize)
-    seen, looked, scored = windows.numel(), some.numel(), text.numel()
-    floor, floor32, floor_hessians = speeds.floor, speeds32.floor, hessian_speeds(speeds, speeds32).floor
+    losses = plan_window_losses(decoder, Plan(args.layers), Batcher(size))
     return {
-        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), seen, lambda: floor(shape.model(seen))),
-        "round": (partial(search, 1), looked, lambda: floor(shape.search(looked, asked))),
-        "search": (partial(search, all_rounds), looked, lambda: floor(shape.search(looked, asked))),
-        "gradients": (  # forward; then each layer forward again, and twice as much backward
-            lambda: connection_sensitivity(decoder, short),
-            short.numel(),
-            lambda: floor(short_shape.model(short.numel())) + floor32(short_shape32.model(short.numel()) * 3),
-        ),
-        "wanda": (partial(prune, Wanda()), seen, lambda: floor(shape.observe_and_advance(seen))),
-        "sparsegpt": (
-            partial(prune, SparseGpt()),
-            seen,
-            lambda: floor(shape.observe_and_advance(seen)) + floor_hessians(shape.hessians(seen)),
-        ),
-        "perplexity": (
-            lambda: perplexity(plan_window_losses(decoder, Plan(args.layers), Batcher(size)), text),
-            scored,
-            lambda: floor(shape.model(scored) + shape.head(scored)),
-        ),
+        "bi": (lambda: block_influence(decoder, windows, Batcher(size)), windows.numel()),
+        "round": (partial(search, 1), some.numel()),
+        "search": (partial(search, all_rounds), some.numel()),
+        "gradients": (lambda: connection_sensitivity(decoder, short), short.numel()),
+        "wanda": (partial(prune, Wanda()), windows.numel()),
+        "sparsegpt": (partial(prune, SparseGpt()), windows.numel()),
+        "perplexity": (lambda: perplexity(losses, text), text.numel()),
     }
+
+
+def floor_of(
+    part: str, args: argparse.Namespace, tokens: int, asked: set[Modes], speeds: Speeds, speeds32: Speeds
+) -> float:
+    """Seconds that a part of the work takes at least, `asked` being the models of a search."""
+    shape = Shape.of(args, getattr(torch, args.dtype))
+    if part == "gradients":  # forward; then in fp32 each layer forward again, and twice as much backward
+        short = replace(shape, seqlen=GRADIENT_SEQLEN)
+        again = replace(short, itemsize=torch.float32.itemsize).model(tokens) * 3
+        return speeds.floor(short.model(tokens)) + speeds32.floor(again)
+    if part in ("round", "search"):
+        return speeds.floor(shape.search(tokens, asked))
+    if part in ("wanda", "sparsegpt"):
+        hessians = hessian_speeds(speeds, speeds32).floor(shape.hessians(tokens))
+        return speeds.floor(shape.observe_and_advance(tokens)) + hessians * (part == "sparsegpt")
+    return speeds.floor(shape.model(tokens) + shape.head(tokens) * (part == "perplexity"))
 
 
 if __name__ == "__main__":

@@ -38,16 +38,17 @@ def run_gradient(*arguments, monkeypatch) -> int:
 
 def stopped(script: str, *arguments, at: bytes, kind: signal.Signals) -> tuple[int, bytes]:
     """The status and stderr of a script that is sent a signal once it has printed a line with `at`."""
-    process = subprocess.Popen(
-        list(map(str, [sys.executable, ROOT / script, *arguments])),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
-    )
-    try:
-        next(line for line in process.stdout if at in line)
-        process.send_signal(kind)
-        _, told = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    command = list(map(str, [sys.executable, ROOT / script, *arguments]))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+    def listen() -> None:  # to Ctrl-C, which is ignored in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, **pipes, preexec_fn=listen) as process:
+        try:
+            assert any(at in line for line in process.stdout), process.stderr.read()
+            process.send_signal(kind)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return process.returncode, told
