@@ -110,6 +110,12 @@ def test_a_failing_evaluation_is_one_line_and_keeps_result_model_and_log(
     )
     assert (tmp_path / "run/result.json").exists() and (tmp_path / "out/config.json").exists()
     assert len(Path("results/log.tsv").read_text().splitlines()) == 2
+    found = {"tasks": {"layers": {"acc,none": 0.5}}, "shown": {"layers": 50.0}, "mean": 50.0}
+    for _ in range(2):  # what failed is done, and the log has it, once
+        monkeypatch.setattr(ZeroShot, "accuracy", lambda self, *args: found)
+        assert run_alp(*alp_arguments, *flags, "--resume", monkeypatch=monkeypatch) == 0
+        header, *rows = (line.split("\t") for line in Path("results/log.tsv").read_text().splitlines())
+        assert [row[header.index("zero_shot_mean")] for row in rows] == ["", "50.00"]
 
 
 def test_a_run_measures_the_pruned_model(task, alp_arguments, tmp_path, monkeypatch, capsys):
