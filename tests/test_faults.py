@@ -25,12 +25,12 @@ from tests.interruption import Command, artefact_of, files_of, litter_of, result
 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
-DEPTH = ["--mha_remove_layers", 6, "--ffn_remove_layers", 8, "--nsamples", 16, "--seqlen", 64]
-ALP = ["--prune_method", "sparsegpt_alp", "--wbits", 4, "--nsamples", 32, "--seqlen", 64, "--grad_nsamples", 40]
+DEPTH = ["--mha_remove_layers", 6, "--ffn_remove_layers", 8, "--nsamples", 8, "--seqlen", 64]
+ALP = ["--prune_method", "sparsegpt_alp", "--wbits", 4, "--nsamples", 16, "--seqlen", 64, "--grad_nsamples", 20]
 KILLED = {
     "ppllms": [*DEPTH, "--dataset", "{}/text.jsonl", "--eval_datasets", "{}/eval.txt"],
     "alp_prune": [*ALP, "--calibration_dataset", "{}/text.jsonl", "--dataset", "{}/eval.txt"],
-    "save_gradient": ["--ngrad", 500, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
+    "save_gradient": ["--ngrad", 250, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
 }
 OF_A_RUN = ["--output_dir", "run", "--save_model", "out"]
 
