@@ -30,7 +30,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_that_is_kept_is_not_faulted_in_again():
-    """Beside a process in which each tensor has pages of its own; what glibc does by itself differs from run to run."""
+    """Beside a process in which each tensor has pages of its own; what glibc does by itself differs from run to run.
+
+    So does when the heap has grown to what it will be: a tensor's pages may still be new after the first rounds.
+    """
 
     def faults(keeps: bool) -> int:
         command, own_pages = [sys.executable, "-c", FAULTS.format(keeps=keeps)], {"MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -40,7 +43,7 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
         )
 
     pages = 2**23 // mmap.PAGESIZE  # of a tensor; 200 are made
-    assert faults(True) < pages and faults(False) > 100 * pages
+    assert faults(True) < 10 * pages and faults(False) > 100 * pages
 
 
 @pytest.mark.parametrize("free, windows", [(2**40, 16), (2 * 4096 * 1000, 2), (2 * 5000 * 1000, 2), (10, 1)])

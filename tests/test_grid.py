@@ -11,16 +11,18 @@ import weakref
 
 import pytest
 
+import alp_prune
 import lib.alp
 import lib.alp_job
 import lib.depth
 import lib.depth_job
+import ppllms
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
 from lib.loading import load_model
 from lib.names import ModelSource
 from lib.plots import has_matplotlib
-from tests.command import ROOT, run, run_alp
+from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")
 
@@ -164,21 +166,23 @@ def test_a_preset_may_be_changed_to_a_pattern(tmp_path, monkeypatch, text_file):
     assert "|  | 2:4 |" in (tmp_path / "out/table.md").read_text()
 
 
-@pytest.mark.parametrize("tool", ["alp_prune.py", pytest.param("ppllms.py", marks=pytest.mark.slow)])
-def test_a_killed_grid_goes_on_to_the_same_tables(tool, tiny_folder, text_file, tmp_path):
-    if tool == "ppllms.py":
+@pytest.mark.parametrize("script", [alp_prune, pytest.param(ppllms, marks=pytest.mark.slow)])
+def test_a_killed_grid_goes_on_to_the_same_tables(script, tiny_folder, text_file, tmp_path, monkeypatch):
+    if script is ppllms:
         axes = ["--method", "blockpruner", "sleb", "beam", "--prune_rate", "0.1", "0.15"]
         text = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file]
     else:
         axes = ["--prune_method", "wanda_alp", "sparsegpt", "--sparsity_ratio", "0.3", "0.5", "0.7"]
         text = ["--model", tiny_folder, "--calibration_dataset", text_file, "--dataset", text_file]
-    command = [sys.executable, ROOT / tool, *text, *axes, "--nsamples", "4", "--output_dir"]
+    flags = [*text, *axes, "--nsamples", "4", "--output_dir", "out"]
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    subprocess.run([*command, tmp_path / "whole/out"], check=True, capture_output=True, cwd=tmp_path / "whole")
+    monkeypatch.chdir(tmp_path / "whole")
+    assert run(*flags, script=script, monkeypatch=monkeypatch) == 0
+    monkeypatch.chdir(tmp_path / "killed")
     killed, results = tmp_path / "killed/out", tmp_path / "killed/out" / FILE
     for lines in (1, 3):
-        process = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, cwd=tmp_path / "killed")
+        process = subprocess.Popen([sys.executable, script.__file__, *flags], stdout=subprocess.DEVNULL)
         while process.poll() is None and len(lines_of(killed)) < lines:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -186,7 +190,7 @@ def test_a_killed_grid_goes_on_to_the_same_tables(tool, tiny_folder, text_file, 
     assert 3 <= len(lines_of(killed)) < 6
     with results.open("a") as file:
         file.write('{"key": {"cut off')  # as power may leave it
-    subprocess.run([*command, killed], check=True, capture_output=True, cwd=tmp_path / "killed")
+    assert run(*flags, script=script, monkeypatch=monkeypatch) == 0
     assert tables_of(killed) == tables_of(tmp_path / "whole/out")
     assert len(lines_of(killed)) == 6
 

@@ -4,34 +4,52 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import alp_prune
+import ppllms
+import save_gradient
 from lib.ranks import ALONE, Ranks
-from tests.command import ROOT
+from tests.command import run
 
 DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model"}  # from run to run
 ALIKE = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
 
 
-def one(*arguments, cwd: Path, script: str = "ppllms.py") -> str:
-    return _run([ROOT / script, *arguments], cwd)
+@pytest.fixture
+def one(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Runs a script as one process, this one."""
+
+    def run_alone(*arguments, script: ModuleType = ppllms) -> None:
+        monkeypatch.chdir(tmp_path)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in `ALIKE`
+        try:
+            assert run(*arguments, monkeypatch=monkeypatch, script=script) == 0
+        finally:
+            torch.set_num_threads(threads)
+
+    return run_alone
 
 
-def two(*arguments, cwd: Path, script: str = "ppllms.py", status: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    return _run([*launcher, ROOT / script, *arguments], cwd, status)
+@pytest.fixture
+def two(tmp_path) -> Callable[..., str]:
+    """Runs a script as two processes; gives what they say."""
 
+    def run_both(*arguments, script: ModuleType = ppllms, status: int = 0) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script.__file__]
+        command = [sys.executable, *map(str, [*launcher, *arguments])]
+        found = subprocess.run(command, cwd=tmp_path, env=ALIKE, capture_output=True, text=True, timeout=180)
+        assert found.returncode == status, found.stdout + found.stderr
+        return found.stdout + found.stderr
 
-def _run(command: list, cwd: Path, status: int = 0) -> str:
-    found = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=ALIKE, capture_output=True, text=True, timeout=180
-    )
-    assert found.returncode == status, found.stdout + found.stderr
-    return found.stdout + found.stderr
+    return run_both
 
 
 def result_in(folder: Path) -> dict:
@@ -51,30 +69,30 @@ def sparsity(tiny_folder, text_file) -> list:
     return ["--model", tiny_folder, *text, "--batch_size", 2, "--grad_seqlen", 16]
 
 
-def test_depth_pruning_is_that_of_one_process_to_the_bit(depth, tmp_path):
+def test_depth_pruning_is_that_of_one_process_to_the_bit(one, two, depth, tmp_path):
     counts = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
-    one(*depth, *counts, "--output_dir", "one", "--save_model", "m1", cwd=tmp_path)
-    said = two(*depth, *counts, "--output_dir", "two", "--save_model", "m2", cwd=tmp_path)
+    one(*depth, *counts, "--output_dir", "one", "--save_model", "m1")
+    said = two(*depth, *counts, "--output_dir", "two", "--save_model", "m2")
     assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("m1", "m2")]
     assert files[0] == files[1]
     assert said.count("MHA removal layers") == 1, "one process speaks"
 
 
-def test_fewer_windows_than_processes_share_the_trials(depth, tmp_path):
+def test_fewer_windows_than_processes_share_the_trials(one, two, depth, tmp_path):
     flags = [*depth, "--nsamples", 1, "--method", "blockpruner", "--prune_rate", 0.1]
-    one(*flags, "--output_dir", "one", cwd=tmp_path)
-    two(*flags, "--output_dir", "two", cwd=tmp_path)
+    one(*flags, "--output_dir", "one")
+    two(*flags, "--output_dir", "two")
     assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
 
 
 @pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl"])
-def test_masks_are_those_of_one_process(method, sparsity, tmp_path):
+def test_masks_are_those_of_one_process(one, two, method, sparsity, tmp_path):
     """Sums over windows are added in another order: densities to 1e-6, masks all but never another, weights to 1e-4."""
     flags = [*sparsity, "--prune_method", method]
-    one(*flags, "--output_dir", "one", "--save_model", "m1", cwd=tmp_path, script="alp_prune.py")
+    one(*flags, "--output_dir", "one", "--save_model", "m1", script=alp_prune)
     (tmp_path / "gradients").exists() and (tmp_path / "gradients").rename(tmp_path / "gradients of one")
-    two(*flags, "--output_dir", "two", "--save_model", "m2", cwd=tmp_path, script="alp_prune.py")
+    two(*flags, "--output_dir", "two", "--save_model", "m2", script=alp_prune)
     results = [result_in(tmp_path / name) for name in ("one", "two")]
     assert results[1]["layer_density"] == pytest.approx(results[0]["layer_density"], abs=1e-6)
     weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("m1", "m2"))
@@ -89,30 +107,30 @@ def test_masks_are_those_of_one_process(method, sparsity, tmp_path):
     assert not (tmp_path / "two/state").exists()
 
 
-def test_sensitivities_are_those_of_one_process(tiny_folder, text_file, tmp_path):
+def test_sensitivities_are_those_of_one_process(one, two, tiny_folder, text_file, tmp_path):
     flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 70, "--grad_seqlen", 16]
-    one(*flags, "--output", "one.json", cwd=tmp_path, script="save_gradient.py")
-    two(*flags, "--output", "two.json", cwd=tmp_path, script="save_gradient.py")
+    one(*flags, "--output", "one.json", script=save_gradient)
+    two(*flags, "--output", "two.json", script=save_gradient)
     found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
     assert found[0]["fingerprint"] == found[1]["fingerprint"]
     for layer, other in zip(found[0]["layers"], found[1]["layers"], strict=True):
         assert other["layer"] == pytest.approx(layer["layer"], rel=1e-5)
 
 
-def test_a_grid_and_offloading_work_with_several_processes(depth, tmp_path):
+def test_a_grid_and_offloading_work_with_several_processes(one, two, depth, tmp_path):
     flags = [*depth, "--method", "ppllms", "shortgpt", "--prune_rate", 0.1, "--mha_ffn_ratio", 1, "--offload", "disk"]
-    one(*flags, "--output_dir", "one", cwd=tmp_path)
-    two(*flags, "--output_dir", "two", cwd=tmp_path)
+    one(*flags, "--output_dir", "one")
+    two(*flags, "--output_dir", "two")
     assert (tmp_path / "two/table.md").read_text() == (tmp_path / "one/table.md").read_text()
 
 
-def test_a_wrong_input_is_told_once_and_a_stopped_run_goes_on(depth, tmp_path):
+def test_a_wrong_input_is_told_once_and_a_stopped_run_goes_on(one, two, depth, tmp_path):
     flags = [*depth, "--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--output_dir", "run"]
-    assert two(*depth, "--mha_remove_layers", 9, cwd=tmp_path, status=1).count("ppllms.py: error: --mha") == 1
-    assert "several processes have a device each" in two(*flags, "--device_map", "auto", cwd=tmp_path, status=1)
-    one(*flags, cwd=tmp_path)
+    assert two(*depth, "--mha_remove_layers", 9, status=1).count("ppllms.py: error: --mha") == 1
+    assert "several processes have a device each" in two(*flags, "--device_map", "auto", status=1)
+    one(*flags)
     before = result_in(tmp_path / "run")
-    assert two(*flags, "--resume", cwd=tmp_path).count("Finished before") == 1
+    assert two(*flags, "--resume").count("Finished before") == 1
     assert result_in(tmp_path / "run") == before
 
 
