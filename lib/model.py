@@ -191,14 +191,24 @@ class Decoder:
 
     # Parameters
 
+    @cached_property
+    def _layer_parameters(self) -> list[tuple[int, int, int]]:
+        """Parameters of every layer's attention, of its FFN, and of what else is in it."""
+        counts = []
+        for index, layer in enumerate(self.layers):
+            originals = self._originals[index]
+            sublayers = [
+                sum(_count(originals[name]) for name in self.sublayers[index][kind])
+                for kind in (SKIP_ATTENTION, SKIP_FFN)
+            ]
+            skipped = {id(module) for module in originals.values()}
+            rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
+            counts.append((*sublayers, rest))
+        return counts
+
     def sublayer_parameters(self, index: int) -> tuple[int, int]:
         """Parameters of one layer's attention and of its FFN, biases, inner norms and all experts included."""
-        modules = self._originals[index]
-        counts = [
-            sum(parameter.numel() for name in self.sublayers[index][kind] for parameter in modules[name].parameters())
-            for kind in (SKIP_ATTENTION, SKIP_FFN)
-        ]
-        return counts[0], counts[1]
+        return self._layer_parameters[index][:2]
 
     @cached_property
     def total_parameters(self) -> int:
@@ -212,14 +222,9 @@ class Decoder:
     def removed_parameters(self, plan: Plan) -> int:
         """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
         removed, gone = 0, self.complete(plan).whole_layers
-        for index in range(self.num_layers):
-            attention, ffn = self.sublayer_parameters(index)
+        for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
             mode = plan.mode(index)
-            removed += attention * (not mode.attention) + ffn * (not mode.ffn)
-            if index in gone:
-                skipped = {id(module) for module in self._originals[index].values()}
-                rest = [child for child in self.layers[index].children() if id(child) not in skipped]
-                removed += sum(parameter.numel() for child in rest for parameter in child.parameters())
+            removed += attention * (not mode.attention) + ffn * (not mode.ffn) + rest * (index in gone)
         return removed
 
     # Switching sublayers
@@ -305,3 +310,8 @@ class Decoder:
         input_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self.device)
         with self._layers_do([hand_over] * len(self.layers)):
             return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def _count(module: nn.Module) -> int:
+    """Its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -14,6 +14,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import lib.plots  # noqa: E402
 import lib.stream  # noqa: E402
 from lib.batching import Batcher  # noqa: E402
 from lib.report import quiet_libraries  # noqa: E402
@@ -25,6 +26,19 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
     quiet_libraries()
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_not_rendered(request, monkeypatch):
+    """But for tests that are marked `draws`: it takes longer than the rest of a small run."""
+    if lib.plots.has_matplotlib() and not request.node.get_closest_marker("draws"):
+        from matplotlib import pyplot
+
+        def close(figure, path: Path) -> None:
+            path.touch()
+            pyplot.close(figure)
+
+        monkeypatch.setattr(lib.plots, "_save", close)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from lib.loading import load_model, load_tokenizer
 from lib.methods import METHODS, GradientSettings
 from lib.model import Decoder
 from lib.names import ModelSource
+from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped
 
@@ -55,6 +56,7 @@ def saved_linears(folder: Path) -> dict[str, torch.Tensor]:
 # What a run writes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_a_run_writes_what_it_prints(prune, alp_arguments, tmp_path, monkeypatch, capsys):
     result = prune("--sparsity_ratio", 0.6)
     printed = capsys.readouterr().out
@@ -208,11 +210,13 @@ def test_gradients_are_computed_once_kept_and_found(prune, gradient, tiny_folder
     assert second["layer_density"] == first["layer_density"] and path.read_bytes() == kept
 
 
+@pytest.mark.draws
 def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder, text_file, monkeypatch, capsys):
     gradient()
     printed = capsys.readouterr().out
     path = gradient_path(tiny_folder, text_file)
     assert str(path) in printed and "Importance by layer" in printed
+    assert not has_matplotlib() or path.with_suffix(".png").stat().st_size > 10_000
     kept = artefact.read(path)
     tokenizer = load_tokenizer(ModelSource(str(tiny_folder)))
     windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)

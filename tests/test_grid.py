@@ -335,6 +335,7 @@ def test_a_grid_of_quantized_models(alp_grid, tmp_path):
     assert "| dense quantized | " in table and "| dense |" not in table
 
 
+@pytest.mark.draws
 def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
     lines = alp_grid("--prune_method", "wanda", "wanda_owl", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1, "--save_log")
     folder, text = tmp_path / "grid", str(text_file)
@@ -369,6 +370,7 @@ def test_the_demo_preset_of_weights_in_a_small_form(tmp_path, monkeypatch, text_
     assert rows[0] == "|  | 50% | 60% |" and len(rows) == 1 + 16 and "-" not in "".join(rows)
 
 
+@pytest.mark.draws
 def test_the_demo_preset_of_depth_in_a_small_form(tmp_path, monkeypatch, text_file):
     monkeypatch.chdir(tmp_path)
     small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--prune_rate", 0.25]

@@ -20,10 +20,12 @@ from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from lib.names import ModelSource
+from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, ROOT, run, stopped
 
 
+@pytest.mark.draws
 def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
@@ -33,6 +35,7 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     for part in order[1:]:
         places.append(printed.index(part, places[-1] + 1))
     assert printed == (tmp_path / "run/log.txt").read_text()
+    assert not has_matplotlib() or (tmp_path / "run/block_influence.png").stat().st_size > 10_000
 
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["tool"] == "ppllms" and result["seed"] == 0 and result["nsamples"] == 3

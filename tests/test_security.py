@@ -513,6 +513,7 @@ def test_names_in_the_results_of_a_grid_become_no_paths(tiny_folder, text_file, 
     assert {path.name for path in (here / "grid").iterdir()} == names
 
 
+@pytest.mark.draws
 def test_texts_that_are_told_apart_by_their_paths_have_plots_in_the_folder(
     tiny_folder, text_file, tmp_path, here, monkeypatch
 ):
