@@ -20,20 +20,19 @@ from lib.batching import keep_freed_memory
 if {keeps}:
     keep_freed_memory()
 x = torch.ones(2**21)  # 8 MiB
-for number in range(60):
-    if number == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    (x + 1, x + 2, x + 3, x + 4)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        (x + 1, x + 2, x + 3, x + 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(10)
+print(min(faults(50) for _ in range(4)))  # the heap may still grow once in one of them
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_that_is_kept_is_not_faulted_in_again():
-    """Beside a process in which each tensor has pages of its own; what glibc does by itself differs from run to run.
-
-    So does when the heap has grown to what it will be: a tensor's pages may still be new after the first rounds.
-    """
+    """Beside a process in which each tensor has pages of its own; what glibc does by itself differs from run to run."""
 
     def faults(keeps: bool) -> int:
         command, own_pages = [sys.executable, "-c", FAULTS.format(keeps=keeps)], {"MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -43,7 +42,7 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
         )
 
     pages = 2**23 // mmap.PAGESIZE  # of a tensor; 200 are made
-    assert faults(True) < 10 * pages and faults(False) > 100 * pages
+    assert faults(True) < pages and faults(False) > 100 * pages
 
 
 @pytest.mark.parametrize("free, windows", [(2**40, 16), (2 * 4096 * 1000, 2), (2 * 5000 * 1000, 2), (10, 1)])
