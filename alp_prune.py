@@ -151,10 +151,10 @@ def check(args: argparse.Namespace) -> None:
     if "/" in name or name in (".", "..") or not name.isprintable():
         raise InputError(f"--model_name {name}: is used in file names; give one without slashes and line ends")
     cli.check_device(args)
-    sources = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
-    for source in sorted(sources):
+    used_texts = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
+    for source in sorted(used_texts):
         names.check_text(source)
-    cli.check_apart(args.output_dir or Path("runs"), sources)
+    cli.check_apart(args.output_dir or Path("runs"), used_texts)
     if cli.is_grid(args, AXES):
         cli.check_grid_output(args)
     else:
@@ -164,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log.check(log_folder)
-    if any(map(names.is_hub_model, args.model)) or any(map(names.is_hub_text, sources)) or args.eval_zero_shot:
+    if any(map(names.is_hub_model, args.model)) or any(map(names.is_hub_text, used_texts)) or args.eval_zero_shot:
         cli.prefer_cache_without_network()
 
 

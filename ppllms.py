@@ -164,14 +164,14 @@ def check(args: argparse.Namespace) -> None:
         )
     cli.check_device(args)
     needs_windows = not args.apply_plan and args.method != ["random"]
-    sources: dict[str, None] = {}
+    used_texts: dict[str, None] = {}
     for name in args.model_name:
         of_model = texts(args, name)
-        sources |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
-        sources |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
-    for source in sources:
+        used_texts |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
+        used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
+    for source in used_texts:
         names.check_text(source)
-    cli.check_apart(args.output_dir or Path("runs"), sources)
+    cli.check_apart(args.output_dir or Path("runs"), used_texts)
     if cli.is_grid(args, AXES):
         cli.check_grid_output(args)
         if not args.eval_ppl:
@@ -181,7 +181,7 @@ def check(args: argparse.Namespace) -> None:
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
-    if any(map(names.is_hub_model, args.model_name)) or any(map(names.is_hub_text, sources)):
+    if any(map(names.is_hub_model, args.model_name)) or any(map(names.is_hub_text, used_texts)):
         cli.prefer_cache_without_network()
 
 
