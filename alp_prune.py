@@ -19,7 +19,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lib import cli, log, names
+from lib import log, names
+from lib.cli import checks, flags, types
+from lib.cli.main import run_script
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.methods import (
@@ -40,45 +42,49 @@ WBITS = (*range(2, 9), 16)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        type=cli.name,
+        type=types.name,
         nargs="+",
         default=["demo"],
         help="hub id or local folder, or several (default: the bundled demo model)",
     )
-    group.add_argument("--model_name", type=cli.name, help="its name in output paths and logs (default: from --model)")
-    group.add_argument("--cache_dir", type=cli.folder, help="folder for the hub's files (default: the hub's own)")
+    group.add_argument(
+        "--model_name", type=types.name, help="its name in output paths and logs (default: from --model)"
+    )
+    group.add_argument("--cache_dir", type=types.folder, help="folder for the hub's files (default: the hub's own)")
     add_pruning_flags(parser.add_argument_group("pruning"))
     add_allocation_flags(parser.add_argument_group("ALP: how much of each layer"))
     add_quantization_flags(parser.add_argument_group("quantization"))
     group = parser.add_argument_group("text")
     text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
-    group.add_argument("--nsamples", type=cli.positive, default=128, help="calibration windows (default: 128)")
+    group.add_argument("--nsamples", type=types.positive, default=128, help="calibration windows (default: 128)")
     group.add_argument(
-        "--calibration_dataset", type=cli.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"
+        "--calibration_dataset",
+        type=types.name,
+        help=f"calibration text: {text} (default: c4; demo for the demo model)",
     )
     group.add_argument(
-        "--dataset", type=cli.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"
+        "--dataset", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"
     )
     group.add_argument("--eval_zero_shot", action="store_true", help="measure zero-shot accuracy (needs lm-eval)")
     group.add_argument(
         "--tasks",
-        type=cli.name,
+        type=types.name,
         nargs="+",
         help=f"of lm_eval: names or YAML files (default: {' '.join(ZERO_SHOT_TASKS)})",
     )
-    cli.add_shared_flags(parser)
+    flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
-    group.add_argument("--save_model", type=cli.folder, help="folder for the pruned model")
+    group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
     group.add_argument("--save_log", action="store_true", help=f"append a row to {log.FILE} in the folder of --save")
     group.add_argument(
-        "--save", type=cli.folder, help="results folder; given, it asks for --save_log (default: results)"
+        "--save", type=types.folder, help="results folder; given, it asks for --save_log (default: results)"
     )
-    cli.set_preset(parser, ALP_PRESETS, arguments)
-    args, given = cli.parse_and_tell(parser, arguments)
+    flags.set_preset(parser, ALP_PRESETS, arguments)
+    args, given = flags.parse_and_tell(parser, arguments)
     args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
@@ -93,11 +99,11 @@ def add_pruning_flags(group) -> None:
         help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
     )
     group.add_argument(
-        "--sparsity_ratio", type=cli.share, nargs="+", help="share of the weights that goes (default: 0.7, or n/m)"
+        "--sparsity_ratio", type=types.share, nargs="+", help="share of the weights that goes (default: 0.7, or n/m)"
     )
     group.add_argument(
         "--sparsity_type",
-        type=cli.pattern,
+        type=types.pattern,
         nargs="+",
         default=[UNSTRUCTURED],
         help="unstructured, or n:m such as 2:4 or 4:8",
@@ -106,10 +112,10 @@ def add_pruning_flags(group) -> None:
         "--semi_structured", action="store_true", help="2:4: evaluate in torch's sparse kernels (recent NVIDIA GPUs)"
     )
     group.add_argument("--use_variant", action="store_true", help="wanda: a share of the score's sum goes in each row")
-    group.add_argument("--a", type=cli.up_to_10, default=0.5, help="ria: power of the input norms (default: 0.5)")
+    group.add_argument("--a", type=types.up_to_10, default=0.5, help="ria: power of the input norms (default: 0.5)")
     group.add_argument(
         "--percdamp",
-        type=cli.up_to_10,
+        type=types.up_to_10,
         default=0.01,
         help="sparsegpt, gptq: share of the mean diagonal (default: 0.01)",
     )
@@ -117,14 +123,14 @@ def add_pruning_flags(group) -> None:
 
 def add_allocation_flags(group) -> None:
     group.add_argument(
-        "--alpha", type=cli.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08)"
+        "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08)"
     )
     group.add_argument(
-        "--owl_m", type=cli.above_0, default=5.0, help="owl: an outlier is so many times the mean (default: 5)"
+        "--owl_m", type=types.above_0, default=5.0, help="owl: an outlier is so many times the mean (default: 5)"
     )
-    cli.add_gradient_flags(group, "--grad_nsamples")
+    flags.add_gradient_flags(group, "--grad_nsamples")
     group.add_argument(
-        "--gradients", type=cli.folder, help="file of save_gradient.py (default: found by model and settings)"
+        "--gradients", type=types.folder, help="file of save_gradient.py (default: found by model and settings)"
     )
 
 
@@ -134,7 +140,9 @@ def add_quantization_flags(group) -> None:
     )
     group.add_argument("--gptq", action="store_true", help="round with error compensation; sparsegpt always does")
     group.add_argument("--sym", action="store_true", help="grids symmetric about zero")
-    group.add_argument("--groupsize", type=cli.group_size, help="columns that share a scale (default: -1, a whole row)")
+    group.add_argument(
+        "--groupsize", type=types.group_size, help="columns that share a scale (default: -1, a whole row)"
+    )
     group.add_argument("--act-order", action="store_true", help="gptq: columns of large inputs first")
     group.add_argument("--static-groups", action="store_true", help="gptq: the scales of groups are set beforehand")
 
@@ -150,22 +158,24 @@ def check(args: argparse.Namespace) -> None:
     name = args.model_name or "-"
     if "/" in name or name in (".", "..") or not name.isprintable():
         raise InputError(f"--model_name {name}: is used in file names; give one without slashes and line ends")
-    cli.check_device(args)
-    used_texts = {source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))}
+    checks.check_device(args)
+    used_texts = {
+        source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))
+    }
     for source in sorted(used_texts):
         names.check_text(source)
-    cli.check_apart(args.output_dir or Path("runs"), used_texts)
-    if cli.is_grid(args, AXES):
-        cli.check_grid_output(args)
+    checks.check_apart(args.output_dir or Path("runs"), used_texts)
+    if checks.is_grid(args, AXES):
+        checks.check_grid_output(args)
     else:
-        cli.check_output(args, args.model[0])
+        checks.check_output(args, args.model[0])
     if args.gradients and (len(args.model) > 1 or len(args.seed) > 1):
         raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log.check(log_folder)
     if any(map(names.is_hub_model, args.model)) or any(map(names.is_hub_text, used_texts)) or args.eval_zero_shot:
-        cli.prefer_cache_without_network()
+        checks.prefer_cache_without_network()
 
 
 def calibration_text(args: argparse.Namespace, model: str) -> str:
@@ -213,7 +223,7 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
     """The settings of one run. Raises `InputError`."""
     text = calibration_text(args, model)
     return {
-        "source": cli.model_source(args, model),
+        "source": flags.model_source(args, model),
         "model_name": args.model_name or names.short_name(model),
         "calibration_dataset": text,
         "dataset": eval_texts(args, model),
@@ -271,12 +281,12 @@ def check_quantization(args: argparse.Namespace, method: Method, pattern: Patter
 
 def main() -> None:
     args = parse()
-    is_grid = cli.is_grid(args, AXES)
+    is_grid = checks.is_grid(args, AXES)
     if is_grid:
-        args.output_dir = args.output_dir or cli.grid_output_dir("alp_prune", args)
+        args.output_dir = args.output_dir or checks.grid_output_dir("alp_prune", args)
     check(args)
     runs = cells(args)
-    args.output_dir = args.output_dir or cli.default_output_dir("alp_prune", runs[0]["model_name"])
+    args.output_dir = args.output_dir or checks.default_output_dir("alp_prune", runs[0]["model_name"])
     from lib.alp import SparsityPruning, run, run_all  # imports torch
 
     shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
@@ -288,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("alp_prune.py", main))
+    sys.exit(run_script("alp_prune.py", main))

@@ -23,7 +23,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib import cli, gguf_file, names
+from lib import gguf_file, names
+from lib.cli import checks, flags, types
+from lib.cli.main import run_script
 from lib.errors import InputError
 from lib.files import RESULT
 from lib.methods import DEPTH_METHODS
@@ -46,57 +48,57 @@ OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("model and budget")
     group.add_argument(
         "--model_name",
-        type=cli.name,
+        type=types.name,
         nargs="+",
         help="hub id or local folder, or several (default: the bundled demo, or that of the plan)",
     )
     group.add_argument(
         "--method", choices=DEPTH_METHODS, nargs="+", default=["ppllms"], help="how to choose (default: ppllms)"
     )
-    group.add_argument("--num_blocks", type=cli.positive, help="decoder layers, checked against the model")
+    group.add_argument("--num_blocks", type=types.positive, help="decoder layers, checked against the model")
     group.add_argument(
         "--prune_rate",
-        type=cli.between_0_and_1,
+        type=types.between_0_and_1,
         nargs="+",
         default=[0.25],
         help="share of all parameters to remove, or several (default: 0.25)",
     )
-    group.add_argument("--mha_remove_layers", type=cli.count, help="layers to lose attention (default: automatic)")
-    group.add_argument("--ffn_remove_layers", type=cli.count, help="layers to lose their FFN (default: automatic)")
+    group.add_argument("--mha_remove_layers", type=types.count, help="layers to lose attention (default: automatic)")
+    group.add_argument("--ffn_remove_layers", type=types.count, help="layers to lose their FFN (default: automatic)")
     group.add_argument(
-        "--mha_ffn_ratio", type=cli.ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
+        "--mha_ffn_ratio", type=types.ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
     )
     group.add_argument(
-        "--beam_width", type=cli.positive, default=1, help="beam: plans kept for each amount removed (default: 1)"
+        "--beam_width", type=types.positive, default=1, help="beam: plans kept for each amount removed (default: 1)"
     )
     group = parser.add_argument_group("text")
     text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
-    group.add_argument("--nsamples", type=cli.positive, default=128, help="calibration documents (default: 128)")
+    group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
-        "--dataset", type=cli.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"
+        "--dataset", type=types.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"
     )
-    group.add_argument("--bi_windows", type=cli.positive, help="windows that BI is averaged over (default: all)")
+    group.add_argument("--bi_windows", type=types.positive, help="windows that BI is averaged over (default: all)")
     group.add_argument(
-        "--eval_ppl", type=cli.boolean, default=True, nargs="?", const=True, help="measure perplexity (default: True)"
+        "--eval_ppl", type=types.boolean, default=True, nargs="?", const=True, help="measure perplexity (default: True)"
     )
     group.add_argument(
-        "--eval_datasets", type=cli.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
+        "--eval_datasets", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
     )
-    cli.add_shared_flags(parser)
+    flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
-    group.add_argument("--save_model", type=cli.folder, help="folder for the pruned model")
+    group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
     group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
     group = parser.add_argument_group("applying a plan")
-    group.add_argument("--apply_plan", type=cli.folder, help="result.json of an earlier run: prune as it says")
+    group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
     group.add_argument(
-        "--gguf", type=cli.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
+        "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
     )
-    cli.set_preset(parser, DEPTH_PRESETS, arguments)
-    args, given = cli.parse_and_tell(parser, arguments)
+    flags.set_preset(parser, DEPTH_PRESETS, arguments)
+    args, given = flags.parse_and_tell(parser, arguments)
     check_together(args, given)
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
@@ -162,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
         )
-    cli.check_device(args)
+    checks.check_device(args)
     needs_windows = not args.apply_plan and args.method != ["random"]
     used_texts: dict[str, None] = {}
     for name in args.model_name:
@@ -171,18 +173,18 @@ def check(args: argparse.Namespace) -> None:
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
         names.check_text(source)
-    cli.check_apart(args.output_dir or Path("runs"), used_texts)
-    if cli.is_grid(args, AXES):
-        cli.check_grid_output(args)
+    checks.check_apart(args.output_dir or Path("runs"), used_texts)
+    if checks.is_grid(args, AXES):
+        checks.check_grid_output(args)
         if not args.eval_ppl:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
-        cli.check_output(args, args.model_name[0])
+        checks.check_output(args, args.model_name[0])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
     if any(map(names.is_hub_model, args.model_name)) or any(map(names.is_hub_text, used_texts)):
-        cli.prefer_cache_without_network()
+        checks.prefer_cache_without_network()
 
 
 def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
@@ -202,15 +204,17 @@ def main() -> None:
     if args.gguf:
         prune_gguf(*args.gguf, args.saved_plan, args.overwrite)
         return
-    is_grid = cli.is_grid(args, AXES)
+    is_grid = checks.is_grid(args, AXES)
     if is_grid:
-        args.output_dir = args.output_dir or cli.grid_output_dir("ppllms", args)
+        args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
-    args.output_dir = args.output_dir or cli.default_output_dir("ppllms", args.model_name[0])
+    args.output_dir = args.output_dir or checks.default_output_dir("ppllms", args.model_name[0])
     from lib.depth import DepthPruning, run, run_all  # imports torch
 
     shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
-    runs = [DepthPruning(cli.model_source(args, cell.pop("model_name")), **{**shared, **cell}) for cell in cells(args)]
+    runs = [
+        DepthPruning(flags.model_source(args, cell.pop("model_name")), **{**shared, **cell}) for cell in cells(args)
+    ]
     if is_grid:
         run_all(runs, args.output_dir, args.overwrite)
     else:
@@ -218,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("ppllms.py", main))
+    sys.exit(run_script("ppllms.py", main))

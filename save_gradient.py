@@ -11,30 +11,32 @@ What is kept is a small JSON file, which alp_prune.py finds by the model and the
 import argparse
 import sys
 
-from lib import cli, names, state
+from lib import names, state
+from lib.cli import checks, flags, types
+from lib.cli.main import run_script
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.methods import GradientSettings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("model and text")
     group.add_argument(
-        "--model", type=cli.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+        "--model", type=types.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
     )
-    group.add_argument("--cache_dir", type=cli.folder, help="folder for the hub's files (default: the hub's own)")
+    group.add_argument("--cache_dir", type=types.folder, help="folder for the hub's files (default: the hub's own)")
     group.add_argument(
         "--dataset",
-        type=cli.name,
+        type=types.name,
         help="c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder "
         "(default: c4; demo for the demo model)",
     )
-    group.add_argument("--seed", type=cli.count, default=0, help="seed of the windows (default: 0)")
-    cli.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
-    cli.add_device_flags(parser.add_argument_group("running"))
+    group.add_argument("--seed", type=types.count, default=0, help="seed of the windows (default: 0)")
+    flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
+    flags.add_device_flags(parser.add_argument_group("running"))
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=cli.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
+    group.add_argument("--output", type=types.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
     group.add_argument("--overwrite", action="store_true", help="replace that file")
     group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     args = parser.parse_args(arguments)
@@ -48,11 +50,11 @@ def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
     names.check_model(args.model)
     names.check_text(args.gradients.dataset)
-    cli.check_device(args)
-    if cli.is_first_process():
+    checks.check_device(args)
+    if main.is_first_process():
         check_output(args)
     if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
-        cli.prefer_cache_without_network()
+        checks.prefer_cache_without_network()
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -74,8 +76,8 @@ def main() -> None:
     check(args)
     from lib.sensitivity import SaveGradient, run  # imports torch
 
-    run(SaveGradient(cli.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
+    run(SaveGradient(flags.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("save_gradient.py", main))
+    sys.exit(run_script("save_gradient.py", main))

@@ -9,7 +9,7 @@ from pathlib import Path
 import alp_prune
 import ppllms
 import save_gradient
-from lib import cli
+from lib.cli.main import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 GOES_ON = "the same command with --resume goes on\n"
@@ -19,7 +19,7 @@ def run(*arguments, monkeypatch, script=ppllms) -> int:
     """The exit status of a script, ppllms.py unless another is given, run in this process."""
     program = Path(script.__file__).name
     monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
-    return cli.run(program, script.main)
+    return run_script(program, script.main)
 
 
 def gradient_path(model: Path, text: Path) -> Path:

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 import ppllms
-from lib import cli
 from lib.batching import Batcher
 from lib.bi import block_influence
+from lib.cli.main import run_script
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
@@ -49,7 +49,7 @@ def test_removing_layers_of_low_influence_hurts_far_less(decoder, demo_tokenizer
 def test_the_default_run_prunes_the_demo(tmp_path, monkeypatch):
     flags = ["--output_dir", str(tmp_path / "run"), "--nsamples", "16", "--eval_ppl", "no"]
     monkeypatch.setattr(sys, "argv", ["ppllms.py", *flags])
-    assert cli.run("ppllms.py", ppllms.main) == 0
+    assert run_script("ppllms.py", ppllms.main) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["dataset"] == "demo" and len(result["mha_removed"]) == 2 and len(result["ffn_removed"]) == 4
     assert result["parameters"]["actual_rate"] == pytest.approx(0.25, abs=0.02)

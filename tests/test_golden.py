@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import ppllms
-from lib import cli
 from lib.allocators import importance, spread_densities
 from lib.batching import Batcher
+from lib.cli.main import run_script
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
@@ -43,7 +43,7 @@ def test_ppllms_is_the_reference(shared, tmp_path, monkeypatch, run):
         **{f"--{name}": expected[name] for name in ("nsamples", "seed", "mha_remove_layers", "ffn_remove_layers")},
     }
     monkeypatch.setattr(sys, "argv", ["ppllms.py", *(str(part) for flag in flags.items() for part in flag)])
-    assert cli.run("ppllms.py", ppllms.main) == 0
+    assert run_script("ppllms.py", ppllms.main) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
 
     assert result["bi_scores"] == pytest.approx(expected["bi_scores_first_window"], abs=1e-4)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import alp_prune
 import ppllms
 import save_gradient
-from lib import cli
+from lib.cli import checks
 from lib.data import load_corpus
 from lib.errors import InputError
 from lib.loading import load_model, load_tokenizer
@@ -435,7 +435,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_of_a_model_or_text_leads_out_of_our_folders(here, name):
-    assert cli.default_output_dir("ppllms", name).resolve().parent == here / "runs"
+    assert checks.default_output_dir("ppllms", name).resolve().parent == here / "runs"
     for model, text in ((name, "c4"), ("nobody/model", name), (name, name)):
         assert GradientSettings(text).path(model, "float16").resolve().parent == here / "gradients"
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lib.depth
-from lib import cli
+from lib.cli import checks
 from lib.errors import RunError
 from tests.command import GOES_ON, ROOT, run
 from tests.families import tiny_model
@@ -116,8 +116,8 @@ def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("https_proxy", raising=False)
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
-    monkeypatch.setattr(cli.socket, "create_connection", refuse)
-    cli.prefer_cache_without_network()
+    monkeypatch.setattr(checks.socket, "create_connection", refuse)
+    checks.prefer_cache_without_network()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 

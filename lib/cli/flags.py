@@ -1,0 +1,93 @@
+"""The flags that the scripts share, and the parser that they are added to. Imports no torch."""
+
+import argparse
+from contextlib import suppress
+
+from lib.cli.types import count, folder, positive
+from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES
+from lib.names import ModelSource
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("auto", "none", "cpu", "disk")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser of whole flag names, whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_device_flags(group) -> None:
+    """How a model is loaded, and where it runs."""
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
+    group.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="auto",
+        help="where layers wait that are not worked on: on the device, in host memory, on disk (default: what fits)",
+    )
+    group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the pruning scripts have in common: how to run, and where to write."""
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--seed", type=count, nargs="+", default=[0], help="one or several, of the calibration text (default: 0)"
+    )
+    group.add_argument(
+        "--seqlen", type=positive, help="tokens in a window (default: the model's context, at most 2048)"
+    )
+    group.add_argument(
+        "--batch_size", type=positive, help="windows at once (default: large, halved when memory runs out)"
+    )
+    group.add_argument(
+        "--eval_stride", type=positive, help="evaluation windows begin so many tokens apart (default: a window)"
+    )
+    add_device_flags(group)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
+    group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
+    group.add_argument("--resume", action="store_true", help="go on with a run that was stopped, in its --output_dir")
+
+
+def add_gradient_flags(group, ngrad: str) -> None:
+    """How ALP's gradients are taken; `ngrad` is what the number of their windows is called."""
+    group.add_argument(ngrad, type=positive, default=10, help="windows of text for the gradients (default: 10)")
+    group.add_argument("--grad_seqlen", type=positive, default=64, help="tokens in such a window (default: 64)")
+    group.add_argument(
+        "--grad_loss", choices=GRADIENT_LOSSES, default="last", help="the loss of the last token, or of all"
+    )
+    group.add_argument(
+        "--grad_type", choices=GRADIENT_TYPES, default="l2", help="how gradients are summed (default: l2)"
+    )
+
+
+def model_source(args: argparse.Namespace, name: str) -> ModelSource:
+    """The model of that name, loaded as the device flags say."""
+    cache_dir = getattr(args, "cache_dir", None)
+    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, args.offload)
+
+
+def set_preset(parser: Parser, presets: dict[str, dict], arguments: list[str] | None) -> None:
+    """Adds the flag `--preset` to a parser that has all others, and lets what it names be their defaults."""
+    parser.add_argument("--preset", choices=presets, help="the settings of a whole table; other flags change them")
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    ahead.add_argument("--preset")
+    with suppress(argparse.ArgumentError):  # which the parser itself will tell
+        name = ahead.parse_known_args(arguments)[0].preset
+        parser.set_defaults(**presets.get(name, {}))
+
+
+def parse_and_tell(parser: Parser, arguments: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, and which of them were given rather than left at their defaults."""
+    args = parser.parse_args(arguments)
+    untouched = object()
+    again = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
+    return args, {name for name, value in vars(again).items() if value is not untouched}
