@@ -19,23 +19,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lib import log, names
+from lib import log
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
+from lib.config import sources
+from lib.config.gradients import GradientSettings
+from lib.config.methods import ALPHAS, DENSE, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
+from lib.config.presets import ALP_PRESETS
+from lib.config.quantization import Quantization
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import (
-    ALPHAS,
-    DENSE,
-    UNSTRUCTURED,
-    ZERO_SHOT_TASKS,
-    GradientSettings,
-    Method,
-    Pattern,
-    Quantization,
-    parse_method,
-)
-from lib.presets import ALP_PRESETS
 
 AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)
@@ -150,7 +143,7 @@ def add_quantization_flags(group) -> None:
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported, but for what each run checks. Raises `InputError`."""
     for model in args.model:
-        names.check_model(model)
+        sources.check_model(model)
     if args.tasks and not args.eval_zero_shot:
         raise InputError("--tasks: needs --eval_zero_shot")
     if args.eval_zero_shot and importlib.util.find_spec("lm_eval") is None:
@@ -163,7 +156,7 @@ def check(args: argparse.Namespace) -> None:
         source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))
     }
     for source in sorted(used_texts):
-        names.check_text(source)
+        sources.check_text(source)
     checks.check_apart(args.output_dir or Path("runs"), used_texts)
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
@@ -174,16 +167,16 @@ def check(args: argparse.Namespace) -> None:
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log.check(log_folder)
-    if any(map(names.is_hub_model, args.model)) or any(map(names.is_hub_text, used_texts)) or args.eval_zero_shot:
+    if any(map(sources.is_hub_model, args.model)) or any(map(sources.is_hub_text, used_texts)) or args.eval_zero_shot:
         checks.prefer_cache_without_network()
 
 
 def calibration_text(args: argparse.Namespace, model: str) -> str:
-    return args.calibration_dataset or ("demo" if names.is_demo(model) else "c4")
+    return args.calibration_dataset or ("demo" if sources.is_demo(model) else "c4")
 
 
 def eval_texts(args: argparse.Namespace, model: str) -> list[str]:
-    return list(dict.fromkeys(args.dataset or (["demo"] if names.is_demo(model) else ["wikitext2"])))
+    return list(dict.fromkeys(args.dataset or (["demo"] if sources.is_demo(model) else ["wikitext2"])))
 
 
 def log_folder_of(args: argparse.Namespace) -> Path | None:
@@ -224,7 +217,7 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
     text = calibration_text(args, model)
     return {
         "source": flags.model_source(args, model),
-        "model_name": args.model_name or names.short_name(model),
+        "model_name": args.model_name or sources.short_name(model),
         "calibration_dataset": text,
         "dataset": eval_texts(args, model),
         "seed": seed,

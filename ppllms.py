@@ -23,14 +23,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib import gguf_file, names
+from lib import gguf_file
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
+from lib.config import sources
+from lib.config.methods import DEPTH_METHODS
+from lib.config.plan import SavedPlan, read_plan
+from lib.config.presets import DEPTH_PRESETS
 from lib.errors import InputError
 from lib.files import RESULT
-from lib.methods import DEPTH_METHODS
-from lib.plan import SavedPlan, read_plan
-from lib.presets import DEPTH_PRESETS
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
@@ -146,7 +147,7 @@ def cells(args: argparse.Namespace) -> list[dict]:
 
 def texts(args: argparse.Namespace, model: str) -> dict:
     """The texts of a run on a model: as given, or as is usual for it."""
-    is_demo = names.is_demo(model)
+    is_demo = sources.is_demo(model)
     evaluation = args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])
     return {
         "dataset": args.dataset or ("demo" if is_demo else "c4"),
@@ -157,7 +158,7 @@ def texts(args: argparse.Namespace, model: str) -> dict:
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
     for name in args.model_name:
-        names.check_model(name)
+        sources.check_model(name)
     mha, ffn = args.mha_remove_layers, args.ffn_remove_layers
     if mha is not None and ffn is not None and mha > ffn:
         raise InputError(
@@ -172,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
         used_texts |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
-        names.check_text(source)
+        sources.check_text(source)
     checks.check_apart(args.output_dir or Path("runs"), used_texts)
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
@@ -183,7 +184,7 @@ def check(args: argparse.Namespace) -> None:
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
-    if any(map(names.is_hub_model, args.model_name)) or any(map(names.is_hub_text, used_texts)):
+    if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)):
         checks.prefer_cache_without_network()
 
 

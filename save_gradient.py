@@ -11,12 +11,13 @@ What is kept is a small JSON file, which alp_prune.py finds by the model and the
 import argparse
 import sys
 
-from lib import names, state
+from lib import state
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
+from lib.config import sources
+from lib.config.gradients import GradientSettings
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.methods import GradientSettings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--overwrite", action="store_true", help="replace that file")
     group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     args = parser.parse_args(arguments)
-    dataset = args.dataset or ("demo" if names.is_demo(args.model) else "c4")
+    dataset = args.dataset or ("demo" if sources.is_demo(args.model) else "c4")
     args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
     args.output = args.output or args.gradients.path(args.model, args.dtype)
     return args
@@ -48,12 +49,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """All that can be checked before torch is imported."""
-    names.check_model(args.model)
-    names.check_text(args.gradients.dataset)
+    sources.check_model(args.model)
+    sources.check_text(args.gradients.dataset)
     checks.check_device(args)
     if main.is_first_process():
         check_output(args)
-    if names.is_hub_model(args.model) or names.is_hub_text(args.gradients.dataset):
+    if sources.is_hub_model(args.model) or sources.is_hub_text(args.gradients.dataset):
         checks.prefer_cache_without_network()
 
 

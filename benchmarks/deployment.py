@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import device, machine, peak_memory, random_llama, seconds, spread
+from lib.config.methods import UNSTRUCTURED, Pattern, parse_pattern
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.depth_job import budget_of
 from lib.export import save_pruned
 from lib.linears import find_linears
 from lib.loading import load_model
-from lib.methods import UNSTRUCTURED, Pattern, parse_pattern
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from lib.pruners import Magnitude
 from lib.report import quiet_libraries
 from lib.search import choose_counts

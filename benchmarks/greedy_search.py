@@ -14,9 +14,9 @@ import torch
 from benchmarks.common import VOCABULARY, add_shape_flags, machine, random_llama, seconds, side_by_side, spread
 from benchmarks.floor import Shape, Speeds
 from lib.batching import Batcher, keep_freed_memory
+from lib.config.plan import Plan
 from lib.evaluate import token_losses
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.search import greedy_search
 from lib.sweep import Modes, Sweep
 

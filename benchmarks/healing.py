@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.common import machine
 from lib.batching import Batcher
+from lib.config.sources import ModelSource
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.evaluate import perplexity, token_losses
 from lib.loading import load_model, load_tokenizer
-from lib.names import ModelSource
 from lib.report import quiet_libraries
 
 

@@ -21,11 +21,11 @@ from benchmarks.common import add_shape_flags, device, machine, peak_memory, ran
 from benchmarks.floor import Shape, Speeds, hessian_speeds
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.bi import block_influence
+from lib.config.plan import Plan
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.search import greedy_search

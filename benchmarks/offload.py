@@ -22,8 +22,8 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lib.config.sources import ModelSource
 from lib.loading import load_tokenizer
-from lib.names import ModelSource
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH = ["--mha_remove_layers", "2", "--ffn_remove_layers", "4", "--eval_datasets", "demo", "--dataset", "demo"]

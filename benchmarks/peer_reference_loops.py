@@ -10,8 +10,8 @@ from torch import nn
 
 from benchmarks.peers import serve
 from lib.batching import keep_freed_memory
+from lib.config.plan import Mode
 from lib.model import Decoder
-from lib.plan import Mode
 
 
 class WandaLoop:

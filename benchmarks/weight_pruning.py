@@ -25,10 +25,10 @@ from benchmarks.floor import Shape, Speeds, hessian_speeds
 from benchmarks.peer_reference_loops import KEEP
 from benchmarks.peers import Masks, Peer, give
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
+from lib.config.sources import ModelSource
 from lib.linears import find_linears, input_groups
 from lib.loading import load_tokenizer
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.report import timed

@@ -10,6 +10,9 @@ from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import importance, spread_densities, uniform_densities
 from lib.alp_job import Job, check_config, prepare
 from lib.changes import Changes
+from lib.config.methods import DENSE
+from lib.config.plan import Plan
+from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
@@ -18,15 +21,12 @@ from lib.inputs import dtype_name
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.linears import InputGroup
 from lib.loading import load_config, resolve_device
-from lib.methods import DENSE
 from lib.offload import fetched_by_forward, follow
-from lib.plan import Plan
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
 from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up, timed
-from lib.settings import SparsityPruning
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest, discard
 from lib.stream import plan_window_losses

@@ -8,18 +8,19 @@ from torch import nn
 
 from lib import artefact, semi_structured, sensitivity
 from lib.batching import Batcher, automatic_batch_size
+from lib.config.gradients import GradientSettings
+from lib.config.methods import DENSE
+from lib.config.sparsity import SparsityPruning
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.errors import InputError
 from lib.evaluate import Perplexity
 from lib.inputs import check_stride, check_tokens, window_length
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.methods import DENSE, GradientSettings
 from lib.model import Decoder
 from lib.offload import follow, free_host_memory
 from lib.ranks import Ranks
 from lib.report import Report
-from lib.settings import SparsityPruning
 from lib.state import State
 from lib.zero_shot import ZeroShot
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib import sensitivity
+from lib.config.methods import DENSE, UNIFORM
+from lib.config.sparsity import SparsityPruning
 from lib.evaluate import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
-from lib.methods import DENSE, UNIFORM
 from lib.model import Decoder
 from lib.report import Report, columns
-from lib.settings import SparsityPruning
 
 
 def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:

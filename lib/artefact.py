@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from lib.config.gradients import GradientSettings
 from lib.errors import InputError
 from lib.files import write_json
 from lib.gradients import LayerSensitivity, Spread
 from lib.linears import find_linears
-from lib.methods import GradientSettings
 from lib.model import Decoder
 
 _FORMAT = "connection-sensitivity/1"

@@ -3,8 +3,8 @@
 import torch
 
 from lib.batching import Batcher, Progress
+from lib.config.plan import Plan
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.stream import Activations, Tick, check_finite, map_windows, waiting_bytes
 
 

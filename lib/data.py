@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.config.sources import check_text, expand
 from lib.errors import InputError
-from lib.names import check_text, expand
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from lib import depth_report
 from lib.bi import block_influence
+from lib.config.depth import DepthPruning
+from lib.config.plan import Plan
+from lib.config.sources import local_path, short_name
 from lib.depth_job import Job, budget_of, check_config, check_decoder, find_counts, prepare
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
@@ -14,14 +17,11 @@ from lib.grid import Grid, Keep, run_grid
 from lib.inputs import dtype_name
 from lib.loading import load_config, resolve_device
 from lib.model import Decoder
-from lib.names import local_path, short_name
-from lib.plan import Plan
 from lib.plots import REMOVALS, plot_removals
 from lib.policies import beam, blockpruner, random_layers, shortgpt, sleb
 from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up
 from lib.search import Counts, Round, choose_candidates, greedy_search
-from lib.settings import DepthPruning
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest
 from lib.stream import plan_window_losses

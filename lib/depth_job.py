@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lib.batching import Batcher, automatic_batch_size
+from lib.config.depth import DepthPruning
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import InputError
 from lib.evaluate import Perplexity
@@ -18,7 +19,6 @@ from lib.policies import check_reachable, moves_of
 from lib.ranks import Ranks
 from lib.report import Report
 from lib.search import Budget, Counts, choose_counts
-from lib.settings import DepthPruning
 from lib.state import State
 from lib.sweep import Sweep
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
+from lib.config.depth import DepthPruning
+from lib.config.plan import Plan, SavedPlan
 from lib.evaluate import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
-from lib.plan import Plan, SavedPlan
 from lib.policies import Beam
 from lib.report import Report, columns
 from lib.search import Budget, Counts, Round
-from lib.settings import DepthPruning
 
 
 def say_model(report: Report, name: str, decoder: Decoder) -> None:

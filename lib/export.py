@@ -18,6 +18,7 @@ from torch import nn
 import lib.modeling_pruned as modeling_pruned
 from lib import nemotron
 from lib.changes import Changes, difference
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.files import whole_folder
 from lib.model import Decoder
@@ -32,7 +33,6 @@ from lib.modeling_pruned import (
     skip_sublayers,
 )
 from lib.offload import follow, layers_of, offloaded
-from lib.plan import Mode, Plan
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.files import check_writable, whole_file
-from lib.plan import Plan
 
 PRUNABLE, PRUNED = ("llama", "deci"), "deci"
 

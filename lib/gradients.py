@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from lib.batching import Batcher, Progress
+from lib.config.plan import Mode
 from lib.errors import RunError
 from lib.evaluate import token_losses
 from lib.linears import find_linears
 from lib.model import Decoder, LayerInputs
-from lib.plan import Mode
 from lib.ranks import ALONE, Ranks
 from lib.stream import Activations
 

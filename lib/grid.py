@@ -10,14 +10,15 @@ from statistics import mean
 from typing import Generic, TypeVar
 
 from lib.batching import free_memory
+from lib.config.depth import DepthPruning
+from lib.config.sources import labels, short_name
+from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import whole_file
 from lib.ledger import Ledger, canonical
-from lib.names import labels, short_name
 from lib.plots import plot_grid
 from lib.ranks import ALONE, Ranks
 from lib.report import Report
-from lib.settings import DepthPruning, SparsityPruning
 from lib.tables import Entry, csv_table, entries, markdown
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)

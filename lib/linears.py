@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lib.config.plan import Mode
 from lib.errors import InputError
 from lib.model import Decoder
-from lib.plan import Mode
 
 _ON = Mode()
 

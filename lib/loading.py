@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lib import offload
+from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.modeling_pruned import PREFIX, pruned_class, skip_lists
-from lib.names import ModelSource, locate_model
 
 
 def resolve_device(device: str) -> torch.device:

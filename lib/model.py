@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError, is_out_of_memory
 from lib.modeling_pruned import (
     ATTENTION_NAMES,
@@ -25,7 +26,6 @@ from lib.modeling_pruned import (
     skip_modules,
 )
 from lib.offload import OffloadedLayer, offloaded
-from lib.plan import Mode, Plan
 
 # The view of a decoder ------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,11 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lib.modeling_pruned as modeling_pruned
+from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.files import write_json
 from lib.modeling_pruned import SkippedAttention, SkippedFFN
 from lib.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
-from lib.plan import Plan
 
 _NEEDED = (
     "vocab_size",

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError
 from lib.model import Decoder
-from lib.plan import Mode, Plan
 from lib.search import Round
 from lib.sweep import Sweep, Trial
 

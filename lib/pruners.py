@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.config.methods import UNSTRUCTURED, Pattern
+from lib.config.quantization import Quantization
 from lib.errors import RunError
 from lib.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
-from lib.methods import UNSTRUCTURED, Pattern, Quantization
 from lib.quantize import round_to_nearest
 from lib.sparsegpt import Hessian, Rounding, obs_update
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lib.methods import ALPHAS, ZERO_SHOT_TASKS
-from lib.names import short_name
+from lib.config.methods import ALPHAS, ZERO_SHOT_TASKS
+from lib.config.sources import short_name
 
 SOURCES = {
     "ALP": "ALP: Adaptive Layerwise Pruning in Large Language Models, tables of results",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.methods import Quantization
+from lib.config.quantization import Quantization
 
 
 @dataclass(frozen=True)

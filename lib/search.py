@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lib.batching import Progress
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError
-from lib.plan import Mode, Plan
 from lib.sweep import Sweep, Trial
 
 # How many -------------------------------------------------------------------------------------------------------------

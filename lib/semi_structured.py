@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
+from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.stream import final_hidden_states
 
 _CAPABILITY = (8, 0)  # Ampere

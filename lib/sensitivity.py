@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from lib import artefact
 from lib.allocators import importance
 from lib.artefact import Artefact
+from lib.config.gradients import GradientSettings
+from lib.config.sources import ModelSource, short_name
 from lib.data import load_corpus, sampled_windows
 from lib.errors import ANEW, InputError
 from lib.files import clear_drafts, whole_file
@@ -18,9 +20,7 @@ from lib.gradients import LayerSensitivity, connection_sensitivity
 from lib.inputs import check_tokens, dtype_name, window_length
 from lib.linears import check_not_offloaded, find_linears
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.methods import GradientSettings
 from lib.model import Decoder
-from lib.names import ModelSource, short_name
 from lib.plots import plot_sensitivity
 from lib.ranks import ALONE, Ranks, join
 from lib.report import Report, columns, environment, peak_memory_bytes, set_up

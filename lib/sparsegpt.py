@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 
+from lib.config.quantization import Quantization
 from lib.errors import RunError
-from lib.methods import Quantization
 from lib.quantize import Grid
 
 BLOCK = 128  # columns

@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 import torch
 
 from lib.batching import Batcher, Progress
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.evaluate import WindowLosses, token_losses
 from lib.model import Decoder, LayerInputs, StopForward
 from lib.offload import free_host_memory
-from lib.plan import Mode, Plan
 
 _LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
 _LOGITS_AT_ONCE_ON_CPU, _TOKENS_AT_LEAST = 2**21, 256  # more of a large vocabulary do not fit its caches

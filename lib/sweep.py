@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from lib.batching import Batcher, Progress, free_cuda_memory
+from lib.config.plan import Mode, Plan
 from lib.errors import is_out_of_memory
 from lib.model import Decoder
 from lib.offload import free_host_memory
-from lib.plan import Mode, Plan
 from lib.stream import Activations, SharedInputs, Tick, check_finite, map_windows, waiting_bytes
 
 Modes = tuple[Mode, ...]  # of the layers from the first on

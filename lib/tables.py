@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lib.names import labels
+from lib.config.sources import labels
 from lib.published import SOURCES, Figure, find
 
 DENSE_ROW = "dense"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lib.config.sources import expand
 from lib.errors import InputError, RunError, is_out_of_memory
-from lib.names import expand
 
 _METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
 

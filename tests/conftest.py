@@ -51,8 +51,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_tokenizer():
+    from lib.config.sources import ModelSource
     from lib.loading import load_tokenizer
-    from lib.names import ModelSource
 
     return load_tokenizer(ModelSource("demo"))
 

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 import lib.alp
 import lib.alp_job
 from lib import artefact, log
+from lib.config.gradients import GradientSettings
+from lib.config.methods import METHODS
+from lib.config.sources import ModelSource
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.loading import load_model, load_tokenizer
-from lib.methods import METHODS, GradientSettings
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped

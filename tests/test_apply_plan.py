@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import lib.depth
 import lib.depth_job
-from lib.plan import read_plan
+from lib.config.plan import read_plan
 from tests.command import run
 from tests.families import tiny_model
 

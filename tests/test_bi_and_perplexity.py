@@ -8,10 +8,10 @@ import torch
 import lib.stream
 from lib.batching import Batcher
 from lib.bi import block_influence
+from lib.config.plan import Plan
 from lib.errors import RunError
 from lib.evaluate import perplexity, token_losses
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.stream import plan_window_losses, tail_losses
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows

@@ -8,14 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.batching import Batcher
 from lib.bi import block_influence
+from lib.config.plan import Mode, Plan
+from lib.config.sources import ModelSource
 from lib.depth_job import budget_of
 from lib.errors import InputError
 from lib.export import save_pruned, save_weights
 from lib.linears import find_linears
 from lib.loading import load_model, load_outline, load_tokenizer
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Mode, Plan
 from lib.stream import final_hidden_states
 from tests import reference
 from tests.command import run, run_alp, run_gradient

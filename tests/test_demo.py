@@ -9,13 +9,13 @@ import ppllms
 from lib.batching import Batcher
 from lib.bi import block_influence
 from lib.cli.main import run_script
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from lib.stream import plan_window_losses
 
 

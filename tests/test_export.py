@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.export import check_format, save_pruned, save_weights
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone

@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lib.gguf_file as gguf_file
+from lib.config.plan import Plan, read_plan
+from lib.config.sources import ModelSource
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError, RunError
 from lib.export import zero_sublayers
 from lib.gguf_file import Block, GgufSize, add_stand_ins, apply_plan, arrange, check, prune_blocks
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan, read_plan
 from tests.command import run
 from tests.families import tiny_model
 

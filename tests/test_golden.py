@@ -13,15 +13,15 @@ import ppllms
 from lib.allocators import importance, spread_densities
 from lib.batching import Batcher
 from lib.cli.main import run_script
+from lib.config.methods import parse_method, parse_pattern
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.data import evaluation_windows, load_corpus, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.loading import load_model, load_tokenizer
-from lib.methods import parse_method, parse_pattern
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from lib.stream import plan_window_losses

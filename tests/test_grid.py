@@ -17,10 +17,10 @@ import lib.alp_job
 import lib.depth
 import lib.depth_job
 import ppllms
+from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
 from lib.loading import load_model
-from lib.names import ModelSource
 from lib.plots import has_matplotlib
 from tests.command import run, run_alp
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import sparsegpt
-from lib.methods import Pattern
+from lib.config.methods import Pattern
 from lib.pruners import SparseGpt
 from tests.test_sparsegpt import hessian_of, problem
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
+from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.model import Decoder
-from lib.plan import Plan
 from lib.stream import final_hidden_states
 from tests.families import FAMILIES, tiny_model, tiny_windows
 from tests.reference import toggled

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib import nemotron
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.export import check_format, compact
 from lib.loading import load_config
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from tests.command import run
 from tests.families import FAMILIES, tiny_model, tiny_windows
 from tests.vllm_reader import VllmReader

@@ -12,6 +12,10 @@ from lib import artefact, offload
 from lib.batching import Batcher
 from lib.bi import block_influence
 from lib.changes import Changes, difference, with_zeros
+from lib.config.methods import Pattern
+from lib.config.plan import Plan
+from lib.config.quantization import Quantization
+from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import save_pruned, save_weights
@@ -19,11 +23,8 @@ from lib.gradients import connection_sensitivity
 from lib.layer_scores import layer_scores, median
 from lib.linears import input_groups
 from lib.loading import load_model
-from lib.methods import Pattern, Quantization
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
-from lib.plan import Plan
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
 from lib.search import greedy_search

@@ -8,12 +8,12 @@ import pytest
 import lib.depth
 import lib.depth_job
 from lib.batching import Batcher
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.export import save_pruned
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from lib.policies import Move, beam, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
 from lib.sweep import Sweep
 from tests import reference

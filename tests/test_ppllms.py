@@ -14,12 +14,12 @@ import lib.depth
 import lib.depth_job
 from lib.batching import Batcher
 from lib.bi import block_influence
+from lib.config.sources import ModelSource
 from lib.data import calibration_windows, evaluation_windows, load_corpus
 from lib.errors import RunError
 from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, ROOT, run, stopped

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from lib.batching import Batcher
+from lib.config.methods import Pattern
+from lib.config.quantization import Quantization
+from lib.config.sources import ModelSource
 from lib.data import load_corpus, sampled_windows
 from lib.errors import RunError
 from lib.linears import input_groups
 from lib.loading import load_model
-from lib.methods import Pattern, Quantization
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from lib.stream import Activations

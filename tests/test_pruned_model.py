@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
 from lib.export import save_pruned
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone

@@ -7,8 +7,8 @@ import pytest
 
 import alp_prune
 import ppllms
-from lib.methods import ZERO_SHOT_TASKS
-from lib.presets import ALP_PRESETS, DEPTH_PRESETS
+from lib.config.methods import ZERO_SHOT_TASKS
+from lib.config.presets import ALP_PRESETS, DEPTH_PRESETS
 from lib.published import SOURCES, figures, find
 from lib.tables import csv_table, entries, markdown
 

@@ -7,9 +7,9 @@ import torch
 
 import lib.sweep
 from lib.batching import Batcher
+from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.model import Decoder
-from lib.plan import Mode, Plan
 from lib.policies import blockpruner, sleb
 from lib.search import Budget, Counts, choose_candidates, choose_counts, greedy_search
 from lib.sweep import Sweep, Trial

@@ -20,11 +20,11 @@ import alp_prune
 import ppllms
 import save_gradient
 from lib.cli import checks
+from lib.config.gradients import GradientSettings
+from lib.config.sources import ModelSource, check_model
 from lib.data import load_corpus
 from lib.errors import InputError
 from lib.loading import load_model, load_tokenizer
-from lib.methods import GradientSettings
-from lib.names import ModelSource, check_model
 from tests.command import ROOT, run
 from tests.families import tiny_model
 

@@ -8,12 +8,12 @@ import torch
 import lib.alp
 import lib.alp_job
 from lib import semi_structured
+from lib.config.methods import parse_pattern
+from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.linears import find_linears
 from lib.loading import load_model
-from lib.methods import parse_pattern
 from lib.model import Decoder
-from lib.names import ModelSource
 from lib.pruners import Magnitude
 from tests.command import run_alp
 from tests.families import tiny_model, tiny_windows

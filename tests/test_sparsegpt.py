@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
+from lib.config.methods import Pattern
+from lib.config.quantization import Quantization
 from lib.errors import RunError
-from lib.methods import Pattern, Quantization
 from lib.pruners import Rounded, SparseGpt
 from lib.quantize import Grid, round_to_nearest
 from lib.sparsegpt import Hessian, _kernel

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from lib import ledger, state
 from lib.cli.main import is_first_process
+from lib.config.sources import expand, is_hub_model, locate_model, short_name
 from lib.errors import InputError
 from lib.files import RESULT, check_model_folder, check_writable
-from lib.names import expand, is_hub_model, locate_model, short_name
 
 NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # change no result
 

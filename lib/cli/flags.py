@@ -4,8 +4,8 @@ import argparse
 from contextlib import suppress
 
 from lib.cli.types import count, folder, positive
-from lib.methods import GRADIENT_LOSSES, GRADIENT_TYPES
-from lib.names import ModelSource
+from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
+from lib.config.sources import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("auto", "none", "cpu", "disk")

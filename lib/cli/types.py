@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.methods import Pattern, parse_pattern
-from lib.names import expand
+from lib.config.methods import Pattern, parse_pattern
+from lib.config.sources import expand
 
 
 def boolean(text: str) -> bool:

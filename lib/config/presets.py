@@ -1,6 +1,6 @@
 """Whole tables under one name: `--preset NAME` gives these values to flags that are not given. Imports no torch."""
 
-from lib.methods import ALLOCATORS, DENSE, DEPTH_METHODS, PRUNERS, ZERO_SHOT_TASKS
+from lib.config.methods import ALLOCATORS, DENSE, DEPTH_METHODS, PRUNERS, ZERO_SHOT_TASKS
 
 _ALP_PAPER = {  # its settings, and gradients as the released code takes them
     "seqlen": 2048,

@@ -1,0 +1,40 @@
+"""The settings of ALP's gradients, and the file name that they give. Imports no torch."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.config.sources import expand, is_demo, is_hub_model, short_name
+
+GRADIENT_TYPES = ("l2", "l1", "l2_hundred_total")
+GRADIENT_LOSSES = ("last", "all")
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """What sensitivities depend on besides the model: text, windows, and how gradients are taken and summed."""
+
+    dataset: str
+    nsamples: int = 10
+    seqlen: int = 64
+    loss: str = "last"
+    gradient_type: str = "l2"
+    seed: int = 0
+
+    def path(self, model: str, dtype: str = "auto") -> Path:
+        """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by them."""
+        name = model.replace("/", "--")[:80] if is_hub_model(model) else _local_label(model)
+        text = _local_label(self.dataset) if expand(self.dataset).exists() else self.dataset[:80]
+        windows = f"{self.nsamples}x{self.seqlen}"
+        parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
+        file = "-".join(parts + [dtype] * (dtype != "auto"))
+        return Path("gradients") / (re.sub(r"[/:]+", "--", file) + ".json")
+
+
+def _local_label(name: str) -> str:
+    """The last part of a path, and what tells it from others that end alike; `demo` as it is."""
+    if name == "demo" or is_demo(name):
+        return "demo"
+    path = str(expand(name).resolve())
+    return f"{short_name(name)[:80]}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"

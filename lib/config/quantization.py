@@ -1,0 +1,26 @@
+"""How weights are quantized. Imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are rounded: bits, symmetric or not, columns that share a scale, and in which order.
+
+    `is_compensated`: GPTQ, which moves what rounding takes from a column onto the columns that follow; else to the
+    nearest. `group_size` None: one scale for a row. `static_groups`: the groups' scales are set before any rounding.
+    """
+
+    bits: int
+    is_compensated: bool = False
+    is_symmetric: bool = False
+    group_size: int | None = None
+    by_activation: bool = False
+    static_groups: bool = False
+
+    def __str__(self) -> str:
+        kind = "GPTQ" if self.is_compensated else "round to nearest"
+        group = f"groups of {self.group_size}" if self.group_size else "a scale for each row"
+        parts = [f"{self.bits} bits", "symmetric" if self.is_symmetric else "asymmetric", group, kind]
+        parts += ["act-order"] * self.by_activation + ["static groups"] * self.static_groups
+        return ", ".join(parts)
