@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.common import machine
 from lib.batching import Batcher
 from lib.config.sources import ModelSource
-from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.data.corpora import load_corpus
+from lib.data.windows import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, token_losses
 from lib.loading import load_model, load_tokenizer
 from lib.report import quiet_libraries

@@ -11,7 +11,8 @@ from lib.batching import Batcher, automatic_batch_size
 from lib.config.gradients import GradientSettings
 from lib.config.methods import DENSE
 from lib.config.sparsity import SparsityPruning
-from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.data.corpora import load_corpus
+from lib.data.windows import evaluation_windows, sampled_windows
 from lib.errors import InputError
 from lib.evaluate import Perplexity
 from lib.inputs import check_stride, check_tokens, window_length

@@ -7,7 +7,8 @@ import torch
 
 from lib.batching import Batcher, automatic_batch_size
 from lib.config.depth import DepthPruning
-from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.data.corpora import load_corpus
+from lib.data.windows import calibration_windows, evaluation_windows
 from lib.errors import InputError
 from lib.evaluate import Perplexity
 from lib.export import check_format

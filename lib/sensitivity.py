@@ -13,7 +13,8 @@ from lib.allocators import importance
 from lib.artefact import Artefact
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource, short_name
-from lib.data import load_corpus, sampled_windows
+from lib.data.corpora import load_corpus
+from lib.data.windows import sampled_windows
 from lib.errors import ANEW, InputError
 from lib.files import clear_drafts, whole_file
 from lib.gradients import LayerSensitivity, connection_sensitivity

@@ -16,7 +16,8 @@ from lib import artefact, log
 from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
 from lib.config.sources import ModelSource
-from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.data.corpora import load_corpus
+from lib.data.windows import evaluation_windows, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.loading import load_model, load_tokenizer

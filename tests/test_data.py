@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import lib.data
-from lib.data import Corpus, calibration_windows, cut_windows, evaluation_windows, load_corpus, tokenize, tokenize_start
+import lib.data.corpora
+from lib.data.corpora import Corpus, load_corpus
+from lib.data.windows import calibration_windows, cut_windows, evaluation_windows, tokenize, tokenize_start
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
 
@@ -235,7 +236,7 @@ def test_too_little_text_says_how_little():
 def test_the_hubs_data_sets_are_those_of_their_local_copies(shared, monkeypatch, name, folder):
     """The loading from the hub, pointed at folders that are laid out as the hub lays them out."""
     path = str(shared / "data" / folder)
-    monkeypatch.setitem(lib.data.ALIASES, name, path)
+    monkeypatch.setitem(lib.data.corpora.ALIASES, name, path)
     for purpose in ("train", "test"):
         hub, local = load_corpus(name, purpose), load_corpus(path, purpose)
         assert list(hub.documents) == list(local.documents)

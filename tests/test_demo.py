@@ -11,7 +11,8 @@ from lib.bi import block_influence
 from lib.cli.main import run_script
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
-from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.data.corpora import load_corpus
+from lib.data.windows import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
 from lib.evaluate import perplexity
 from lib.loading import load_model

@@ -16,7 +16,8 @@ from lib.cli.main import run_script
 from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
-from lib.data import evaluation_windows, load_corpus, sampled_windows
+from lib.data.corpora import load_corpus
+from lib.data.windows import evaluation_windows, sampled_windows
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups

@@ -15,7 +15,8 @@ import lib.depth_job
 from lib.batching import Batcher
 from lib.bi import block_influence
 from lib.config.sources import ModelSource
-from lib.data import calibration_windows, evaluation_windows, load_corpus
+from lib.data.corpora import load_corpus
+from lib.data.windows import calibration_windows, evaluation_windows
 from lib.errors import RunError
 from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer

@@ -10,7 +10,8 @@ from lib.batching import Batcher
 from lib.config.methods import Pattern
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource
-from lib.data import load_corpus, sampled_windows
+from lib.data.corpora import load_corpus
+from lib.data.windows import sampled_windows
 from lib.errors import RunError
 from lib.linears import input_groups
 from lib.loading import load_model

@@ -22,7 +22,7 @@ import save_gradient
 from lib.cli import checks
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource, check_model
-from lib.data import load_corpus
+from lib.data.corpora import load_corpus
 from lib.errors import InputError
 from lib.loading import load_model, load_tokenizer
 from tests.command import ROOT, run

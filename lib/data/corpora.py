@@ -6,15 +6,11 @@ sampling is that of the reference code.
 """
 
 import glob
-import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from lib.config.sources import check_text, expand
 from lib.errors import InputError
@@ -189,93 +185,3 @@ def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
 _PTB_COLUMN = "sentence"  # of its copies as tables
 _PTB_HEAD = 20_000  # characters
 _STRING_TYPES = ("string", "large_string", "string_view")
-
-
-# Cutting windows ------------------------------------------------------------------------------------------------------
-
-
-def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows (N, seqlen) for PPLLMs, as in its reference: `shuffle(seed)`, `nsamples` documents, joined by a space.
-
-    The joined text is cut into windows without the remainder, so N follows from the documents' length. A corpus of one
-    document gives its first `nsamples` windows. Raises `InputError` when there is not one full window.
-    """
-    count = len(corpus.documents)
-    if count == 1:
-        tokens = tokenize_start(corpus.documents[0], tokenizer, nsamples * seqlen)
-        return cut_windows(tokens, seqlen, corpus.name)[:nsamples]
-    order = np.random.default_rng(seed).permutation(count)[:nsamples]  # what datasets.Dataset.shuffle does
-    text = " ".join(corpus.documents[int(index)] or "" for index in order)
-    return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
-
-
-def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows (nsamples, seqlen) for ALP, as in the Wanda and GPTQ code: a random stretch of a random document each.
-
-    Documents of `seqlen` tokens or fewer are drawn again. Of a corpus of one document only the start is drawn. Raises
-    `InputError` when no document is long enough.
-    """
-    draw = random.Random(seed)
-    count = len(corpus.documents)
-    tokens: dict[int, torch.Tensor | None] = {}  # by document; None: too short
-    longest, windows = 0, []
-    for _ in range(nsamples):
-        while True:
-            index = draw.randint(0, count - 1) if count > 1 else 0
-            if index not in tokens:
-                found = tokenize(corpus.documents[index] or "", tokenizer)
-                longest = max(longest, len(found))
-                tokens[index] = found if len(found) > seqlen else None
-            if tokens[index] is not None:
-                break
-            if len(tokens) == count and not any(found is not None for found in tokens.values()):
-                raise InputError(
-                    f"dataset {corpus.name}: no document has more than {seqlen} tokens, the longest {longest}; "
-                    "give longer text, or smaller windows"
-                )
-        start = draw.randint(0, len(tokens[index]) - seqlen - 1)
-        windows.append(tokens[index][start : start + seqlen])
-    return torch.stack(windows)
-
-
-def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
-    """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start.
-
-    One after the other, or with a `stride` one every so many tokens of the same text, as far as whole windows go.
-    """
-    text = corpus.separator.join(document or "" for document in corpus.documents)
-    windows = cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
-    return windows.flatten().unfold(0, seqlen, stride) if stride else windows
-
-
-def tokenize(text: str, tokenizer) -> torch.Tensor:
-    """Token ids (length,) of a text, with the special tokens that the tokenizer adds by default."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-
-
-def tokenize_start(text: str, tokenizer, count: int) -> torch.Tensor:
-    """At least the first `count` tokens of a text, or all: a long text is not tokenized whole for a few windows.
-
-    The text is cut at a space, and the tokens next to the cut, which it may have changed, are left out.
-    """
-    length = 8 * (count + _NEAR_THE_CUT)
-    while (end := text.find(" ", length)) != -1:
-        tokens = tokenize(text[:end], tokenizer)[:-_NEAR_THE_CUT]
-        if len(tokens) >= count:
-            return tokens
-        length *= 2
-    return tokenize(text, tokenizer)
-
-
-_NEAR_THE_CUT = 64  # tokens
-
-
-def cut_windows(tokens: torch.Tensor, seqlen: int, source: str) -> torch.Tensor:
-    """(length,) -> (length // seqlen, seqlen), the remainder left out. Raises `InputError` when that is nothing."""
-    count = len(tokens) // seqlen
-    if count == 0:
-        raise InputError(
-            f"dataset {source}: {len(tokens)} tokens are too few for one window of {seqlen}; "
-            "give more text (or more --nsamples), or a smaller --seqlen"
-        )
-    return tokens[: count * seqlen].view(count, seqlen)
