@@ -210,7 +210,7 @@ def main() -> None:
         args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
     args.output_dir = args.output_dir or checks.default_output_dir("ppllms", args.model_name[0])
-    from lib.depth import DepthPruning, run, run_all  # imports torch
+    from lib.depth.run import DepthPruning, run, run_all
 
     shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
     runs = [

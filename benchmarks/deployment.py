@@ -27,14 +27,14 @@ from benchmarks.common import device, machine, peak_memory, random_llama, second
 from lib.config.methods import UNSTRUCTURED, Pattern, parse_pattern
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
-from lib.depth_job import budget_of
+from lib.depth.budget import choose_counts
+from lib.depth.prepare import budget_of
 from lib.export import save_pruned
 from lib.linears import find_linears
 from lib.loading import load_model
 from lib.model import Decoder
 from lib.pruners import Magnitude
 from lib.report import quiet_libraries
-from lib.search import choose_counts
 from lib.semi_structured import compressed
 
 KERNELS = "half of the weights zero, 2:4 in torch's kernels"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.common import VOCABULARY, device, seconds
-from lib.sweep import Modes
+from lib.depth.trial_losses import Modes
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from benchmarks.common import VOCABULARY, add_shape_flags, machine, random_llama
 from benchmarks.floor import Shape, Speeds
 from lib.batching import Batcher, keep_freed_memory
 from lib.config.plan import Plan
+from lib.depth.greedy import greedy_search
+from lib.depth.trial_losses import Modes, Sweep
 from lib.evaluate import token_losses
 from lib.model import Decoder
-from lib.search import greedy_search
-from lib.sweep import Modes, Sweep
 
 
 @torch.no_grad()

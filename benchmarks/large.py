@@ -20,17 +20,17 @@ import torch
 from benchmarks.common import add_shape_flags, device, machine, peak_memory, random_llama, seconds
 from benchmarks.floor import Shape, Speeds, hessian_speeds
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
-from lib.bi import block_influence
 from lib.config.plan import Plan
+from lib.depth.block_influence import block_influence
+from lib.depth.greedy import greedy_search
+from lib.depth.trial_losses import Modes, Sweep
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.model import Decoder
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
-from lib.search import greedy_search
 from lib.stream import plan_window_losses
-from lib.sweep import Modes, Sweep
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),

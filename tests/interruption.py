@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import lib.alp
-import lib.depth
+import lib.depth.run
+import lib.depth.trial_losses
 import lib.gradients
 import lib.plots
 import lib.prune
-import lib.sweep
 import save_gradient
 from lib import artefact, sensitivity
 from lib.changes import Changes
@@ -26,13 +26,13 @@ KEPT = [
     (sensitivity._Unfinished, "save"),
     (artefact, "write"),
     (Report, "result"),
-    (lib.depth, "save_pruned"),
+    (lib.depth.run, "save_pruned"),
     (lib.alp, "save_weights"),
 ]
 WORK = [
-    (lib.depth, "block_influence"),
-    (lib.sweep.Sweep, "_measured"),
-    (lib.depth, "perplexity"),
+    (lib.depth.run, "block_influence"),
+    (lib.depth.trial_losses.Sweep, "_measured"),
+    (lib.depth.run, "perplexity"),
     (lib.alp, "perplexity"),
     (lib.alp, "layer_scores"),
     (lib.alp, "count_zeros"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lib.depth
-import lib.depth_job
+import lib.depth.prepare
+import lib.depth.run
 from lib.config.plan import read_plan
 from tests.command import run
 from tests.families import tiny_model
@@ -30,9 +30,9 @@ def test_it_makes_the_model_that_the_search_made(found, text_file, tmp_path, mon
         raise AssertionError("searched")
 
     for module, name in (
-        (lib.depth, "block_influence"),
-        (lib.depth, "greedy_search"),
-        (lib.depth_job, "calibration_windows"),
+        (lib.depth.run, "block_influence"),
+        (lib.depth.run, "greedy_search"),
+        (lib.depth.prepare, "calibration_windows"),
     ):
         monkeypatch.setattr(module, name, never)
     flags = ["--apply_plan", found, "--eval_datasets", text_file, "--output_dir", tmp_path / "applied"]
@@ -48,7 +48,7 @@ def test_it_makes_the_model_that_the_search_made(found, text_file, tmp_path, mon
 
 
 def test_without_evaluation_no_text_is_read(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.depth_job, "load_corpus", None)
+    monkeypatch.setattr(lib.depth.prepare, "load_corpus", None)
     flags = ["--apply_plan", found, "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
     assert run(*flags, "--save_model", tmp_path / "out", "--save_format", "masked", monkeypatch=monkeypatch) == 0
     assert not (tmp_path / "out/modeling_pruned.py").exists()

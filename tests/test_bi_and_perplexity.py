@@ -7,8 +7,8 @@ import torch
 
 import lib.stream
 from lib.batching import Batcher
-from lib.bi import block_influence
 from lib.config.plan import Plan
+from lib.depth.block_influence import block_influence
 from lib.errors import RunError
 from lib.evaluate import perplexity, token_losses
 from lib.model import Decoder

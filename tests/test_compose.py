@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.batching import Batcher
-from lib.bi import block_influence
 from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
-from lib.depth_job import budget_of
+from lib.depth.block_influence import block_influence
+from lib.depth.prepare import budget_of
 from lib.errors import InputError
 from lib.export import save_pruned, save_weights
 from lib.linears import find_linears

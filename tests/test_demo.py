@@ -7,13 +7,13 @@ import pytest
 
 import ppllms
 from lib.batching import Batcher
-from lib.bi import block_influence
 from lib.cli.main import run_script
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
+from lib.depth.block_influence import block_influence
 from lib.evaluate import perplexity
 from lib.loading import load_model
 from lib.model import Decoder

@@ -14,8 +14,8 @@ import pytest
 import alp_prune
 import lib.alp
 import lib.alp_job
-import lib.depth
-import lib.depth_job
+import lib.depth.prepare
+import lib.depth.run
 import ppllms
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
@@ -117,10 +117,10 @@ def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp
     assert (len(loaded), len(drawn), len(evaluated), len(taken)) == (1, 2, 1, 2)
     assert len(measured) == 1 + 8  # dense once
     loaded, drawn = (
-        counted(monkeypatch, lib.depth_job, "load_model"),
-        counted(monkeypatch, lib.depth_job, "calibration_windows"),
+        counted(monkeypatch, lib.depth.prepare, "load_model"),
+        counted(monkeypatch, lib.depth.prepare, "calibration_windows"),
     )
-    influence, measured = (counted(monkeypatch, lib.depth, name) for name in ("block_influence", "perplexity"))
+    influence, measured = (counted(monkeypatch, lib.depth.run, name) for name in ("block_influence", "perplexity"))
     depth_grid("--method", "ppllms", "shortgpt", "sleb", "--prune_rate", 0.08, 0.1, folder=tmp_path / "depth")
     assert (len(loaded), len(drawn), len(influence), len(measured)) == (1, 1, 1, 1 + 6)
 

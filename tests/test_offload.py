@@ -10,12 +10,14 @@ from torch import nn
 
 from lib import artefact, offload
 from lib.batching import Batcher
-from lib.bi import block_influence
 from lib.changes import Changes, difference, with_zeros
 from lib.config.methods import Pattern
 from lib.config.plan import Plan
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource
+from lib.depth.block_influence import block_influence
+from lib.depth.greedy import greedy_search
+from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import save_pruned, save_weights
@@ -27,9 +29,7 @@ from lib.model import Decoder
 from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
-from lib.search import greedy_search
 from lib.stream import plan_window_losses
-from lib.sweep import Sweep
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)

@@ -5,17 +5,19 @@ import sys
 
 import pytest
 
-import lib.depth
-import lib.depth_job
+import lib.depth.prepare
+import lib.depth.run
 from lib.batching import Batcher
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
+from lib.depth.beam import beam
+from lib.depth.moves import Move, greedy, sublayers, whole_layers
+from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
+from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.export import save_pruned
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.policies import Move, beam, blockpruner, greedy, random_layers, shortgpt, sleb, sublayers, whole_layers
-from lib.sweep import Sweep
 from tests import reference
 from tests.command import run
 from tests.families import tiny_model, tiny_windows
@@ -218,7 +220,7 @@ def by_rate(arguments):
 
 
 def test_random_looks_at_no_text(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lib.depth_job, "load_corpus", None)
+    monkeypatch.setattr(lib.depth.prepare, "load_corpus", None)
     command = ["--model_name", tiny_folder, "--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]
     assert run(*command, "--output_dir", tmp_path / "run", monkeypatch=monkeypatch) == 0
     assert "Calibration" not in capsys.readouterr().out

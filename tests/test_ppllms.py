@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lib.depth
-import lib.depth_job
+import lib.depth.prepare
+import lib.depth.run
 from lib.batching import Batcher
-from lib.bi import block_influence
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
+from lib.depth.block_influence import block_influence
 from lib.errors import RunError
 from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer
@@ -109,9 +109,9 @@ def test_text_flags_choose_the_windows(arguments, documents, tiny_folder, tmp_pa
 
 def test_running_flags_reach_the_model(arguments, tmp_path, monkeypatch):
     loaded, sizes = [], []
-    load, batch = lib.depth_job.load_model, lib.depth_job.Batcher
-    monkeypatch.setattr(lib.depth_job, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.depth_job, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
+    load, batch = lib.depth.prepare.load_model, lib.depth.prepare.Batcher
+    monkeypatch.setattr(lib.depth.prepare, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.depth.prepare, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     result = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
     assert result_of(*arguments, "--dtype", "bfloat16", **result)["dtype"] == "bfloat16"
     assert loaded[0].dtype == torch.bfloat16
@@ -147,7 +147,7 @@ def test_a_failed_save_keeps_the_result(arguments, tmp_path, monkeypatch, capsys
     def fail(*args):
         raise RunError("--save_format hf: no")
 
-    monkeypatch.setattr(lib.depth, "save_pruned", fail)
+    monkeypatch.setattr(lib.depth.run, "save_pruned", fail)
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
     assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
     assert capsys.readouterr().err == "ppllms.py: failed: --save_format hf: no; what is finished is kept: " + GOES_ON
@@ -164,7 +164,7 @@ def test_running_out_of_memory_says_what_to_lower(arguments, monkeypatch, capsys
     def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(lib.depth, "block_influence", fail)
+    monkeypatch.setattr(lib.depth.run, "block_influence", fail)
     assert run(*arguments, monkeypatch=monkeypatch) == 1
     assert "lower --seqlen" in capsys.readouterr().err
 

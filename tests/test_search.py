@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-import lib.sweep
+import lib.depth.trial_losses
 from lib.batching import Batcher
 from lib.config.plan import Mode, Plan
+from lib.depth.budget import Budget, Counts, choose_counts
+from lib.depth.greedy import choose_candidates, greedy_search
+from lib.depth.policies import blockpruner, sleb
+from lib.depth.trial_losses import Sweep, Trial
 from lib.errors import InputError, RunError
 from lib.model import Decoder
-from lib.policies import blockpruner, sleb
-from lib.search import Budget, Counts, choose_candidates, choose_counts, greedy_search
-from lib.sweep import Sweep, Trial
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
@@ -56,8 +57,10 @@ def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batche
 
     expected = search()
     size = windows.numel() * decoder.config.hidden_size * 4
-    monkeypatch.setattr(lib.sweep, "_free_memory", lambda device: size * states / lib.sweep._ROOM)
-    monkeypatch.setattr(lib.sweep, "free_host_memory", lambda: 0)
+    monkeypatch.setattr(
+        lib.depth.trial_losses, "_free_memory", lambda device: size * states / lib.depth.trial_losses._ROOM
+    )
+    monkeypatch.setattr(lib.depth.trial_losses, "free_host_memory", lambda: 0)
     assert search() == expected
 
 
@@ -69,15 +72,15 @@ def test_no_room_for_states_to_keep_is_no_failure(batcher, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     sweep = Sweep(decoder, windows, batcher)
-    monkeypatch.setattr(lib.sweep.torch, "empty", full)
+    monkeypatch.setattr(lib.depth.trial_losses.torch, "empty", full)
     assert greedy_search(sweep, [3, 2, 1], 3) == expected
     assert sweep._kept.longest(Plan(4).modes) == ()
 
 
 def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once(batcher, monkeypatch):
     decoder, windows, states = Decoder(tiny_model("Llama")), tiny_windows(4), torch.randn(4, 24, 32)
-    monkeypatch.setattr(lib.sweep, "_free_memory", lambda device: 0)
-    kept = lib.sweep._States(decoder.device)
+    monkeypatch.setattr(lib.depth.trial_losses, "_free_memory", lambda device: 0)
+    kept = lib.depth.trial_losses._States(decoder.device)
     on, off = Mode(), Mode(False, False)
     kept.begin([(on, on)], slice(0, len(windows)))
     for modes in ((on,), (off,)):

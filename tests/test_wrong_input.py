@@ -11,7 +11,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-import lib.depth
+import lib.depth.run
 from lib.cli import checks
 from lib.errors import RunError
 from tests.command import GOES_ON, ROOT, run
@@ -154,7 +154,7 @@ def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkey
     def fail(*args):
         raise RunError("no")
 
-    monkeypatch.setattr(lib.depth, "block_influence", fail)
+    monkeypatch.setattr(lib.depth.run, "block_influence", fail)
     assert run(*arguments, "--overwrite", monkeypatch=monkeypatch) == 1
     assert "nothing is finished yet, and the same command starts again" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
@@ -164,7 +164,7 @@ def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments,
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lib.depth, "save_pruned", fail)
+    monkeypatch.setattr(lib.depth.run, "save_pruned", fail)
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
     assert (
         capsys.readouterr().err

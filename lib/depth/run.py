@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lib import depth_report
-from lib.bi import block_influence
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan
 from lib.config.sources import local_path, short_name
-from lib.depth_job import Job, budget_of, check_config, check_decoder, find_counts, prepare
+from lib.depth import report as depth_report
+from lib.depth.beam import beam
+from lib.depth.block_influence import block_influence
+from lib.depth.budget import Counts
+from lib.depth.greedy import Round, choose_candidates, greedy_search
+from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
+from lib.depth.prepare import Job, budget_of, check_config, check_decoder, find_counts, prepare
+from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_pruned
@@ -18,14 +23,11 @@ from lib.inputs import dtype_name
 from lib.loading import load_config, resolve_device
 from lib.model import Decoder
 from lib.plots import REMOVALS, plot_removals
-from lib.policies import beam, blockpruner, random_layers, shortgpt, sleb
 from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up
-from lib.search import Counts, Round, choose_candidates, greedy_search
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest
 from lib.stream import plan_window_losses
-from lib.sweep import Sweep
 
 
 def run(settings: DepthPruning) -> dict:

@@ -9,6 +9,9 @@ from lib.batching import Batcher, automatic_batch_size
 from lib.config.depth import DepthPruning
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
+from lib.depth.budget import Budget, Counts, choose_counts
+from lib.depth.moves import check_reachable, moves_of
+from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.evaluate import Perplexity
 from lib.export import check_format
@@ -16,12 +19,9 @@ from lib.inputs import check_stride, check_tokens, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.model import Decoder
 from lib.modeling_pruned import skip_lists
-from lib.policies import check_reachable, moves_of
 from lib.ranks import Ranks
 from lib.report import Report
-from lib.search import Budget, Counts, choose_counts
 from lib.state import State
-from lib.sweep import Sweep
 
 
 @dataclass

@@ -7,13 +7,14 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan, SavedPlan
+from lib.depth.beam import Beam
+from lib.depth.budget import Budget, Counts
+from lib.depth.greedy import Round
 from lib.evaluate import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
-from lib.policies import Beam
 from lib.report import Report, columns
-from lib.search import Budget, Counts, Round
 
 
 def say_model(report: Report, name: str, decoder: Decoder) -> None:
