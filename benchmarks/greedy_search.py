@@ -17,7 +17,7 @@ from lib.batching import Batcher, keep_freed_memory
 from lib.config.plan import Plan
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
-from lib.evaluate import token_losses
+from lib.engine.tail import token_losses
 from lib.model import Decoder
 
 

@@ -20,7 +20,8 @@ from lib.batching import Batcher
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
-from lib.evaluate import perplexity, token_losses
+from lib.engine.tail import token_losses
+from lib.evaluate import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.report import quiet_libraries
 

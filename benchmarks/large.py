@@ -24,13 +24,13 @@ from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
+from lib.engine.window_losses import plan_window_losses
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.model import Decoder
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
-from lib.stream import plan_window_losses
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),

@@ -26,13 +26,13 @@ from benchmarks.peer_reference_loops import KEEP
 from benchmarks.peers import Masks, Peer, give
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.config.sources import ModelSource
+from lib.engine.activations import Activations
 from lib.linears import find_linears, input_groups
 from lib.loading import load_tokenizer
 from lib.model import Decoder
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.report import timed
-from lib.stream import Activations
 
 PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
 OURS, BARE = "ours", "two bare passes"

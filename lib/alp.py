@@ -13,6 +13,7 @@ from lib.changes import Changes
 from lib.config.methods import DENSE
 from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
+from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_weights
@@ -29,7 +30,6 @@ from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up, timed
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest, discard
-from lib.stream import plan_window_losses
 
 
 def run(settings: SparsityPruning) -> dict:

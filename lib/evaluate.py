@@ -2,14 +2,12 @@
 
 import math
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from lib.engine.window_losses import WindowLosses
 from lib.errors import RunError
-
-WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), how many of the last are measured -> (N,)
 
 
 class Perplexity(NamedTuple):
@@ -20,12 +18,6 @@ class Perplexity(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f}" + (f" ± {self.standard_error:.3f}" if self.standard_error is not None else "")
-
-
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token in nats: logits (..., V) of any dtype, labels (...) -> fp32 (...)."""
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
-    return losses.view(labels.shape)
 
 
 def perplexity(window_losses: WindowLosses, windows: torch.Tensor, stride: int | None = None) -> Perplexity:

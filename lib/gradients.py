@@ -19,12 +19,12 @@ from torch import nn
 
 from lib.batching import Batcher, Progress
 from lib.config.plan import Mode
+from lib.engine.activations import Activations
+from lib.engine.tail import token_losses
 from lib.errors import RunError
-from lib.evaluate import token_losses
 from lib.linears import find_linears
 from lib.model import Decoder, LayerInputs
 from lib.ranks import ALONE, Ranks
-from lib.stream import Activations
 
 _TOKENS_AT_ONCE = 512
 _ON = Mode()

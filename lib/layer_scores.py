@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lib.batching import Batcher, Progress
+from lib.engine.activations import Activations
 from lib.linears import InputGroup
 from lib.model import Decoder
 from lib.prune import observe
 from lib.pruners import Wanda
-from lib.stream import Activations
 
 Summary = Callable[[torch.Tensor], float]
 

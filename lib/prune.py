@@ -11,12 +11,12 @@ import torch
 
 from lib.batching import Batcher, Progress
 from lib.changes import Changes, Difference, difference
+from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.linears import InputGroup, inputs_seen
 from lib.model import Decoder, StopForward
 from lib.pruners import Pruner
 from lib.ranks import Ranks
-from lib.stream import Activations
 
 Timed = Callable[[str], AbstractContextManager]
 

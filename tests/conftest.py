@@ -14,8 +14,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import lib.engine.activations  # noqa: E402
+import lib.engine.tail  # noqa: E402
 import lib.plots  # noqa: E402
-import lib.stream  # noqa: E402
 from lib.batching import Batcher  # noqa: E402
 from lib.report import quiet_libraries  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
@@ -85,7 +86,7 @@ def fails_once(monkeypatch) -> Callable[[int], list]:
     """Lets the n-th call of the model's tail run out of memory; gives the list that every call is added to."""
 
     def at(number: int) -> list:
-        calls, whole = [], lib.stream.tail_losses
+        calls, whole = [], lib.engine.tail.tail_losses
 
         def tail_losses(*args):
             calls.append(1)
@@ -93,7 +94,7 @@ def fails_once(monkeypatch) -> Callable[[int], list]:
                 raise torch.OutOfMemoryError("out of memory")
             return whole(*args)
 
-        monkeypatch.setattr(lib.stream, "tail_losses", tail_losses)
+        monkeypatch.setattr(lib.engine.activations, "tail_losses", tail_losses)
         return calls
 
     return at

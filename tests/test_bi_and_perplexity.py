@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-import lib.stream
+import lib.engine.activations
+import lib.engine.finite
 from lib.batching import Batcher
 from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
+from lib.engine.tail import tail_losses, token_losses
+from lib.engine.window_losses import plan_window_losses
 from lib.errors import RunError
-from lib.evaluate import perplexity, token_losses
+from lib.evaluate import perplexity
 from lib.model import Decoder
-from lib.stream import plan_window_losses, tail_losses
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
@@ -72,11 +74,11 @@ def test_token_losses_are_taken_in_fp32():
 
 def test_the_tail_never_sees_more_logits_than_allowed(monkeypatch):
     decoder, ids = Decoder(tiny_model("Gemma2")), tiny_windows(4)
-    hidden_states = lib.stream.final_hidden_states(decoder, ids, Plan(4).modes)
+    hidden_states = lib.engine.finite.final_hidden_states(decoder, ids, Plan(4).modes)
     whole = tail_losses(decoder, hidden_states, ids)
     sizes, logits = [], decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda x: sizes.append(x.shape[0] * x.shape[1] * 96) or logits(x))
-    monkeypatch.setattr(lib.stream, "_LOGITS_AT_ONCE", 96 * 7)
+    monkeypatch.setattr(lib.engine.activations, "_LOGITS_AT_ONCE", 96 * 7)
     assert torch.allclose(tail_losses(decoder, hidden_states, ids), whole, rtol=1e-5)
     assert max(sizes) <= 96 * 7 and sum(sizes) == 96 * 4 * 15
 

@@ -11,12 +11,12 @@ from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
 from lib.depth.block_influence import block_influence
 from lib.depth.prepare import budget_of
+from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
 from lib.export import save_pruned, save_weights
 from lib.linears import find_linears
 from lib.loading import load_model, load_outline, load_tokenizer
 from lib.model import Decoder
-from lib.stream import final_hidden_states
 from tests import reference
 from tests.command import run, run_alp, run_gradient
 from tests.families import FAMILIES, tiny_model, tiny_windows

@@ -14,10 +14,10 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
 from lib.depth.block_influence import block_influence
+from lib.engine.window_losses import plan_window_losses
 from lib.evaluate import perplexity
 from lib.loading import load_model
 from lib.model import Decoder
-from lib.stream import plan_window_losses
 
 
 @pytest.fixture(scope="module")

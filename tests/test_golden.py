@@ -18,6 +18,7 @@ from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
+from lib.engine.window_losses import plan_window_losses
 from lib.evaluate import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
@@ -25,7 +26,6 @@ from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
-from lib.stream import plan_window_losses
 from tests.command import run_alp
 
 

@@ -18,6 +18,7 @@ from lib.config.sources import ModelSource
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Sweep
+from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluate import perplexity
 from lib.export import save_pruned, save_weights
@@ -29,7 +30,6 @@ from lib.model import Decoder
 from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
-from lib.stream import plan_window_losses
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)
@@ -162,7 +162,7 @@ def test_little_host_memory_means_more_walks_with_the_same_result(folders, monke
         block_influence(decoder, WINDOWS, Batcher(2)),
         greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1),
     )
-    monkeypatch.setattr("lib.stream.free_host_memory", lambda: 1)
+    monkeypatch.setattr("lib.engine.activations.free_host_memory", lambda: 1)
     found = block_influence(decoder, WINDOWS, Batcher(2)), greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1)
     assert found == expected
 

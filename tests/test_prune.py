@@ -12,13 +12,13 @@ from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import sampled_windows
+from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.linears import input_groups
 from lib.loading import load_model
 from lib.model import Decoder
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
-from lib.stream import Activations
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 

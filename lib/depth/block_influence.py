@@ -4,8 +4,10 @@ import torch
 
 from lib.batching import Batcher, Progress
 from lib.config.plan import Plan
+from lib.engine.activations import Activations
+from lib.engine.finite import check_finite
+from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.model import Decoder
-from lib.stream import Activations, Tick, check_finite, map_windows, waiting_bytes
 
 
 def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lib.depth.greedy import Round, choose_candidates, greedy_search
 from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
 from lib.depth.prepare import Job, budget_of, check_config, check_decoder, find_counts, prepare
 from lib.depth.trial_losses import Sweep
+from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluate import Perplexity, as_fields, perplexity
 from lib.export import save_pruned
@@ -27,7 +28,6 @@ from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest
-from lib.stream import plan_window_losses
 
 
 def run(settings: DepthPruning) -> dict:

@@ -1,81 +1,19 @@
 """The calibration engine: feeds hidden states through the decoder layers, layer by layer, and takes their losses."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
-from lib.batching import Batcher, Progress
-from lib.config.plan import Mode, Plan
+from lib.batching import Batcher
+from lib.config.plan import Mode
+from lib.engine.tail import tail_losses
 from lib.errors import InputError, RunError
-from lib.evaluate import WindowLosses, token_losses
 from lib.model import Decoder, LayerInputs, StopForward
-from lib.offload import free_host_memory
 
-_LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
-_LOGITS_AT_ONCE_ON_CPU, _TOKENS_AT_LEAST = 2**21, 256  # more of a large vocabulary do not fit its caches
-_HOST_SHARE = 0.4  # of the free host memory, for hidden states that wait
 _ON = Mode()
 
 See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch's input and output of a layer -> a row a window
-
-
-@torch.no_grad()
-def layer_steps(
-    decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Walks token ids (B, T) through the layers: yields (layer, its input, its output), both (B, T, D)."""
-    hidden_states, inputs = decoder.embed(input_ids)
-    for layer, mode in enumerate(modes):
-        output = decoder.run_layer(layer, hidden_states, inputs, mode)
-        yield layer, hidden_states, output
-        hidden_states = output
-
-
-def final_hidden_states(decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]) -> torch.Tensor:
-    """The last layer's output (B, T, D) for token ids (B, T)."""
-    _, _, output = deque(layer_steps(decoder, input_ids, modes), maxlen=1).pop()
-    return output
-
-
-@torch.no_grad()
-def tail_losses(
-    decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor, scored: int | None = None
-) -> torch.Tensor:
-    """Mean cross-entropy of each window, in fp32: (B, T, D) and ids (B, T) -> (B,), over its last `scored` tokens.
-
-    None: over all T-1 that are predicted. The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and
-    the vocabulary are.
-    """
-    labels = input_ids[:, 1:].to(hidden_states.device)
-    scored = scored or labels.shape[1]
-    labels, hidden_states = labels[:, -scored:], hidden_states[:, :-1][:, -scored:]
-    vocabulary = decoder.config.vocab_size
-    at_once = max(1, _LOGITS_AT_ONCE // vocabulary)  # tokens
-    if hidden_states.device.type == "cpu":
-        at_once = min(at_once, max(_TOKENS_AT_LEAST, _LOGITS_AT_ONCE_ON_CPU // vocabulary))
-    rows = max(1, at_once // labels.shape[1])  # whole windows in a piece, or a piece of one window
-    piece = min(at_once, labels.shape[1])
-    losses = []
-    for row_states, row_labels in zip(hidden_states.split(rows), labels.split(rows), strict=True):
-        pieces = []
-        for states, piece_labels in zip(row_states.split(piece, dim=1), row_labels.split(piece, dim=1), strict=True):
-            logits = decoder.logits(states)
-            pieces.append(token_losses(logits, piece_labels.to(logits.device)))
-        losses.append(torch.cat(pieces, dim=1).mean(dim=1))
-    return torch.cat(losses)
-
-
-def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]) -> str:
-    """Says where a batch of windows stops being finite: the first such layer, or the tail."""
-    advice = "try --dtype float32 or bfloat16, and check the checkpoint"
-    for layer, hidden_states, output in layer_steps(decoder, input_ids, modes):
-        if layer == 0 and not hidden_states.isfinite().all():
-            return f"NaN or infinity in the embedding's output; {advice}"
-        if not output.isfinite().all():
-            return f"NaN or infinity in the output of layer {layer}; {advice}"
-    return f"NaN or infinity in the loss, with finite outputs of all {len(modes)} layers; {advice}"
 
 
 class Activations:
@@ -226,98 +164,6 @@ def _are_finite(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 # Many windows ---------------------------------------------------------------------------------------------------------
-
-
-Tick = Callable[[], object]  # to be called after every layer
-
-
-def map_windows(
-    decoder: Decoder,
-    count: int,
-    batcher: Batcher,
-    function: Callable[[slice, Tick], torch.Tensor],
-    bytes_per_window: int,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """The results of `function` over windows 0..count-1, one row a window, in their order; on the CPU.
-
-    Each process does its share. `function` gets as many windows at once as it should walk up the layers together: a
-    batch, or, where layers come and go, all for whose hidden states (`bytes_per_window`) there is memory, so that every
-    layer comes once; it has to work in batches itself.
-    """
-    share = batcher.share(count)
-    together = batcher
-    if decoder.is_offloaded:
-        fitting = int(free_host_memory() * _HOST_SHARE / bytes_per_window)
-        together = Batcher(max(1, fitting // batcher.size) * batcher.size)
-    found = share if share.start < share.stop else slice(0, 1)  # of no windows the shape of the result is known too
-
-    def of_rows(rows: slice) -> torch.Tensor:
-        with _ticking(progress, rows.stop - rows.start, decoder.num_layers) as tick:
-            return function(slice(found.start + rows.start, found.start + rows.stop), tick)
-
-    result = together.map(of_rows, found.stop - found.start)
-    return batcher.ranks.gather(result[: share.stop - share.start])
-
-
-@contextmanager
-def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[Tick]:
-    """A function that moves `progress` on by one layer of some windows; after the block all are done, or none."""
-    told = 0.0
-
-    def tick() -> None:
-        nonlocal told
-        if progress and told < windows:
-            told += windows / layers
-            progress(windows / layers)
-
-    try:
-        yield tick
-    except BaseException:
-        windows = 0  # the same windows are tried again
-        raise
-    finally:
-        if progress:
-            progress(windows - told)
-
-
-def waiting_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
-    """Memory of the hidden states of one window, for so many walks at once and one batch's copy."""
-    return seqlen * decoder.config.hidden_size * next(decoder.model.parameters()).element_size() * (streams + 1)
-
-
-def plan_window_losses(
-    decoder: Decoder, plan: Plan, batcher: Batcher, progress: Progress | None = None
-) -> WindowLosses:
-    """The loss function of the model under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
-
-    Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
-    """
-
-    def window_losses(windows: torch.Tensor, scored: int) -> torch.Tensor:
-        def losses_of(rows: slice, tick: Tick) -> torch.Tensor:
-            states = Activations(decoder, windows[rows], batcher)
-            for mode in plan.modes:
-                states.step(mode)
-                tick()
-            losses = states.losses(scored)
-            check_finite(decoder, losses, windows[rows], plan.modes)
-            return losses
-
-        size = waiting_bytes(decoder, windows.shape[1], 1)
-        return map_windows(decoder, len(windows), batcher, losses_of, size, progress)
-
-    return window_losses
-
-
-def check_finite(
-    decoder: Decoder, found: torch.Tensor, windows: torch.Tensor, modes: Sequence[Mode], what: str = ""
-) -> None:
-    """Raises `RunError` that says `what` stops being finite where, unless all of `found` (N, ...) of windows is."""
-    is_finite = found.isfinite().flatten(1).all(dim=1) if found.dim() > 1 else found.isfinite()
-    if not is_finite.all():
-        first = int((~is_finite).nonzero()[0])
-        raise RunError(what + describe_nonfinite(decoder, windows[first : first + 1], modes))
 
 
 def _check_same(decoder: Decoder, one: LayerInputs, other: LayerInputs) -> None:

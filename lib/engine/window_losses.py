@@ -1,0 +1,38 @@
+"""The loss of every window of a text, for a model under a plan."""
+
+from collections.abc import Callable
+
+import torch
+
+from lib.batching import Batcher, Progress
+from lib.config.plan import Plan
+from lib.engine.activations import Activations
+from lib.engine.finite import check_finite
+from lib.engine.map_windows import Tick, map_windows, waiting_bytes
+from lib.model import Decoder
+
+WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), how many of the last are measured -> (N,)
+
+
+def plan_window_losses(
+    decoder: Decoder, plan: Plan, batcher: Batcher, progress: Progress | None = None
+) -> WindowLosses:
+    """The loss function of the model under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
+
+    Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
+    """
+
+    def window_losses(windows: torch.Tensor, scored: int) -> torch.Tensor:
+        def losses_of(rows: slice, tick: Tick) -> torch.Tensor:
+            states = Activations(decoder, windows[rows], batcher)
+            for mode in plan.modes:
+                states.step(mode)
+                tick()
+            losses = states.losses(scored)
+            check_finite(decoder, losses, windows[rows], plan.modes)
+            return losses
+
+        size = waiting_bytes(decoder, windows.shape[1], 1)
+        return map_windows(decoder, len(windows), batcher, losses_of, size, progress)
+
+    return window_losses
