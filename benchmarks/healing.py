@@ -21,7 +21,7 @@ from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.engine.tail import token_losses
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.report import quiet_libraries
 

@@ -25,7 +25,7 @@ from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
 from lib.engine.window_losses import plan_window_losses
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.model import Decoder

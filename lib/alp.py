@@ -15,7 +15,7 @@ from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
-from lib.evaluate import Perplexity, as_fields, perplexity
+from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export import save_weights
 from lib.grid import Grid, Keep, run_grid
 from lib.inputs import dtype_name

@@ -14,7 +14,8 @@ from lib.config.sparsity import SparsityPruning
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.errors import InputError
-from lib.evaluate import Perplexity
+from lib.evaluation.perplexity import Perplexity
+from lib.evaluation.zero_shot import ZeroShot
 from lib.inputs import check_stride, check_tokens, window_length
 from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
 from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
@@ -23,7 +24,6 @@ from lib.offload import follow, free_host_memory
 from lib.ranks import Ranks
 from lib.report import Report
 from lib.state import State
-from lib.zero_shot import ZeroShot
 
 
 @dataclass(frozen=True)

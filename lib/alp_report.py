@@ -6,7 +6,7 @@ from pathlib import Path
 from lib import sensitivity
 from lib.config.methods import DENSE, UNIFORM
 from lib.config.sparsity import SparsityPruning
-from lib.evaluate import Perplexity
+from lib.evaluation.perplexity import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder

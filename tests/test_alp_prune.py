@@ -18,7 +18,7 @@ from lib.config.methods import METHODS
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder

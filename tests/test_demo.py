@@ -15,7 +15,7 @@ from lib.data.windows import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
 from lib.depth.block_influence import block_influence
 from lib.engine.window_losses import plan_window_losses
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.loading import load_model
 from lib.model import Decoder
 

@@ -19,7 +19,7 @@ from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.engine.window_losses import plan_window_losses
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
 from lib.linears import input_groups
 from lib.loading import load_model, load_tokenizer

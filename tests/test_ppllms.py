@@ -18,7 +18,7 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.depth.block_influence import block_influence
 from lib.errors import RunError
-from lib.evaluate import perplexity
+from lib.evaluation.perplexity import perplexity
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from lib.plots import has_matplotlib

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.errors import RunError
-from lib.zero_shot import Tasks, ZeroShot
+from lib.evaluation.zero_shot import Tasks, ZeroShot
 from tests.command import GOES_ON, run_alp
 
 TASK = """

@@ -13,7 +13,7 @@ from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
-from lib.evaluate import Perplexity
+from lib.evaluation.perplexity import Perplexity
 from lib.export import check_format
 from lib.inputs import check_stride, check_tokens, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer

@@ -10,7 +10,7 @@ from lib.config.plan import Plan, SavedPlan
 from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
 from lib.depth.greedy import Round
-from lib.evaluate import Perplexity
+from lib.evaluation.perplexity import Perplexity
 from lib.export import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder

@@ -17,7 +17,7 @@ from lib.depth.prepare import Job, budget_of, check_config, check_decoder, find_
 from lib.depth.trial_losses import Sweep
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
-from lib.evaluate import Perplexity, as_fields, perplexity
+from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export import save_pruned
 from lib.grid import Grid, Keep, run_grid
 from lib.inputs import dtype_name
