@@ -23,7 +23,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib import gguf_file
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
 from lib.config import sources
@@ -31,6 +30,7 @@ from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
 from lib.errors import InputError
+from lib.export import gguf
 from lib.files import RESULT
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
@@ -191,7 +191,7 @@ def check(args: argparse.Namespace) -> None:
 def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
     """Writes a GGUF file without what the plan removes, and says what that made of it."""
     check_plan_stays(saved.path, {"--gguf": target})
-    found = gguf_file.apply_plan(source, target, saved.plan, overwrite)
+    found = gguf.apply_plan(source, target, saved.plan, overwrite)
     print(f"Plan        {saved.path}, found for {saved.model}")
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"

@@ -29,7 +29,7 @@ from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.depth.budget import choose_counts
 from lib.depth.prepare import budget_of
-from lib.export import save_pruned
+from lib.export.huggingface import save_pruned
 from lib.linears import find_linears
 from lib.loading import load_model
 from lib.model import Decoder
@@ -106,7 +106,7 @@ def has_llama_cpp() -> bool:
 
 def build_gguf(folder: Path, dense: torch.nn.Module, plan: Plan, total: int) -> list[Variant]:
     """GGUF files of the dense model, and what a plan makes of them."""
-    from lib.gguf_file import apply_plan
+    from lib.export.gguf import apply_plan
     from tests.gguf_writer import write_gguf
 
     variants = []

@@ -16,7 +16,7 @@ from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
-from lib.export import save_weights
+from lib.export.huggingface import save_weights
 from lib.grid import Grid, Keep, run_grid
 from lib.inputs import dtype_name
 from lib.layer_scores import layer_scores, median, median_share, outlier_share

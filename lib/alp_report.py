@@ -7,7 +7,7 @@ from lib import sensitivity
 from lib.config.methods import DENSE, UNIFORM
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
-from lib.export import how_to_load
+from lib.export.huggingface import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
 from lib.report import Report, columns

@@ -137,7 +137,7 @@ def _load_config(source: ModelSource):
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
+    """The stock class of a checkpoint that lacks sublayers, as `lib.export.huggingface` writes it; None for any other."""
     import transformers
 
     given = getattr(config, "architectures", None)

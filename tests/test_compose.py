@@ -13,7 +13,7 @@ from lib.depth.block_influence import block_influence
 from lib.depth.prepare import budget_of
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
-from lib.export import save_pruned, save_weights
+from lib.export.huggingface import save_pruned, save_weights
 from lib.linears import find_linears
 from lib.loading import load_model, load_outline, load_tokenizer
 from lib.model import Decoder

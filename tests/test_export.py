@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
-from lib.export import check_format, save_pruned, save_weights
+from lib.export.huggingface import check_format, save_pruned, save_weights
 from lib.loading import load_model
 from lib.model import Decoder
 from tests.families import FAMILIES, tiny_model, tiny_windows

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lib.gguf_file as gguf_file
+import lib.export.gguf as gguf_file
 from lib.config.plan import Plan, read_plan
 from lib.config.sources import ModelSource
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError, RunError
-from lib.export import zero_sublayers
-from lib.gguf_file import Block, GgufSize, add_stand_ins, apply_plan, arrange, check, prune_blocks
+from lib.export.gguf import Block, GgufSize, add_stand_ins, apply_plan, arrange, check, prune_blocks
+from lib.export.huggingface import zero_sublayers
 from lib.loading import load_model
 from lib.model import Decoder
 from tests.command import run
@@ -324,7 +324,7 @@ def test_what_is_no_gguf_file_is_refused(source, tmp_path):
 
 
 def test_the_package_gguf_is_needed_only_to_read_a_file(source, tmp_path, monkeypatch):
-    imports = "import sys, lib.gguf_file; sys.exit(bool({'gguf', 'numpy', 'torch'} & sys.modules.keys()))"
+    imports = "import sys, lib.export.gguf; sys.exit(bool({'gguf', 'numpy', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", imports], cwd=Path(__file__).parents[1]).returncode == 0
     monkeypatch.setitem(sys.modules, "gguf", None)  # an import now fails as if it were not installed
     with pytest.raises(InputError, match="^--gguf: the gguf package is not installed; pip install gguf$"):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib import nemotron
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError
-from lib.export import check_format, compact
+from lib.export import nemotron_nas
+from lib.export.huggingface import check_format, compact
 from lib.loading import load_config
 from lib.model import Decoder
 from tests.command import run
@@ -48,9 +48,9 @@ def _save(folder: Path, name: str = "GQA", plan: Plan = MIXED, **options) -> tor
 
 
 def _prune_and_save(model: torch.nn.Module, folder: Path, plan: Plan = MIXED, **options) -> torch.nn.Module:
-    nemotron.check_plan(plan)
+    nemotron_nas.check_plan(plan)
     compact(Decoder(model), plan)
-    nemotron.save(model, folder, **options)
+    nemotron_nas.save(model, folder, **options)
     return model
 
 
@@ -168,7 +168,7 @@ REASONS = {
 
 def _refused(model: torch.nn.Module, reason: str) -> None:
     with pytest.raises(InputError, match=f"^--save_format nemotron-nas: .*{reason}.*; use --save_format hf$"):
-        nemotron.check_model(model)
+        nemotron_nas.check_model(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,7 +176,7 @@ def test_families_that_are_no_llama_are_refused_with_the_reason(family):
     if family in REASONS:
         _refused(tiny_model(family), REASONS[family])
     else:
-        nemotron.check_model(tiny_model(family))
+        nemotron_nas.check_model(tiny_model(family))
 
 
 @pytest.mark.parametrize(
@@ -212,18 +212,18 @@ def test_weights_elsewhere_are_refused():
 def test_a_first_layer_without_attention_is_refused_before_anything_is_written(tmp_path):
     for plan in (Plan(4, (0,), ()), Plan(4, (0, 1), (0,))):
         with pytest.raises(InputError, match="attention in the first layer"):
-            nemotron.check_plan(plan)
+            nemotron_nas.check_plan(plan)
         model = tiny_model("Llama")
         compact(Decoder(model), plan)
         with pytest.raises(InputError, match="attention in the first layer"):
-            nemotron.save(model, tmp_path)
+            nemotron_nas.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_checking_leaves_the_model_as_it_was():
     model = tiny_model("LlamaTied")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    nemotron.check_model(model)
+    nemotron_nas.check_model(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -232,14 +232,14 @@ def test_checking_leaves_the_model_as_it_was():
 def test_every_attention_kernel_is_held_against_itself(kernel):
     model = tiny_model("Llama")
     model.set_attn_implementation(kernel)
-    nemotron.check_model(model)
+    nemotron_nas.check_model(model)
 
 
 def test_a_model_spread_over_devices_is_checked_where_it_is(monkeypatch):
     model, maps = tiny_model("Llama"), []
     model.hf_device_map = {"": "cpu"}
     monkeypatch.setattr(accelerate, "dispatch_model", lambda llama, device_map: maps.append(device_map))
-    nemotron.check_model(model)
+    nemotron_nas.check_model(model)
     assert maps == [model.hf_device_map]
 
 
@@ -283,6 +283,6 @@ def test_a_first_layer_without_attention_is_refused_before_a_search_and_before_a
 
 def test_the_folder_is_not_pruned_again(tmp_path):
     compact(decoder := Decoder(tiny_model("Llama")), MIXED)
-    nemotron.save(decoder.model, tmp_path)
+    nemotron_nas.save(decoder.model, tmp_path)
     with pytest.raises(InputError, match="format nemotron-nas; give the model saved as hf"):
         load_config(ModelSource(str(tmp_path), trust_remote_code=True))

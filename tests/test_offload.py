@@ -21,7 +21,7 @@ from lib.depth.trial_losses import Sweep
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import perplexity
-from lib.export import save_pruned, save_weights
+from lib.export.huggingface import save_pruned, save_weights
 from lib.gradients import connection_sensitivity
 from lib.layer_scores import layer_scores, median
 from lib.linears import input_groups

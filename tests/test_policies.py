@@ -15,7 +15,7 @@ from lib.depth.moves import Move, greedy, sublayers, whole_layers
 from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
-from lib.export import save_pruned
+from lib.export.huggingface import save_pruned
 from lib.loading import load_model
 from lib.model import Decoder
 from tests import reference

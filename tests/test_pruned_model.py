@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
-from lib.export import save_pruned
+from lib.export.huggingface import save_pruned
 from lib.loading import load_model, load_tokenizer
 from lib.model import Decoder
 from tests.families import FAMILIES, tiny_model, tiny_windows

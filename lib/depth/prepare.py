@@ -14,7 +14,7 @@ from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity
-from lib.export import check_format
+from lib.export.huggingface import check_format
 from lib.inputs import check_stride, check_tokens, window_length
 from lib.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.model import Decoder

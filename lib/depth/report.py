@@ -11,7 +11,7 @@ from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
 from lib.depth.greedy import Round
 from lib.evaluation.perplexity import Perplexity
-from lib.export import how_to_load
+from lib.export.huggingface import how_to_load
 from lib.inputs import dtype_name
 from lib.model import Decoder
 from lib.report import Report, columns

@@ -18,7 +18,7 @@ from lib.depth.trial_losses import Sweep
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
-from lib.export import save_pruned
+from lib.export.huggingface import save_pruned
 from lib.grid import Grid, Keep, run_grid
 from lib.inputs import dtype_name
 from lib.loading import load_config, resolve_device

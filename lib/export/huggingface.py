@@ -3,7 +3,7 @@
 `hf`      removed sublayers are absent, whole layers deleted. If only whole layers went it is a stock checkpoint;
           otherwise the folder carries `modeling_pruned.py`, loaded with `trust_remote_code=True`.
 `masked`  the stock architecture at full size, with zeros where removed sublayers gave their output.
-`nemotron-nas`  Llama-shaped models as vLLM's `DeciLMForCausalLM`; see `lib.nemotron`.
+`nemotron-nas`  Llama-shaped models as vLLM's `DeciLMForCausalLM`; see `lib.export.nemotron_nas`.
 """
 
 import copy
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import lib.modeling_pruned as modeling_pruned
-from lib import nemotron
 from lib.changes import Changes, difference
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
+from lib.export import nemotron_nas
 from lib.files import whole_folder
 from lib.model import Decoder
 from lib.modeling_pruned import (
@@ -59,11 +59,11 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
         raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
     if save_format == "nemotron-nas":
         # Without a plan yet: PP-LLMs leaves layers alone that are not whole.
-        nemotron.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))
+        nemotron_nas.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))
         if decoder.has_weights:
-            nemotron.check_model(model)
+            nemotron_nas.check_model(model)
         else:
-            nemotron.check_config(decoder.config)
+            nemotron_nas.check_config(decoder.config)
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str | None
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save_format == "nemotron-nas":
-        nemotron.save(model, folder, max_shard_size)
+        nemotron_nas.save(model, folder, max_shard_size)
         return
     # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
     is_stock = not _lacks_sublayers(model)
