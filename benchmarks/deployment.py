@@ -30,9 +30,9 @@ from lib.config.sources import ModelSource
 from lib.depth.budget import choose_counts
 from lib.depth.prepare import budget_of
 from lib.export.huggingface import save_pruned
-from lib.linears import find_linears
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears
+from lib.models.loading import load_model
 from lib.pruners import Magnitude
 from lib.report import quiet_libraries
 from lib.semi_structured import compressed

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import device, machine, peak_memory, random_llama, side_by_side, spread
 from lib.gradients import connection_sensitivity, summarize
-from lib.linears import find_linears
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears
 
 WINDOWS, SEQLEN = 10, 64
 

@@ -18,7 +18,7 @@ from lib.config.plan import Plan
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
 from lib.engine.tail import token_losses
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 @torch.no_grad()

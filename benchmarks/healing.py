@@ -22,7 +22,7 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.engine.tail import token_losses
 from lib.evaluation.perplexity import perplexity
-from lib.loading import load_model, load_tokenizer
+from lib.models.loading import load_model, load_tokenizer
 from lib.report import quiet_libraries
 
 

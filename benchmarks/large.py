@@ -27,8 +27,8 @@ from lib.depth.trial_losses import Modes, Sweep
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
-from lib.linears import input_groups
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import input_groups
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 

@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.config.sources import ModelSource
-from lib.loading import load_tokenizer
+from lib.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH = ["--mha_remove_layers", "2", "--ffn_remove_layers", "4", "--eval_datasets", "demo", "--dataset", "demo"]

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.peers import serve
 from lib.batching import keep_freed_memory
 from lib.config.plan import Mode
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 class WandaLoop:

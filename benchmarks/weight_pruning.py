@@ -27,9 +27,9 @@ from benchmarks.peers import Masks, Peer, give
 from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.config.sources import ModelSource
 from lib.engine.activations import Activations
-from lib.linears import find_linears, input_groups
-from lib.loading import load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears, input_groups
+from lib.models.loading import load_tokenizer
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.report import timed

@@ -9,7 +9,6 @@ from pathlib import Path
 from lib import alp_report, artefact, log, semi_structured, sensitivity
 from lib.allocators import importance, spread_densities, uniform_densities
 from lib.alp_job import Job, check_config, prepare
-from lib.changes import Changes
 from lib.config.methods import DENSE
 from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
@@ -18,11 +17,12 @@ from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_weights
 from lib.grid import Grid, Keep, run_grid
-from lib.inputs import dtype_name
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
-from lib.linears import InputGroup
-from lib.loading import load_config, resolve_device
-from lib.offload import fetched_by_forward, follow
+from lib.models.limits import dtype_name
+from lib.models.linears import InputGroup
+from lib.models.loading import load_config, resolve_device
+from lib.models.offload import fetched_by_forward, follow
+from lib.models.weight_deltas import Changes
 from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner

@@ -16,11 +16,11 @@ from lib.data.windows import evaluation_windows, sampled_windows
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity
 from lib.evaluation.zero_shot import ZeroShot
-from lib.inputs import check_stride, check_tokens, window_length
-from lib.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
-from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.model import Decoder
-from lib.offload import follow, free_host_memory
+from lib.models.decoder import Decoder
+from lib.models.limits import check_stride, check_tokens, window_length
+from lib.models.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
+from lib.models.offload import follow, free_host_memory
 from lib.ranks import Ranks
 from lib.report import Report
 from lib.state import State

@@ -8,8 +8,8 @@ from lib.config.methods import DENSE, UNIFORM
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import how_to_load
-from lib.inputs import dtype_name
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.limits import dtype_name
 from lib.report import Report, columns
 
 

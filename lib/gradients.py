@@ -22,8 +22,8 @@ from lib.config.plan import Mode
 from lib.engine.activations import Activations
 from lib.engine.tail import token_losses
 from lib.errors import RunError
-from lib.linears import find_linears
-from lib.model import Decoder, LayerInputs
+from lib.models.decoder import Decoder, LayerInputs
+from lib.models.linears import find_linears
 from lib.ranks import ALONE, Ranks
 
 _TOKENS_AT_ONCE = 512

@@ -6,8 +6,8 @@ import torch
 
 from lib.batching import Batcher, Progress
 from lib.engine.activations import Activations
-from lib.linears import InputGroup
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import InputGroup
 from lib.prune import observe
 from lib.pruners import Wanda
 

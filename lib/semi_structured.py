@@ -12,7 +12,7 @@ from torch.sparse import to_sparse_semi_structured
 from lib.config.plan import Plan
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 _CAPABILITY = (8, 0)  # Ampere
 _DTYPES = (torch.float16, torch.bfloat16)

@@ -18,10 +18,10 @@ from lib.data.windows import sampled_windows
 from lib.errors import ANEW, InputError
 from lib.files import clear_drafts, whole_file
 from lib.gradients import LayerSensitivity, connection_sensitivity
-from lib.inputs import check_tokens, dtype_name, window_length
-from lib.linears import check_not_offloaded, find_linears
-from lib.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.limits import check_tokens, dtype_name, window_length
+from lib.models.linears import check_not_offloaded, find_linears
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.plots import plot_sensitivity
 from lib.ranks import ALONE, Ranks, join
 from lib.report import Report, columns, environment, peak_memory_bytes, set_up

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from lib.config.depth import DepthPruning
 from lib.config.sparsity import SparsityPruning
 from lib.files import RESULT
-from lib.loading import resolve_device
+from lib.models.loading import resolve_device
 from lib.ranks import Ranks, join
 from lib.report import Report, set_up
 from lib.state import FOLDER, State, check_saved, finished, how_to_resume

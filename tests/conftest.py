@@ -53,7 +53,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     from lib.config.sources import ModelSource
-    from lib.loading import load_tokenizer
+    from lib.models.loading import load_tokenizer
 
     return load_tokenizer(ModelSource("demo"))
 

@@ -15,7 +15,7 @@ import lib.plots
 import lib.prune
 import save_gradient
 from lib import artefact, sensitivity
-from lib.changes import Changes
+from lib.models.weight_deltas import Changes
 from lib.report import Report
 from lib.state import State
 from tests.command import run

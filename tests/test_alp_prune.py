@@ -20,8 +20,8 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
-from lib.loading import load_model, load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model, load_tokenizer
 from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped

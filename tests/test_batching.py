@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.batching import automatic_batch_size
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 from tests.command import ROOT
 from tests.families import tiny_model
 

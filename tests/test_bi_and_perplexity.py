@@ -14,7 +14,7 @@ from lib.engine.tail import tail_losses, token_losses
 from lib.engine.window_losses import plan_window_losses
 from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 

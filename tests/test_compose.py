@@ -14,9 +14,9 @@ from lib.depth.prepare import budget_of
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
 from lib.export.huggingface import save_pruned, save_weights
-from lib.linears import find_linears
-from lib.loading import load_model, load_outline, load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears
+from lib.models.loading import load_model, load_outline, load_tokenizer
 from tests import reference
 from tests.command import run, run_alp, run_gradient
 from tests.families import FAMILIES, tiny_model, tiny_windows

@@ -214,7 +214,7 @@ def test_a_long_text_is_tokenized_as_far_as_it_is_needed(demo_tokenizer):
 def test_the_start_of_a_text_is_tokenized_alike_without_words(shared):
     """A tokenizer of the sentencepiece kind takes a whole text as one word."""
     from lib.config.sources import ModelSource
-    from lib.loading import load_tokenizer
+    from lib.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(ModelSource(str(shared / "models/stories260K")))
     text = (shared / "data/tinystories/tinystories_2MiB.txt").read_text()[:200_000]
@@ -245,7 +245,7 @@ def test_the_hubs_data_sets_are_those_of_their_local_copies(shared, monkeypatch,
 
 def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shared):
     from lib.config.sources import ModelSource
-    from lib.loading import load_tokenizer
+    from lib.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(ModelSource(str(shared / "models/stories260K")))
     c4, wikitext = (load_corpus(str(shared / "data" / name), "test") for name in ("c4", "wikitext"))

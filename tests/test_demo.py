@@ -16,8 +16,8 @@ from lib.demo import DEMO_MODEL
 from lib.depth.block_influence import block_influence
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

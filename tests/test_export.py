@@ -11,8 +11,8 @@ from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.export.huggingface import check_format, save_pruned, save_weights
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone

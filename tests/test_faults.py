@@ -19,7 +19,7 @@ import ppllms
 import save_gradient
 from lib import state
 from lib.files import write_json
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 from tests.command import GOES_ON, ROOT
 from tests.interruption import Command, artefact_of, files_of, litter_of, result_of
 

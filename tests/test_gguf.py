@@ -19,8 +19,8 @@ from lib.demo import DEMO_MODEL
 from lib.errors import InputError, RunError
 from lib.export.gguf import Block, GgufSize, add_stand_ins, apply_plan, arrange, check, prune_blocks
 from lib.export.huggingface import zero_sublayers
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model
 from tests.command import run
 from tests.families import tiny_model
 

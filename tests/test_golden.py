@@ -21,9 +21,9 @@ from lib.data.windows import evaluation_windows, sampled_windows
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
-from lib.linears import input_groups
-from lib.loading import load_model, load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import input_groups
+from lib.models.loading import load_model, load_tokenizer
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from tests.command import run_alp

@@ -8,8 +8,8 @@ import torch
 from lib.allocators import fit_to_target, importance, spread_densities
 from lib.errors import InputError, RunError
 from lib.gradients import LayerSensitivity, Spread, connection_sensitivity, spread
-from lib.linears import find_linears, input_groups
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears, input_groups
 from tests import reference
 from tests.families import LINEAR_FAMILIES, NOT_LINEAR, tiny_model, tiny_windows
 

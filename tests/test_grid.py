@@ -20,7 +20,7 @@ import ppllms
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
-from lib.loading import load_model
+from lib.models.loading import load_model
 from lib.plots import has_matplotlib
 from tests.command import run, run_alp
 

@@ -8,8 +8,8 @@ import torch
 
 from lib.allocators import spread_densities
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
-from lib.linears import find_linears, input_groups
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears, input_groups
 from tests.command import run_alp
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 

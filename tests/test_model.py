@@ -7,7 +7,7 @@ import transformers
 from lib.config.plan import Plan
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 from tests.families import FAMILIES, tiny_model, tiny_windows
 from tests.reference import toggled
 

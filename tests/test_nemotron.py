@@ -15,8 +15,8 @@ from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.export import nemotron_nas
 from lib.export.huggingface import check_format, compact
-from lib.loading import load_config
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_config
 from tests.command import run
 from tests.families import FAMILIES, tiny_model, tiny_windows
 from tests.vllm_reader import VllmReader

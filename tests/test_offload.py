@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lib import artefact, offload
+from lib import artefact
 from lib.batching import Batcher
-from lib.changes import Changes, difference, with_zeros
 from lib.config.methods import Pattern
 from lib.config.plan import Plan
 from lib.config.quantization import Quantization
@@ -24,10 +23,12 @@ from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights
 from lib.gradients import connection_sensitivity
 from lib.layer_scores import layer_scores, median
-from lib.linears import input_groups
-from lib.loading import load_model
-from lib.model import Decoder
-from lib.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
+from lib.models import offload
+from lib.models.decoder import Decoder
+from lib.models.linears import input_groups
+from lib.models.loading import load_model
+from lib.models.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
+from lib.models.weight_deltas import Changes, difference, with_zeros
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows

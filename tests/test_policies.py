@@ -16,8 +16,8 @@ from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.export.huggingface import save_pruned
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model
 from tests import reference
 from tests.command import run
 from tests.families import tiny_model, tiny_windows

@@ -19,8 +19,8 @@ from lib.data.windows import calibration_windows, evaluation_windows
 from lib.depth.block_influence import block_influence
 from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity
-from lib.loading import load_model, load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model, load_tokenizer
 from lib.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, ROOT, run, stopped

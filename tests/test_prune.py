@@ -14,9 +14,9 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import sampled_windows
 from lib.engine.activations import Activations
 from lib.errors import RunError
-from lib.linears import input_groups
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import input_groups
+from lib.models.loading import load_model
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from tests import reference

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.export.huggingface import save_pruned
-from lib.loading import load_model, load_tokenizer
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.loading import load_model, load_tokenizer
 from tests.families import FAMILIES, tiny_model, tiny_windows
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone

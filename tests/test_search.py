@@ -13,7 +13,7 @@ from lib.depth.greedy import choose_candidates, greedy_search
 from lib.depth.policies import blockpruner, sleb
 from lib.depth.trial_losses import Sweep, Trial
 from lib.errors import InputError, RunError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 

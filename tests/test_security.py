@@ -24,7 +24,7 @@ from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource, check_model
 from lib.data.corpora import load_corpus
 from lib.errors import InputError
-from lib.loading import load_model, load_tokenizer
+from lib.models.loading import load_model, load_tokenizer
 from tests.command import ROOT, run
 from tests.families import tiny_model
 

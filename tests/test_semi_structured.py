@@ -11,9 +11,9 @@ from lib import semi_structured
 from lib.config.methods import parse_pattern
 from lib.config.sources import ModelSource
 from lib.errors import InputError
-from lib.linears import find_linears
-from lib.loading import load_model
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.linears import find_linears
+from lib.models.loading import load_model
 from lib.pruners import Magnitude
 from tests.command import run_alp
 from tests.families import tiny_model, tiny_windows

@@ -59,7 +59,7 @@ def likelier(model, tokenizer, question: str, choices: list[str]) -> int:
 
 def test_accuracy_is_that_of_the_models_own_likelihoods(task, demo_tokenizer):
     from lib.config.sources import ModelSource
-    from lib.loading import load_model
+    from lib.models.loading import load_model
 
     path = task()
     model = load_model(ModelSource("demo"))
@@ -73,7 +73,7 @@ def test_accuracy_is_that_of_the_models_own_likelihoods(task, demo_tokenizer):
 
 def test_the_mean_is_over_the_tasks_and_normalized_accuracy_is_shown(task, demo_tokenizer):
     from lib.config.sources import ModelSource
-    from lib.loading import load_model
+    from lib.models.loading import load_model
 
     paths = [task(), task("others", (1, 1, 1, 0), NORMALIZED)]
     found = ZeroShot(list(map(str, paths))).accuracy(load_model(ModelSource("demo")), demo_tokenizer, 4)
@@ -83,7 +83,7 @@ def test_the_mean_is_over_the_tasks_and_normalized_accuracy_is_shown(task, demo_
 
 def test_a_tag_stands_for_its_tasks_and_other_metrics_are_no_accuracy(task, demo_tokenizer):
     from lib.config.sources import ModelSource
-    from lib.loading import load_model
+    from lib.models.loading import load_model
 
     path = task("one", metrics="tag: pair\n")
     path.write_text(path.read_text().replace("  - metric: acc\n", "  - metric: brier_score\n"))

@@ -7,7 +7,7 @@ from lib.config.plan import Plan
 from lib.engine.activations import Activations
 from lib.engine.finite import check_finite
 from lib.engine.map_windows import Tick, map_windows, waiting_bytes
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

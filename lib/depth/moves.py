@@ -7,7 +7,7 @@ from lib.config.plan import Mode, Plan
 from lib.depth.greedy import Round
 from lib.depth.trial_losses import Sweep, Trial
 from lib.errors import InputError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lib.config.plan import Plan
 from lib.depth.greedy import Round
 from lib.depth.moves import OnStep, greedy, in_turn, sublayers, whole_layers
 from lib.depth.trial_losses import Sweep
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 # Policies -------------------------------------------------------------------------------------------------------------
 

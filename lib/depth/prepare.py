@@ -15,10 +15,10 @@ from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import check_format
-from lib.inputs import check_stride, check_tokens, window_length
-from lib.loading import load_config, load_model, load_outline, load_tokenizer
-from lib.model import Decoder
-from lib.modeling_pruned import skip_lists
+from lib.models.decoder import Decoder
+from lib.models.limits import check_stride, check_tokens, window_length
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.modeling_pruned import skip_lists
 from lib.ranks import Ranks
 from lib.report import Report
 from lib.state import State

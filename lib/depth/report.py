@@ -12,8 +12,8 @@ from lib.depth.budget import Budget, Counts
 from lib.depth.greedy import Round
 from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import how_to_load
-from lib.inputs import dtype_name
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.limits import dtype_name
 from lib.report import Report, columns
 
 

@@ -20,9 +20,9 @@ from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_pruned
 from lib.grid import Grid, Keep, run_grid
-from lib.inputs import dtype_name
-from lib.loading import load_config, resolve_device
-from lib.model import Decoder
+from lib.models.decoder import Decoder
+from lib.models.limits import dtype_name
+from lib.models.loading import load_config, resolve_device
 from lib.plots import REMOVALS, plot_removals
 from lib.ranks import join
 from lib.report import Report, environment, peak_memory_bytes, set_up

@@ -13,8 +13,8 @@ from lib.engine.activations import Activations, SharedInputs
 from lib.engine.finite import check_finite
 from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.errors import is_out_of_memory
-from lib.model import Decoder
-from lib.offload import free_host_memory
+from lib.models.decoder import Decoder
+from lib.models.offload import free_host_memory
 
 Modes = tuple[Mode, ...]  # of the layers from the first on
 _ROOM = 0.25  # of the free memory, for hidden states that the next trials can begin with

@@ -9,7 +9,7 @@ from lib.batching import Batcher
 from lib.config.plan import Mode
 from lib.engine.tail import tail_losses
 from lib.errors import InputError, RunError
-from lib.model import Decoder, LayerInputs, StopForward
+from lib.models.decoder import Decoder, LayerInputs, StopForward
 
 _ON = Mode()
 

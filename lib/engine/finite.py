@@ -7,7 +7,7 @@ import torch
 
 from lib.config.plan import Mode
 from lib.errors import RunError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import torch
 
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

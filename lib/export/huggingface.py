@@ -15,14 +15,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-import lib.modeling_pruned as modeling_pruned
-from lib.changes import Changes, difference
+import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.export import nemotron_nas
 from lib.files import whole_folder
-from lib.model import Decoder
-from lib.modeling_pruned import (
+from lib.models.decoder import Decoder
+from lib.models.modeling_pruned import (
     LAYERS_NAMES,
     PREFIX,
     SKIP_ATTENTION,
@@ -32,7 +31,8 @@ from lib.modeling_pruned import (
     skip_lists,
     skip_sublayers,
 )
-from lib.offload import follow, layers_of, offloaded
+from lib.models.offload import follow, layers_of, offloaded
+from lib.models.weight_deltas import Changes, difference
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 

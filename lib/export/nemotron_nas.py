@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import lib.modeling_pruned as modeling_pruned
+import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.files import write_json
-from lib.modeling_pruned import SkippedAttention, SkippedFFN
-from lib.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
+from lib.models.modeling_pruned import SkippedAttention, SkippedFFN
+from lib.models.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
 
 _NEEDED = (
     "vocab_size",

@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import nn
 
-from lib.changes import Changes
-from lib.modeling_pruned import LAYERS_NAMES, find_name
+from lib.models.modeling_pruned import LAYERS_NAMES, find_name
+from lib.models.weight_deltas import Changes
 
 _FITS = 0.8  # a model may take so much of the free memory
 

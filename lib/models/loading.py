@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import offload
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
-from lib.modeling_pruned import PREFIX, pruned_class, skip_lists
+from lib.models import offload
+from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 
 
 def resolve_device(device: str) -> torch.device:
@@ -61,7 +61,7 @@ def load_model(source: ModelSource) -> nn.Module:
     """A causal language model in eval mode, without gradients.
 
     A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
-    model that does not fit the device is offloaded, see `lib.offload`. Raises `InputError` when it cannot be loaded.
+    model that does not fit the device is offloaded, see `lib.models.offload`. Raises `InputError` when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, is_out_of_memory
-from lib.modeling_pruned import (
+from lib.models.modeling_pruned import (
     ATTENTION_NAMES,
     FFN_NAMES,
     LAYERS_NAMES,
@@ -25,7 +25,7 @@ from lib.modeling_pruned import (
     find_name,
     skip_modules,
 )
-from lib.offload import OffloadedLayer, offloaded
+from lib.models.offload import OffloadedLayer, offloaded
 
 # The view of a decoder ------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ class Decoder:
     whose layers only look on, the tail from one whose layers hand over given hidden states. Raises `InputError` for
     a model that does not fit. A model without weights (on the meta device) can be counted but not run. A model that
     has lost sublayers before is one with less in some of its layers: `given_modes` says what each still has. A layer's
-    weights may be elsewhere while it does not run, see `lib.offload`: `at` brings them.
+    weights may be elsewhere while it does not run, see `lib.models.offload`: `at` brings them.
     """
 
     def __init__(self, model: nn.Module, has_weights: bool = True):

@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.config.plan import Mode
 from lib.errors import InputError
-from lib.model import Decoder
+from lib.models.decoder import Decoder
 
 _ON = Mode()
 
