@@ -23,7 +23,7 @@ from lib.data.windows import calibration_windows, evaluation_windows
 from lib.engine.tail import token_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.loading import load_model, load_tokenizer
-from lib.report import quiet_libraries
+from lib.reporting.console import quiet_libraries
 
 
 def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:

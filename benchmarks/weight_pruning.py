@@ -32,7 +32,7 @@ from lib.models.linears import find_linears, input_groups
 from lib.models.loading import load_tokenizer
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
-from lib.report import timed
+from lib.reporting.console import timed
 
 PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
 OURS, BARE = "ours", "two bare passes"

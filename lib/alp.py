@@ -23,11 +23,12 @@ from lib.models.linears import InputGroup
 from lib.models.loading import load_config, resolve_device
 from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
-from lib.plots import SPARSITY, plot_sparsity
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
 from lib.ranks import join
-from lib.report import Report, environment, peak_memory_bytes, set_up, timed
+from lib.reporting.console import Report, peak_memory_bytes, set_up, timed
+from lib.reporting.environment import environment
+from lib.reporting.plots import SPARSITY, plot_sparsity
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest, discard
 

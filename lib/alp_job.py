@@ -22,7 +22,7 @@ from lib.models.linears import InputGroup, check_columns, check_not_offloaded, f
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
 from lib.models.offload import follow, free_host_memory
 from lib.ranks import Ranks
-from lib.report import Report
+from lib.reporting.console import Report
 from lib.state import State
 
 

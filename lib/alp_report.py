@@ -10,7 +10,7 @@ from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
-from lib.report import Report, columns
+from lib.reporting.console import Report, columns
 
 
 def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:

@@ -16,10 +16,10 @@ from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.files import whole_file
 from lib.ledger import Ledger, canonical
-from lib.plots import plot_grid
 from lib.ranks import ALONE, Ranks
-from lib.report import Report
-from lib.tables import Entry, csv_table, entries, markdown
+from lib.reporting.console import Report
+from lib.reporting.plots import plot_grid
+from lib.reporting.tables import Entry, csv_table, entries, markdown
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")

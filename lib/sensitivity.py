@@ -22,9 +22,10 @@ from lib.models.decoder import Decoder
 from lib.models.limits import check_tokens, dtype_name, window_length
 from lib.models.linears import check_not_offloaded, find_linears
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.plots import plot_sensitivity
 from lib.ranks import ALONE, Ranks, join
-from lib.report import Report, columns, environment, peak_memory_bytes, set_up
+from lib.reporting.console import Report, columns, peak_memory_bytes, set_up
+from lib.reporting.environment import environment
+from lib.reporting.plots import plot_sensitivity
 from lib.state import State, discard, read
 
 

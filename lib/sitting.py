@@ -11,7 +11,7 @@ from lib.config.sparsity import SparsityPruning
 from lib.files import RESULT
 from lib.models.loading import resolve_device
 from lib.ranks import Ranks, join
-from lib.report import Report, set_up
+from lib.reporting.console import Report, set_up
 from lib.state import FOLDER, State, check_saved, finished, how_to_resume
 
 

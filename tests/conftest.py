@@ -16,9 +16,9 @@ import torch  # noqa: E402
 
 import lib.engine.activations  # noqa: E402
 import lib.engine.tail  # noqa: E402
-import lib.plots  # noqa: E402
+import lib.reporting.plots  # noqa: E402
 from lib.batching import Batcher  # noqa: E402
-from lib.report import quiet_libraries  # noqa: E402
+from lib.reporting.console import quiet_libraries  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -32,14 +32,14 @@ def _quiet():
 @pytest.fixture(autouse=True)
 def _plots_are_not_rendered(request, monkeypatch):
     """But for tests that are marked `draws`: it takes longer than the rest of a small run."""
-    if lib.plots.has_matplotlib() and not request.node.get_closest_marker("draws"):
+    if lib.reporting.plots.has_matplotlib() and not request.node.get_closest_marker("draws"):
         from matplotlib import pyplot
 
         def close(figure, path: Path) -> None:
             path.touch()
             pyplot.close(figure)
 
-        monkeypatch.setattr(lib.plots, "_save", close)
+        monkeypatch.setattr(lib.reporting.plots, "_save", close)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import lib.alp
 import lib.depth.run
 import lib.depth.trial_losses
 import lib.gradients
-import lib.plots
 import lib.prune
+import lib.reporting.plots
 import save_gradient
 from lib import artefact, sensitivity
 from lib.models.weight_deltas import Changes
-from lib.report import Report
+from lib.reporting.console import Report
 from lib.state import State
 from tests.command import run
 
@@ -121,7 +121,7 @@ class Command:
         paths = ["--output", "gradient.json"] if self.is_gradient else ["--output_dir", "run"]
         with self.monkeypatch.context() as patches:
             patches.chdir(folder)
-            patches.setattr(lib.plots, "has_matplotlib", lambda: False)  # drawing takes longer than all else
+            patches.setattr(lib.reporting.plots, "has_matplotlib", lambda: False)  # drawing takes longer than all else
             interruption = Interruption(patches, at, is_after, act)
             return run(*self.flags, *paths, *more, monkeypatch=patches, script=self.script), interruption
 

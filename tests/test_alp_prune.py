@@ -22,7 +22,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.gradients import connection_sensitivity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer
-from lib.plots import has_matplotlib
+from lib.reporting.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped
 
@@ -367,7 +367,7 @@ def test_a_failed_save_keeps_the_result(prune, tmp_path, monkeypatch, capsys):
 
 
 def test_without_matplotlib_there_is_a_result_and_a_word_about_it(prune, gradient, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("lib.plots.has_matplotlib", lambda: False)
+    monkeypatch.setattr("lib.reporting.plots.has_matplotlib", lambda: False)
     gradient()
     prune()
     assert capsys.readouterr().out.count("matplotlib is not installed") == 2

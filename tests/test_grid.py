@@ -21,7 +21,7 @@ from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.ledger import FILE, Ledger, canonical
 from lib.models.loading import load_model
-from lib.plots import has_matplotlib
+from lib.reporting.plots import has_matplotlib
 from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")

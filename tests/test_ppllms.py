@@ -21,7 +21,7 @@ from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer
-from lib.plots import has_matplotlib
+from lib.reporting.plots import has_matplotlib
 from tests import reference
 from tests.command import GOES_ON, ROOT, run, stopped
 

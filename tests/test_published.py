@@ -9,8 +9,8 @@ import alp_prune
 import ppllms
 from lib.config.methods import ZERO_SHOT_TASKS
 from lib.config.presets import ALP_PRESETS, DEPTH_PRESETS
-from lib.published import SOURCES, figures, find
-from lib.tables import csv_table, entries, markdown
+from lib.reporting.published import SOURCES, figures, find
+from lib.reporting.tables import csv_table, entries, markdown
 
 
 def alp_result(**changes) -> dict:

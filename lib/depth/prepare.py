@@ -20,7 +20,7 @@ from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.modeling_pruned import skip_lists
 from lib.ranks import Ranks
-from lib.report import Report
+from lib.reporting.console import Report
 from lib.state import State
 
 

@@ -14,7 +14,7 @@ from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
-from lib.report import Report, columns
+from lib.reporting.console import Report, columns
 
 
 def say_model(report: Report, name: str, decoder: Decoder) -> None:

@@ -23,9 +23,10 @@ from lib.grid import Grid, Keep, run_grid
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.models.loading import load_config, resolve_device
-from lib.plots import REMOVALS, plot_removals
 from lib.ranks import join
-from lib.report import Report, environment, peak_memory_bytes, set_up
+from lib.reporting.console import Report, peak_memory_bytes, set_up
+from lib.reporting.environment import environment
+from lib.reporting.plots import REMOVALS, plot_removals
 from lib.sitting import carry_out
 from lib.state import FOLDER, State, digest
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lib.config.sources import labels
-from lib.published import SOURCES, Figure, find
+from lib.reporting.published import SOURCES, Figure, find
 
 DENSE_ROW = "dense"
 _WORTH_TELLING = 0.005  # a share removed is told where it differs by more from the one asked for

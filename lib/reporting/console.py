@@ -2,14 +2,11 @@
 
 import logging
 import os
-import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -17,10 +14,9 @@ from tqdm import tqdm
 
 from lib.batching import keep_freed_memory
 from lib.files import RESULT, clear_drafts, write_json
-from lib.plots import REMOVALS, SPARSITY
+from lib.reporting.plots import REMOVALS, SPARSITY
 
 LOG = "log.txt"
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 def quiet_libraries() -> None:
@@ -123,19 +119,6 @@ class Report:
         if self.is_first:
             write_json(path, content)
         return path
-
-
-def environment(device: torch.device) -> dict:
-    """Versions, device and command line: what is needed to tell two runs apart."""
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "versions": versions,
-        "device": f"{device} ({name})",
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

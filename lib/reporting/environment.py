@@ -1,0 +1,24 @@
+"""Versions, device and command line of a run."""
+
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and command line: what is needed to tell two runs apart."""
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": versions,
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
