@@ -16,7 +16,6 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_weights
-from lib.grid import Grid, Keep, run_grid
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
@@ -29,7 +28,8 @@ from lib.ranks import join
 from lib.reporting.console import Report, peak_memory_bytes, set_up, timed
 from lib.reporting.environment import environment
 from lib.reporting.plots import SPARSITY, plot_sparsity
-from lib.sitting import carry_out
+from lib.runs.grid import Grid, Keep, run_grid
+from lib.runs.single import carry_out
 from lib.state import FOLDER, State, digest, discard
 
 

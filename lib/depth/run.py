@@ -19,7 +19,6 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_pruned
-from lib.grid import Grid, Keep, run_grid
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.models.loading import load_config, resolve_device
@@ -27,7 +26,8 @@ from lib.ranks import join
 from lib.reporting.console import Report, peak_memory_bytes, set_up
 from lib.reporting.environment import environment
 from lib.reporting.plots import REMOVALS, plot_removals
-from lib.sitting import carry_out
+from lib.runs.grid import Grid, Keep, run_grid
+from lib.runs.single import carry_out
 from lib.state import FOLDER, State, digest
 
 
