@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from lib.batching import free_memory
+from lib.runtime.memory import free_memory
 
 VOCABULARY = 2048  # tokens, of models whose head does not matter
 

@@ -34,7 +34,7 @@ from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.models.loading import load_model
 from lib.pruners import Magnitude
-from lib.reporting.console import quiet_libraries
+from lib.runtime.setup import quiet_libraries
 from lib.semi_structured import compressed
 
 KERNELS = "half of the weights zero, 2:4 in torch's kernels"

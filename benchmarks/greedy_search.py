@@ -13,12 +13,13 @@ import torch
 
 from benchmarks.common import VOCABULARY, add_shape_flags, machine, random_llama, seconds, side_by_side, spread
 from benchmarks.floor import Shape, Speeds
-from lib.batching import Batcher, keep_freed_memory
 from lib.config.plan import Plan
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
 from lib.engine.tail import token_losses
 from lib.models.decoder import Decoder
+from lib.runtime.batching import Batcher
+from lib.runtime.memory import keep_freed_memory
 
 
 @torch.no_grad()

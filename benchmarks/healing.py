@@ -16,14 +16,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.common import machine
-from lib.batching import Batcher
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
 from lib.engine.tail import token_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.loading import load_model, load_tokenizer
-from lib.reporting.console import quiet_libraries
+from lib.runtime.batching import Batcher
+from lib.runtime.setup import quiet_libraries
 
 
 def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:

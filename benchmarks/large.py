@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.common import add_shape_flags, device, machine, peak_memory, random_llama, seconds
 from benchmarks.floor import Shape, Speeds, hessian_speeds
-from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
@@ -31,6 +30,8 @@ from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
+from lib.runtime.batching import Batcher, automatic_batch_size
+from lib.runtime.memory import keep_freed_memory
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from benchmarks.peers import serve
-from lib.batching import keep_freed_memory
 from lib.config.plan import Mode
 from lib.models.decoder import Decoder
+from lib.runtime.memory import keep_freed_memory
 
 
 class WandaLoop:

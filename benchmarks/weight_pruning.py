@@ -24,7 +24,6 @@ from benchmarks.common import VOCABULARY, add_shape_flags, machine, measure, ran
 from benchmarks.floor import Shape, Speeds, hessian_speeds
 from benchmarks.peer_reference_loops import KEEP
 from benchmarks.peers import Masks, Peer, give
-from lib.batching import Batcher, automatic_batch_size, keep_freed_memory
 from lib.config.sources import ModelSource
 from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
@@ -33,6 +32,8 @@ from lib.models.loading import load_tokenizer
 from lib.prune import prune_layers
 from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.reporting.console import timed
+from lib.runtime.batching import Batcher, automatic_batch_size
+from lib.runtime.memory import keep_freed_memory
 
 PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
 OURS, BARE = "ours", "two bare passes"

@@ -19,17 +19,20 @@ from lib.export.huggingface import save_weights
 from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
-from lib.models.loading import load_config, resolve_device
+from lib.models.loading import load_config
 from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Pruner
-from lib.ranks import join
-from lib.reporting.console import Report, peak_memory_bytes, set_up, timed
+from lib.reporting.console import Report, timed
 from lib.reporting.environment import environment
 from lib.reporting.plots import SPARSITY, plot_sparsity
 from lib.runs.grid import Grid, Keep, run_grid
 from lib.runs.single import carry_out
+from lib.runtime.device import resolve_device
+from lib.runtime.distributed import join
+from lib.runtime.memory import peak_memory_bytes
+from lib.runtime.setup import set_up
 from lib.state import FOLDER, State, digest, discard
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lib import artefact, semi_structured, sensitivity
-from lib.batching import Batcher, automatic_batch_size
 from lib.config.gradients import GradientSettings
 from lib.config.methods import DENSE
 from lib.config.sparsity import SparsityPruning
@@ -19,10 +18,13 @@ from lib.evaluation.zero_shot import ZeroShot
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
-from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.models.offload import follow, free_host_memory
-from lib.ranks import Ranks
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.offload import follow
 from lib.reporting.console import Report
+from lib.runtime.batching import Batcher, automatic_batch_size
+from lib.runtime.device import resolve_device
+from lib.runtime.distributed import Ranks
+from lib.runtime.memory import free_host_memory
 from lib.state import State
 
 

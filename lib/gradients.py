@@ -17,14 +17,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lib.batching import Batcher, Progress
 from lib.config.plan import Mode
 from lib.engine.activations import Activations
 from lib.engine.tail import token_losses
 from lib.errors import RunError
 from lib.models.decoder import Decoder, LayerInputs
 from lib.models.linears import find_linears
-from lib.ranks import ALONE, Ranks
+from lib.runtime.batching import Batcher, Progress
+from lib.runtime.distributed import ALONE, Ranks
 
 _TOKENS_AT_ONCE = 512
 _ON = Mode()

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lib.batching import Batcher, Progress
 from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
 from lib.models.linears import InputGroup
 from lib.prune import observe
 from lib.pruners import Wanda
+from lib.runtime.batching import Batcher, Progress
 
 Summary = Callable[[torch.Tensor], float]
 

@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lib.batching import Batcher, Progress
 from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.models.decoder import Decoder, StopForward
 from lib.models.linears import InputGroup, inputs_seen
 from lib.models.weight_deltas import Changes, Difference, difference
 from lib.pruners import Pruner
-from lib.ranks import Ranks
+from lib.runtime.batching import Batcher, Progress
+from lib.runtime.distributed import Ranks
 
 Timed = Callable[[str], AbstractContextManager]
 

@@ -21,11 +21,14 @@ from lib.gradients import LayerSensitivity, connection_sensitivity
 from lib.models.decoder import Decoder
 from lib.models.limits import check_tokens, dtype_name, window_length
 from lib.models.linears import check_not_offloaded, find_linears
-from lib.models.loading import load_config, load_model, load_outline, load_tokenizer, resolve_device
-from lib.ranks import ALONE, Ranks, join
-from lib.reporting.console import Report, columns, peak_memory_bytes, set_up
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.reporting.console import Report, columns
 from lib.reporting.environment import environment
 from lib.reporting.plots import plot_sensitivity
+from lib.runtime.device import resolve_device
+from lib.runtime.distributed import ALONE, Ranks, join
+from lib.runtime.memory import peak_memory_bytes
+from lib.runtime.setup import set_up
 from lib.state import State, discard, read
 
 

@@ -25,7 +25,7 @@ _FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
 
 
 class Processes(Protocol):
-    """Those of a run, `lib.ranks`; of several, the first decides what is taken over, and writes."""
+    """Those of a run, `lib.runtime.distributed`; of several, the first decides what is taken over, and writes."""
 
     @property
     def is_first(self) -> bool: ...

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 import lib.engine.activations  # noqa: E402
 import lib.engine.tail  # noqa: E402
 import lib.reporting.plots  # noqa: E402
-from lib.batching import Batcher  # noqa: E402
-from lib.reporting.console import quiet_libraries  # noqa: E402
+from lib.runtime.batching import Batcher  # noqa: E402
+from lib.runtime.setup import quiet_libraries  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

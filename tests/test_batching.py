@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from lib.batching import automatic_batch_size
 from lib.models.decoder import Decoder
+from lib.runtime.batching import automatic_batch_size
 from tests.command import ROOT
 from tests.families import tiny_model
 

@@ -7,7 +7,6 @@ import torch
 
 import lib.engine.activations
 import lib.engine.finite
-from lib.batching import Batcher
 from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.engine.tail import tail_losses, token_losses
@@ -15,6 +14,7 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 

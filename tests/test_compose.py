@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib.batching import Batcher
 from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
 from lib.depth.block_influence import block_influence
@@ -17,6 +16,7 @@ from lib.export.huggingface import save_pruned, save_weights
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.models.loading import load_model, load_outline, load_tokenizer
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import run, run_alp, run_gradient
 from tests.families import FAMILIES, tiny_model, tiny_windows

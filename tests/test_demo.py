@@ -6,7 +6,6 @@ import sys
 import pytest
 
 import ppllms
-from lib.batching import Batcher
 from lib.cli.main import run_script
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
@@ -18,6 +17,7 @@ from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model
+from lib.runtime.batching import Batcher
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch
 
 import ppllms
 from lib.allocators import importance, spread_densities
-from lib.batching import Batcher
 from lib.cli.main import run_script
 from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
@@ -26,6 +25,7 @@ from lib.models.linears import input_groups
 from lib.models.loading import load_model, load_tokenizer
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
+from lib.runtime.batching import Batcher
 from tests.command import run_alp
 
 

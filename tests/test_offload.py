@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lib import artefact
-from lib.batching import Batcher
 from lib.config.methods import Pattern
 from lib.config.plan import Plan
 from lib.config.quantization import Quantization
@@ -31,6 +30,8 @@ from lib.models.offload import OffloadedLayer, fetched_by_forward, follow, offlo
 from lib.models.weight_deltas import Changes, difference, with_zeros
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
+from lib.runtime import memory
+from lib.runtime.batching import Batcher
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)
@@ -306,23 +307,23 @@ def test_the_tightest_control_group_counts_and_what_can_be_reclaimed_is_free(lin
         (folder / usage).write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\n{reclaimable} {files}\n")
 
-    assert offload.group_memory(tmp_path) == math.inf
+    assert memory.group_memory(tmp_path) == math.inf
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}\n")
     group("", "max", 0, 0)
     group("job/step", "max", 10, 0)
-    assert offload.group_memory(tmp_path) == math.inf
+    assert memory.group_memory(tmp_path) == math.inf
     group("job", "1000", 700, 200)
-    assert offload.group_memory(tmp_path) == 500
+    assert memory.group_memory(tmp_path) == 500
     group("job/step", "400", 300, 50)
-    assert offload.group_memory(tmp_path) == 150
+    assert memory.group_memory(tmp_path) == 150
 
 
 def test_processes_beside_each_other_share_the_memory(monkeypatch):
     monkeypatch.setattr(offload, "group_memory", lambda: 1000)
-    assert offload.free_host_memory() == 1000
+    assert memory.free_host_memory() == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert offload.free_host_memory() == 250
+    assert memory.free_host_memory() == 250
 
 
 def test_on_a_cpu_what_does_not_fit_stays_on_disk(monkeypatch, folders):

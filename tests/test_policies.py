@@ -7,7 +7,6 @@ import pytest
 
 import lib.depth.prepare
 import lib.depth.run
-from lib.batching import Batcher
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.depth.beam import beam
@@ -18,6 +17,7 @@ from lib.errors import InputError
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import run
 from tests.families import tiny_model, tiny_windows

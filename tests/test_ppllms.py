@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import lib.depth.prepare
 import lib.depth.run
-from lib.batching import Batcher
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
@@ -22,6 +21,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer
 from lib.reporting.plots import has_matplotlib
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import GOES_ON, ROOT, run, stopped
 

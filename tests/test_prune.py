@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lib.batching import Batcher
 from lib.config.methods import Pattern
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource
@@ -19,6 +18,7 @@ from lib.models.linears import input_groups
 from lib.models.loading import load_model
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 

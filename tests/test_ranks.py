@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import alp_prune
 import ppllms
 import save_gradient
-from lib.ranks import ALONE, Ranks
+from lib.runtime.distributed import ALONE, Ranks
 from tests.command import run
 
 DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model"}  # from run to run

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import lib.depth.trial_losses
-from lib.batching import Batcher
 from lib.config.plan import Mode, Plan
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.greedy import choose_candidates, greedy_search
@@ -14,6 +13,7 @@ from lib.depth.policies import blockpruner, sleb
 from lib.depth.trial_losses import Sweep, Trial
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder
+from lib.runtime.batching import Batcher
 from tests import reference
 from tests.families import FAMILIES, tiny_model, tiny_windows
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from lib.batching import Batcher, Progress
 from lib.config.plan import Plan
 from lib.engine.activations import Activations
 from lib.engine.finite import check_finite
 from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.models.decoder import Decoder
+from lib.runtime.batching import Batcher, Progress
 
 
 def token_cosines(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

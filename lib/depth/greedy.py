@@ -3,9 +3,9 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from lib.batching import Progress
 from lib.config.plan import Mode, Plan
 from lib.depth.trial_losses import Sweep, Trial
+from lib.runtime.batching import Progress
 
 # How many -------------------------------------------------------------------------------------------------------------
 

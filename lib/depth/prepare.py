@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lib.batching import Batcher, automatic_batch_size
 from lib.config.depth import DepthPruning
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
@@ -19,8 +18,9 @@ from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.modeling_pruned import skip_lists
-from lib.ranks import Ranks
 from lib.reporting.console import Report
+from lib.runtime.batching import Batcher, automatic_batch_size
+from lib.runtime.distributed import Ranks
 from lib.state import State
 
 

@@ -21,13 +21,16 @@ from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
-from lib.models.loading import load_config, resolve_device
-from lib.ranks import join
-from lib.reporting.console import Report, peak_memory_bytes, set_up
+from lib.models.loading import load_config
+from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.reporting.plots import REMOVALS, plot_removals
 from lib.runs.grid import Grid, Keep, run_grid
 from lib.runs.single import carry_out
+from lib.runtime.device import resolve_device
+from lib.runtime.distributed import join
+from lib.runtime.memory import peak_memory_bytes
+from lib.runtime.setup import set_up
 from lib.state import FOLDER, State, digest
 
 

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from lib.batching import Batcher, Progress, free_cuda_memory
 from lib.config.plan import Mode, Plan
 from lib.engine.activations import Activations, SharedInputs
 from lib.engine.finite import check_finite
 from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.errors import is_out_of_memory
 from lib.models.decoder import Decoder
-from lib.models.offload import free_host_memory
+from lib.runtime.batching import Batcher, Progress
+from lib.runtime.memory import _free_memory, free_host_memory
 
 Modes = tuple[Mode, ...]  # of the layers from the first on
 _ROOM = 0.25  # of the free memory, for hidden states that the next trials can begin with
@@ -94,13 +94,6 @@ class _States:
 
     def _places(self, rows: slice) -> slice:
         return slice(rows.start - self._share.start, rows.stop - self._share.start)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Free bytes on a device; none on one that does not tell."""
-    if device.type == "cuda":
-        return free_cuda_memory(device)
-    return free_host_memory() if device.type == "cpu" else 0
 
 
 class Sweep:

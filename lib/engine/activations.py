@@ -5,11 +5,11 @@ from contextlib import suppress
 
 import torch
 
-from lib.batching import Batcher
 from lib.config.plan import Mode
 from lib.engine.tail import tail_losses
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder, LayerInputs, StopForward
+from lib.runtime.batching import Batcher
 
 _ON = Mode()
 

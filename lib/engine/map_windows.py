@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from lib.batching import Batcher, Progress
 from lib.models.decoder import Decoder
-from lib.models.offload import free_host_memory
+from lib.runtime.batching import Batcher, Progress
+from lib.runtime.memory import free_host_memory
 
 _HOST_SHARE = 0.4  # of the free host memory, for hidden states that wait
 Tick = Callable[[], object]  # to be called after every layer

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from lib.batching import Batcher, Progress
 from lib.config.plan import Plan
 from lib.engine.activations import Activations
 from lib.engine.finite import check_finite
 from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.models.decoder import Decoder
+from lib.runtime.batching import Batcher, Progress
 
 WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), how many of the last are measured -> (N,)
 

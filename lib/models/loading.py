@@ -1,6 +1,5 @@
 """Loading configs, tokenizers and models from a hub id or a local folder, with errors of one line."""
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -14,23 +13,7 @@ from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available.
-
-    A process that a launcher started beside others takes the GPU of its own local rank.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=device).item()
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error
+from lib.runtime.device import resolve_device
 
 
 def load_config(source: ModelSource):

@@ -4,21 +4,17 @@
 what pruning made of them from files of changes, so that host memory need not hold the model either.
 """
 
-import math
-import os
-import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
-import psutil
 import torch
 from torch import nn
 
 from lib.models.modeling_pruned import LAYERS_NAMES, find_name
 from lib.models.weight_deltas import Changes
+from lib.runtime.memory import free_host_memory
 
 _FITS = 0.8  # a model may take so much of the free memory
 
@@ -133,40 +129,6 @@ def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: to
             return "none"
         return "cpu" if size < _FITS * host else "disk"
     return "none" if size < _FITS * host else "disk"
-
-
-def free_host_memory() -> int:
-    """Bytes that this process may still take: its part of what the machine has, or what its control group allows."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this run on this machine
-    return int(max(0, min(psutil.virtual_memory().available, group_memory()))) // beside
-
-
-_GROUPS = (  # versions of control groups: their folder, and the files of limit, usage, and what of it can be reclaimed
-    ("", "sys/fs/cgroup", "memory.max", "memory.current", r"^inactive_file (\d+)$"),
-    (
-        "memory",
-        "sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        r"^total_inactive_file (\d+)$",
-    ),
-)
-
-
-def group_memory(root: Path = Path("/")) -> float:
-    """Bytes that the control groups of this process leave it, those above its own too; infinite without a limit."""
-    allowed = math.inf
-    with suppress(OSError):  # where there are no control groups
-        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        for controllers, base, limit, usage, reclaimable in _GROUPS:
-            for path in (path for _, found, path in lines if controllers in found.split(",")):
-                group = root / base / path.lstrip("/")
-                for folder in (group, *group.parents[: len(Path(path).parts) - 1]):
-                    with suppress(OSError, ValueError):  # `max`, or a group that is not to be seen from here
-                        files = re.search(reclaimable, (folder / "memory.stat").read_text(), re.M)
-                        used = int((folder / usage).read_text()) - int(files[1] if files else 0)
-                        allowed = min(allowed, int((folder / limit).read_text()) - used)
-    return allowed
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -1,8 +1,6 @@
 """What a run tells: lines on the console and in log.txt, times, environment, result.json."""
 
-import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,30 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.batching import keep_freed_memory
 from lib.files import RESULT, clear_drafts, write_json
 from lib.reporting.plots import REMOVALS, SPARSITY
 
 LOG = "log.txt"
-
-
-def quiet_libraries() -> None:
-    """Keeps the libraries' own progress bars and hints out of what a run prints, but for bars on a terminal."""
-    import datasets
-    import transformers
-
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # offloaded weights are ours to mind
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-
-
-def set_up() -> None:
-    """What every run of a script begins with."""
-    quiet_libraries()
-    keep_freed_memory()
 
 
 @contextmanager
@@ -119,14 +97,6 @@ class Report:
         if self.is_first:
             write_json(path, content)
         return path
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was in use so far: of the accelerator where there is one, else of the process."""
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def columns(cells: Sequence[str], per_row: int) -> list[str]:

@@ -1,15 +1,13 @@
 """Runs a function over calibration windows in batches, halving the batch when memory runs out."""
 
-import ctypes
-import gc
 from collections.abc import Callable
-from functools import cache
 from typing import TypeVar
 
 import torch
 
 from lib.errors import is_out_of_memory
-from lib.ranks import ALONE, Ranks
+from lib.runtime.distributed import ALONE, Ranks
+from lib.runtime.memory import free_cuda_memory, free_memory
 
 Result = TypeVar("Result")
 Progress = Callable[[float], object]  # is told how many windows were done
@@ -24,48 +22,6 @@ def automatic_batch_size(device: torch.device, seqlen: int, token_bytes: int) ->
     if device.type == "cuda":
         tokens = min(tokens, free_cuda_memory(device) // 2 // token_bytes)
     return max(1, tokens // seqlen)
-
-
-def free_cuda_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, with those that torch holds and does not use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-# Parameters of glibc's mallopt, and what they are set to, in bytes
-_TRIM_THRESHOLD, _KEPT_AT_MOST = -1, 128 * 2**20
-_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 * 2**20  # the most that glibc takes
-
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    """The C library of this process, where it is one that keeps memory as it is told."""
-    try:
-        library = ctypes.CDLL(None)
-        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-    except (OSError, TypeError):  # of systems that have no such library
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Has the memory of tensors that are gone kept for the next ones, which then do not fault in each page anew.
-
-    For the whole process, on the CPU, of tensors of up to 32 MiB; what is free at the end of the heap is given back
-    beyond 128 MiB. By glibc, else not at all. Without it a pass through layers spends up to a tenth of its time in the
-    kernel.
-    """
-    if library := _glibc():
-        library.mallopt(_TRIM_THRESHOLD, _KEPT_AT_MOST)
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
-
-
-def free_memory() -> None:
-    """Gives back what nothing refers to any more."""
-    gc.collect()
-    if library := _glibc():
-        library.malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Batcher:

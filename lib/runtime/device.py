@@ -1,0 +1,24 @@
+"""The device that a run computes on."""
+
+import os
+
+import torch
+
+from lib.errors import InputError
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available.
+
+    A process that a launcher started beside others takes the GPU of its own local rank.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error
