@@ -75,7 +75,7 @@ def check_output(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    from lib.sensitivity import SaveGradient, run  # imports torch
+    from lib.sensitivity.run import SaveGradient, run
 
     run(SaveGradient(flags.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 

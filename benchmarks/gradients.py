@@ -15,9 +15,9 @@ from functools import partial
 import torch
 
 from benchmarks.common import device, machine, peak_memory, random_llama, side_by_side, spread
-from lib.gradients import connection_sensitivity, summarize
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
+from lib.sensitivity.gradients import connection_sensitivity, summarize
 
 WINDOWS, SEQLEN = 10, 64
 

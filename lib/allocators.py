@@ -4,20 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lib.gradients import LayerSensitivity
-
 SMALLEST_DENSITY = 0.01
 
 
 def uniform_densities(layers: int, sparsity: float) -> list[float]:
     """The same density for every layer."""
     return [1 - sparsity] * layers
-
-
-def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
-    """ALP's importance of each layer: 1 - its share of the redundancy of all layers."""
-    total = sum(sensitivity.layer.redundancy for sensitivity in sensitivities)
-    return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]
 
 
 def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from lib import alp_report, artefact, log, semi_structured, sensitivity
-from lib.allocators import importance, spread_densities, uniform_densities
+from lib import alp_report, log, semi_structured
+from lib.allocators import spread_densities, uniform_densities
 from lib.alp_job import Job, check_config, prepare
 from lib.config.methods import DENSE
 from lib.config.plan import Plan
@@ -33,6 +33,8 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
+from lib.sensitivity import artifact, compute
+from lib.sensitivity.gradients import importance
 from lib.state import FOLDER, State, digest, discard
 
 
@@ -163,10 +165,10 @@ def score_layers(report: Report, settings: SparsityPruning, job: Job) -> list[fl
     return job.scores[known] if is_owl else median_share(job.scores[known])
 
 
-def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artefact.Artefact:
+def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artifact.Artefact:
     """The sensitivities that were found, or new ones, which are kept."""
     path, asked = settings.gradient_path, settings.gradients
-    folder = sensitivity.state_folder(path)
+    folder = compute.state_folder(path)
     if asked in job.gradients:
         report.say(f"            found in {path}")
         if report.is_first and settings.gradient_file is None:
@@ -175,13 +177,13 @@ def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artef
         return job.gradients[asked]
     report.say(f"            not in {path} yet: computing, and keeping them there")
     windows, ranks = job.texts.gradients[asked], job.batcher.ranks
-    key = sensitivity.key_of(job.decoder, asked, windows)
+    key = compute.key_of(job.decoder, asked, windows)
     if settings.resume or settings.overwrite:
         state = State(folder, key, ranks, settings.resume)
     else:  # what some run has begun is taken, as what it has finished is
         state = State.of_cell(folder, key, ranks)
     with state.at_work({}):
-        found = sensitivity.compute(report, job.decoder, settings.source, asked, windows, path, state, key, ranks)
+        found = compute.compute(report, job.decoder, settings.source, asked, windows, path, state, key, ranks)
     job.gradients[asked] = found
     return found
 

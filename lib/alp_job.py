@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lib import artefact, semi_structured, sensitivity
+from lib import semi_structured
 from lib.config.gradients import GradientSettings
 from lib.config.methods import DENSE
 from lib.config.sparsity import SparsityPruning
@@ -25,6 +25,7 @@ from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
+from lib.sensitivity import artifact, compute
 from lib.state import State
 
 
@@ -45,7 +46,7 @@ class Job:
     decoder: Decoder
     groups: list[list[InputGroup]]
     texts: Texts
-    gradients: dict[GradientSettings, artefact.Artefact]  # those that are known
+    gradients: dict[GradientSettings, artifact.Artefact]  # those that are known
     weights: list[torch.Tensor]  # of all linears, as they were; empty when nothing begins with them again
     zero_shot: ZeroShot | None
     batcher: Batcher
@@ -72,7 +73,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> J
     """
     settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
     found = {
-        asked: sensitivity.find(cell.gradient_path, must_exist=cell.gradient_file is not None, ranks=ranks)
+        asked: compute.find(cell.gradient_path, must_exist=cell.gradient_file is not None, ranks=ranks)
         for asked, cell in by_gradients.items()
     }
     gradients = {asked: known for asked, known in found.items() if known}
@@ -86,7 +87,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> J
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
         texts = load_texts(cells, tokenizer, seqlen, config.vocab_size)
         for asked, known in gradients.items():
-            artefact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
+            artifact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
         if settings.semi_structured and decoder.is_offloaded:
@@ -94,7 +95,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> J
         for cell in cells:
             check_not_offloaded(decoder, check_linears(cell, decoder))
         for asked, known in gradients.items():
-            artefact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
+            artifact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
@@ -144,7 +145,7 @@ def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_s
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
             calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
         for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
-            gradients[asked] = sensitivity.gradient_windows(asked, corpus, tokenizer)
+            gradients[asked] = compute.gradient_windows(asked, corpus, tokenizer)
     stride = settings.eval_stride
     evaluation = {
         text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen, stride) for text in settings.dataset

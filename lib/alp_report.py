@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib import sensitivity
 from lib.config.methods import DENSE, UNIFORM
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
@@ -11,6 +10,7 @@ from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
+from lib.sensitivity import compute
 
 
 def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
@@ -25,7 +25,7 @@ def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weigh
         windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
         report.say(f"Calibration {settings.calibration_dataset}: {windows}")
     if settings.uses_gradients:
-        report.say(f"Gradients   {sensitivity.describe(settings.gradients)}")
+        report.say(f"Gradients   {compute.describe(settings.gradients)}")
     elif settings.method.allocator != UNIFORM and not settings.is_allocated:
         allocator = settings.method.allocator
         report.say(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")

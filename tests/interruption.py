@@ -10,21 +10,21 @@ import pytest
 import lib.alp
 import lib.depth.run
 import lib.depth.trial_losses
-import lib.gradients
 import lib.prune
 import lib.reporting.plots
+import lib.sensitivity.gradients
 import save_gradient
-from lib import artefact, sensitivity
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import Report
+from lib.sensitivity import artifact, compute
 from lib.state import State
 from tests.command import run
 
 KEPT = [
     (State, "put"),
     (Changes, "write"),
-    (sensitivity._Unfinished, "save"),
-    (artefact, "write"),
+    (compute._Unfinished, "save"),
+    (artifact, "write"),
     (Report, "result"),
     (lib.depth.run, "save_pruned"),
     (lib.alp, "save_weights"),
@@ -37,7 +37,7 @@ WORK = [
     (lib.alp, "layer_scores"),
     (lib.alp, "count_zeros"),
     (lib.prune, "_prune_layer"),
-    (lib.gradients, "summarize"),
+    (lib.sensitivity.gradients, "summarize"),
 ]
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model")
 

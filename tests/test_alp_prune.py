@@ -12,17 +12,18 @@ from transformers import AutoModelForCausalLM
 
 import lib.alp
 import lib.alp_job
-from lib import artefact, log
+from lib import log
 from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.evaluation.perplexity import perplexity
-from lib.gradients import connection_sensitivity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer
 from lib.reporting.plots import has_matplotlib
+from lib.sensitivity import artifact
+from lib.sensitivity.gradients import connection_sensitivity
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped
 
@@ -206,7 +207,7 @@ def test_gradients_are_computed_once_kept_and_found(prune, gradient, tiny_folder
     first = prune()
     assert f"not in {path} yet: computing" in capsys.readouterr().out and path.is_file()
     kept = path.read_bytes()
-    monkeypatch.setattr("lib.sensitivity.connection_sensitivity", None)
+    monkeypatch.setattr("lib.sensitivity.run.connection_sensitivity", None)
     second = prune()
     assert f"found in {path}" in capsys.readouterr().out
     assert second["layer_density"] == first["layer_density"] and path.read_bytes() == kept
@@ -219,12 +220,12 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
     path = gradient_path(tiny_folder, text_file)
     assert str(path) in printed and "Importance by layer" in printed
     assert not has_matplotlib() or path.with_suffix(".png").stat().st_size > 10_000
-    kept = artefact.read(path)
+    kept = artifact.read(path)
     tokenizer = load_tokenizer(ModelSource(str(tiny_folder)))
     windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)
     assert kept.layers == connection_sensitivity(Decoder(load_model(ModelSource(str(tiny_folder)))), windows)
     assert kept.settings == GradientSettings(str(text_file), 3, 16) and kept.model == str(tiny_folder)
-    monkeypatch.setattr("lib.sensitivity.connection_sensitivity", None)
+    monkeypatch.setattr("lib.sensitivity.run.connection_sensitivity", None)
     assert prune()["gradients"]["nsamples"] == 3
 
 
@@ -384,4 +385,4 @@ def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, ki
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt", "state"]
     assert not (tmp_path / "out").exists() and not Path("results").exists()
     (path,) = Path("gradients").glob("*.json")
-    artefact.read(path)  # what was done is kept, and whole
+    artifact.read(path)  # what was done is kept, and whole

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ppllms
-from lib.allocators import importance, spread_densities
+from lib.allocators import spread_densities
 from lib.cli.main import run_script
 from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
@@ -19,13 +19,13 @@ from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
-from lib.gradients import connection_sensitivity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.models.loading import load_model, load_tokenizer
 from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from lib.runtime.batching import Batcher
+from lib.sensitivity.gradients import connection_sensitivity, importance
 from tests.command import run_alp
 
 

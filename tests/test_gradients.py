@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from lib.allocators import fit_to_target, importance, spread_densities
+from lib.allocators import fit_to_target, spread_densities
 from lib.errors import InputError, RunError
-from lib.gradients import LayerSensitivity, Spread, connection_sensitivity, spread
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears, input_groups
+from lib.sensitivity.gradients import LayerSensitivity, Spread, connection_sensitivity, importance, spread
 from tests import reference
 from tests.families import LINEAR_FAMILIES, NOT_LINEAR, tiny_model, tiny_windows
 
@@ -39,7 +39,7 @@ def test_every_type_and_loss(gradient_type, loss):
 
 
 def test_windows_of_several_batches(monkeypatch):
-    monkeypatch.setattr("lib.gradients._TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("lib.sensitivity.gradients._TOKENS_AT_ONCE", 40)
     for gradient_type in ("l2", "l2_hundred_total"):
         check_against_autograd(tiny_model("Gemma3"), tiny_windows(), gradient_type)
 

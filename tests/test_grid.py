@@ -111,7 +111,7 @@ def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp
     names = ("load_model", "sampled_windows", "evaluation_windows")
     loaded, drawn, evaluated = (counted(monkeypatch, lib.alp_job, name) for name in names)
     measured = counted(monkeypatch, lib.alp, "measure")
-    taken = counted(monkeypatch, lib.sensitivity, "connection_sensitivity")
+    taken = counted(monkeypatch, lib.sensitivity.run, "connection_sensitivity")
     axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
     assert len(alp_grid(*axes)) == 8
     assert (len(loaded), len(drawn), len(evaluated), len(taken)) == (1, 2, 1, 2)

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lib import artefact
 from lib.config.methods import Pattern
 from lib.config.plan import Plan
 from lib.config.quantization import Quantization
@@ -20,7 +19,6 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights
-from lib.gradients import connection_sensitivity
 from lib.layer_scores import layer_scores, median
 from lib.models import offload
 from lib.models.decoder import Decoder
@@ -32,6 +30,8 @@ from lib.prune import count_zeros, prune_layers
 from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
 from lib.runtime import memory
 from lib.runtime.batching import Batcher
+from lib.sensitivity import artifact
+from lib.sensitivity.gradients import connection_sensitivity
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)
@@ -128,7 +128,7 @@ def test_sensitivities_scores_and_fingerprints_are_the_same(mode, dtype, folders
     for family in ("Llama", "Gemma2", "LlamaTied"):
         resident, other = (load(folders(family), each, dtype) for each in ("none", mode))
         assert connection_sensitivity(other, WINDOWS) == connection_sensitivity(resident, WINDOWS)
-        assert artefact.fingerprint(other) == artefact.fingerprint(resident)
+        assert artifact.fingerprint(other) == artifact.fingerprint(resident)
         scores = [layer_scores(d, input_groups(d), WINDOWS, Batcher(2), median) for d in (resident, other)]
         assert scores[0] == scores[1]
 

@@ -44,7 +44,7 @@ def load_model(source: ModelSource) -> nn.Module:
     """A causal language model in eval mode, without gradients.
 
     A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
-    model that does not fit the device is offloaded, see `lib.models.offload`. Raises `InputError` when it cannot be loaded.
+    model that does not fit the device is offloaded, see `offload`. Raises `InputError` when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +120,7 @@ def _load_config(source: ModelSource):
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint that lacks sublayers, as `lib.export.huggingface` writes it; None for any other."""
+    """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
     import transformers
 
     given = getattr(config, "architectures", None)

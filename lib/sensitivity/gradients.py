@@ -260,3 +260,9 @@ def _float(value):
     if isinstance(value, dict):
         return {key: _float(inner) for key, inner in value.items()}
     return type(value)(_float(inner) for inner in value) if type(value) in (list, tuple) else value
+
+
+def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
+    """ALP's importance of each layer: 1 - its share of the redundancy of all layers."""
+    total = sum(sensitivity.layer.redundancy for sensitivity in sensitivities)
+    return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]

@@ -13,9 +13,9 @@ import torch
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
 from lib.files import write_json
-from lib.gradients import LayerSensitivity, Spread
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
+from lib.sensitivity.gradients import LayerSensitivity, Spread
 
 _FORMAT = "connection-sensitivity/1"
 _SAMPLED = 1024  # elements of each matrix in a fingerprint
