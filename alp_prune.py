@@ -280,7 +280,7 @@ def main() -> None:
     check(args)
     runs = cells(args)
     args.output_dir = args.output_dir or checks.default_output_dir("alp_prune", runs[0]["model_name"])
-    from lib.alp import SparsityPruning, run, run_all  # imports torch
+    from lib.sparsity.run import SparsityPruning, run, run_all
 
     shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
     settings = [SparsityPruning(**{**shared, **one}) for one in runs]

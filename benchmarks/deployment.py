@@ -33,9 +33,9 @@ from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.models.loading import load_model
-from lib.pruners import Magnitude
 from lib.runtime.setup import quiet_libraries
-from lib.semi_structured import compressed
+from lib.sparsity.pruners import Magnitude
+from lib.sparsity.semi_structured import compressed
 
 KERNELS = "half of the weights zero, 2:4 in torch's kernels"
 

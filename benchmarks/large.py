@@ -27,11 +27,11 @@ from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
-from lib.prune import prune_layers
-from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
 from lib.sensitivity.gradients import connection_sensitivity
+from lib.sparsity.layerwise import prune_layers
+from lib.sparsity.pruners import Pruner, SparseGpt, Wanda
 
 SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),

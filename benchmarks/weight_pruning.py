@@ -29,11 +29,11 @@ from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears, input_groups
 from lib.models.loading import load_tokenizer
-from lib.prune import prune_layers
-from lib.pruners import Pruner, SparseGpt, Wanda
 from lib.reporting.console import timed
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
+from lib.sparsity.layerwise import prune_layers
+from lib.sparsity.pruners import Pruner, SparseGpt, Wanda
 
 PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
 OURS, BARE = "ours", "two bare passes"

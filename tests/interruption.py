@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import lib.alp
 import lib.depth.run
 import lib.depth.trial_losses
-import lib.prune
 import lib.reporting.plots
 import lib.sensitivity.gradients
+import lib.sparsity.layerwise
+import lib.sparsity.run
 import save_gradient
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import Report
@@ -27,16 +27,16 @@ KEPT = [
     (artifact, "write"),
     (Report, "result"),
     (lib.depth.run, "save_pruned"),
-    (lib.alp, "save_weights"),
+    (lib.sparsity.run, "save_weights"),
 ]
 WORK = [
     (lib.depth.run, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
     (lib.depth.run, "perplexity"),
-    (lib.alp, "perplexity"),
-    (lib.alp, "layer_scores"),
-    (lib.alp, "count_zeros"),
-    (lib.prune, "_prune_layer"),
+    (lib.sparsity.run, "perplexity"),
+    (lib.sparsity.run, "layer_scores"),
+    (lib.sparsity.run, "count_zeros"),
+    (lib.sparsity.layerwise, "_prune_layer"),
     (lib.sensitivity.gradients, "summarize"),
 ]
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model")

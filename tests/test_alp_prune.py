@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import lib.alp
-import lib.alp_job
+import lib.sparsity.prepare
+import lib.sparsity.run
 from lib import log
 from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
@@ -122,8 +122,8 @@ def test_n_of_m_sets_every_layers_sparsity(prune, tmp_path, capsys):
 
 def test_text_flags_choose_the_windows(prune, tiny_folder, text_file, tmp_path, monkeypatch):
     seen = []
-    loop = lib.alp.prune_layers
-    monkeypatch.setattr(lib.alp, "prune_layers", lambda *args: seen.append(args[4]) or loop(*args))
+    loop = lib.sparsity.run.prune_layers
+    monkeypatch.setattr(lib.sparsity.run, "prune_layers", lambda *args: seen.append(args[4]) or loop(*args))
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"text": f"Number {i}: " + " ".join(str(i * j % 97) for j in range(60))}) for i in range(20)]
     rows.write_text("\n".join(lines))
@@ -138,8 +138,8 @@ def test_text_flags_choose_the_windows(prune, tiny_folder, text_file, tmp_path, 
 
 def test_magnitude_reads_no_calibration_text(prune, monkeypatch):
     read = []
-    load = lib.alp_job.load_corpus
-    monkeypatch.setattr(lib.alp_job, "load_corpus", lambda *args: read.append(args[1]) or load(*args))
+    load = lib.sparsity.prepare.load_corpus
+    monkeypatch.setattr(lib.sparsity.prepare, "load_corpus", lambda *args: read.append(args[1]) or load(*args))
     prune("--prune_method", "magnitude")
     assert read == ["test"]
 
@@ -158,9 +158,9 @@ def test_alpha_variant_and_power_change_what_goes(prune):
 
 def test_running_flags_reach_the_model(prune, monkeypatch):
     loaded, sizes = [], []
-    load, batch = lib.alp_job.load_model, lib.alp_job.Batcher
-    monkeypatch.setattr(lib.alp_job, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
-    monkeypatch.setattr(lib.alp_job, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
+    load, batch = lib.sparsity.prepare.load_model, lib.sparsity.prepare.Batcher
+    monkeypatch.setattr(lib.sparsity.prepare, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(lib.sparsity.prepare, "Batcher", lambda size, *ranks: sizes.append(size) or batch(size, *ranks))
     assert prune("--dtype", "bfloat16")["dtype"] == "bfloat16" and loaded[0].dtype == torch.bfloat16
     prune("--device_map", "auto", "--batch_size", 3)
     assert sizes[1] == 3 and loaded[1].dtype == torch.float32
@@ -360,7 +360,7 @@ def test_a_failed_save_keeps_the_result(prune, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lib.alp, "save_weights", fail)
+    monkeypatch.setattr(lib.sparsity.run, "save_weights", fail)
     assert prune("--save_model", tmp_path / "out", status=1)["sparsity"] > 0.6
     assert (
         capsys.readouterr().err == "alp_prune.py: failed: no space left on device; what is finished is kept: " + GOES_ON

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import ppllms
-from lib.allocators import spread_densities
 from lib.cli.main import run_script
 from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
@@ -22,10 +21,11 @@ from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.models.loading import load_model, load_tokenizer
-from lib.prune import count_zeros, prune_layers
-from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
 from lib.runtime.batching import Batcher
 from lib.sensitivity.gradients import connection_sensitivity, importance
+from lib.sparsity.densities import spread_densities
+from lib.sparsity.layerwise import count_zeros, prune_layers
+from lib.sparsity.pruners import Magnitude, Ria, SparseGpt, Wanda
 from tests.command import run_alp
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from lib.allocators import fit_to_target, spread_densities
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears, input_groups
 from lib.sensitivity.gradients import LayerSensitivity, Spread, connection_sensitivity, importance, spread
+from lib.sparsity.densities import fit_to_target, spread_densities
 from tests import reference
 from tests.families import LINEAR_FAMILIES, NOT_LINEAR, tiny_model, tiny_windows
 

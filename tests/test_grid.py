@@ -12,10 +12,10 @@ import weakref
 import pytest
 
 import alp_prune
-import lib.alp
-import lib.alp_job
 import lib.depth.prepare
 import lib.depth.run
+import lib.sparsity.prepare
+import lib.sparsity.run
 import ppllms
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
@@ -109,8 +109,8 @@ def test_a_cell_of_depth_is_a_run_of_its_own(depth_grid, tiny_folder, text_file,
 
 def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp_path, monkeypatch):
     names = ("load_model", "sampled_windows", "evaluation_windows")
-    loaded, drawn, evaluated = (counted(monkeypatch, lib.alp_job, name) for name in names)
-    measured = counted(monkeypatch, lib.alp, "measure")
+    loaded, drawn, evaluated = (counted(monkeypatch, lib.sparsity.prepare, name) for name in names)
+    measured = counted(monkeypatch, lib.sparsity.run, "measure")
     taken = counted(monkeypatch, lib.sensitivity.run, "connection_sensitivity")
     axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
     assert len(alp_grid(*axes)) == 8
@@ -132,7 +132,7 @@ def test_what_is_finished_is_not_done_again(alp_grid, tmp_path, monkeypatch, cap
     axes = ["--prune_method", "wanda", "magnitude", "--sparsity_ratio", 0.4, 0.6]
     first = alp_grid(*axes)
     tables = tables_of(tmp_path / "grid")
-    monkeypatch.setattr(lib.alp_job, "load_model", None)
+    monkeypatch.setattr(lib.sparsity.prepare, "load_model", None)
     assert alp_grid(*axes) == first and tables_of(tmp_path / "grid") == tables
     assert "4 cells, 4 of them done before" in capsys.readouterr().out
     fewer = alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.6, 0.4)
@@ -196,7 +196,7 @@ def test_a_killed_grid_goes_on_to_the_same_tables(script, tiny_folder, text_file
 
 
 def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsys):
-    prune, seen = lib.alp.prune, []
+    prune, seen = lib.sparsity.run.prune, []
 
     def stopped(*args):
         seen.append(args)
@@ -204,27 +204,27 @@ def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return prune(*args)
 
-    monkeypatch.setattr(lib.alp, "prune", stopped)
+    monkeypatch.setattr(lib.sparsity.run, "prune", stopped)
     alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7, status=1)
     assert "stopped; 1 of 3 cells are kept, and the same command goes on" in capsys.readouterr().err
     assert "30%" in (tmp_path / "grid/table.md").read_text()
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(alp_grid, tmp_path, monkeypatch, capsys):
-    prune = lib.alp.prune
+    prune = lib.sparsity.run.prune
 
     def failing(report, settings, *args):
         if settings.sparsity_ratio == 0.5:
             raise RunError("NaN in layer 2")
         return prune(report, settings, *args)
 
-    monkeypatch.setattr(lib.alp, "prune", failing)
+    monkeypatch.setattr(lib.sparsity.run, "prune", failing)
     axes = ["--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7]
     assert len(alp_grid(*axes, status=1)) == 2
     told = capsys.readouterr()
     assert "failed: 2/3 wanda 0.5 unstructured seed 0: NaN in layer 2" in told.out
     assert "1 of 3 cells failed (NaN in layer 2); the same command tries them again" in told.err
-    monkeypatch.setattr(lib.alp, "prune", prune)
+    monkeypatch.setattr(lib.sparsity.run, "prune", prune)
     assert len(alp_grid(*axes)) == 3
     whole = alp_grid(*axes, folder=tmp_path / "whole")
     assert len(whole) == 3 and tables_of(tmp_path / "grid") == tables_of(tmp_path / "whole")
@@ -286,18 +286,18 @@ def test_the_same_model_written_otherwise_is_the_same_table(alp_grid, tiny_folde
 def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_grid, tmp_path, monkeypatch, capsys):
     axes = ["--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5]
     first = alp_grid(*axes)
-    prune = lib.alp.prune
-    monkeypatch.setattr(lib.alp, "prune", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    prune = lib.sparsity.run.prune
+    monkeypatch.setattr(lib.sparsity.run, "prune", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert alp_grid(*axes, "--overwrite", status=1) == first
     assert "0 of 2 cells are kept, and the same command without --overwrite goes on" in capsys.readouterr().err
-    monkeypatch.setattr(lib.alp, "prune", prune)
+    monkeypatch.setattr(lib.sparsity.run, "prune", prune)
     again = alp_grid(*axes, "--overwrite")
     assert len(again) == 2 and again != first and [c["key"] for c in again] == [c["key"] for c in first]
 
 
 def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_path, monkeypatch):
     other, alive = shutil.copytree(tiny_folder, tmp_path / "other"), []
-    load = lib.alp_job.load_model
+    load = lib.sparsity.prepare.load_model
 
     def watched(source):
         gc.collect()
@@ -313,8 +313,8 @@ def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_pat
             raise RunError("NaN") from error
 
     models: list = []
-    monkeypatch.setattr(lib.alp_job, "load_model", watched)
-    monkeypatch.setattr(lib.alp, "prune", failing)
+    monkeypatch.setattr(lib.sparsity.prepare, "load_model", watched)
+    monkeypatch.setattr(lib.sparsity.run, "prune", failing)
     alp_grid("--model", tiny_folder, other, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5, status=1)
     assert alive == [[], [False]]
 

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from lib import sparsegpt
 from lib.config.methods import Pattern
-from lib.pruners import SparseGpt
+from lib.sparsity import sparsegpt
+from lib.sparsity.pruners import SparseGpt
 from tests.test_sparsegpt import hessian_of, problem
 
 IS_CUDA = torch.cuda.is_available()
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for
 
 @pytest.mark.parametrize("columns, outs", [(128, 70), (128, 16), (4, 33), (100, 5), (1, 1)])
 def test_the_kernel_zeroes_and_compensates_as_the_plain_version(columns, outs):
-    from lib import kernels
+    from lib.sparsity import sparsegpt_triton
 
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(200, 200, generator=generator).triu() + 8 * torch.eye(200)
@@ -28,20 +28,22 @@ def test_the_kernel_zeroes_and_compensates_as_the_plain_version(columns, outs):
     expected, expected_errors = now.clone(), torch.empty_like(now)
     sparsegpt.zero_columns(expected, triangle, mask, expected_errors)
     found, errors = now.to(DEVICE), torch.empty_like(now, device=DEVICE)
-    kernels.zero_columns(found, factor.to(DEVICE)[20 : 20 + columns, 20 : 20 + columns], mask.to(DEVICE), errors)
+    sparsegpt_triton.zero_columns(
+        found, factor.to(DEVICE)[20 : 20 + columns, 20 : 20 + columns], mask.to(DEVICE), errors
+    )
     assert torch.equal(found.cpu() == 0, mask)
     assert torch.allclose(found.cpu(), expected, atol=1e-5)
     assert torch.allclose(errors.cpu(), expected_errors, atol=1e-5)
 
 
 def test_sparsegpt_by_the_kernel_is_sparsegpt(monkeypatch):
-    from lib import kernels
+    from lib.sparsity import sparsegpt_triton
 
     weight, inputs = problem(rows=40, columns=320, tokens=640)
     for pattern in (Pattern(), Pattern(2, 4)):
         (expected,) = SparseGpt(pattern).prune([weight], hessian_of(inputs), 0.6)
         with monkeypatch.context() as patches:
-            patches.setattr(sparsegpt, "zero_columns", kernels.zero_columns)
+            patches.setattr(sparsegpt, "zero_columns", sparsegpt_triton.zero_columns)
             (found,) = SparseGpt(pattern).prune([weight.to(DEVICE)], hessian_of(inputs.to(DEVICE)), 0.6)
         same = (found.cpu() == 0) == (expected == 0)
         assert same.float().mean() > 0.999
@@ -51,7 +53,7 @@ def test_sparsegpt_by_the_kernel_is_sparsegpt(monkeypatch):
 def test_a_device_without_a_kernel_has_the_plain_version(monkeypatch):
     assert sparsegpt._kernel(torch.device(DEVICE)) is not None
     sparsegpt._kernel.cache_clear()
-    monkeypatch.setattr("lib.kernels.zero_columns", lambda *args: 1 / 0)
+    monkeypatch.setattr("lib.sparsity.sparsegpt_triton.zero_columns", lambda *args: 1 / 0)
     assert sparsegpt._kernel(torch.device("cpu")) is None
     sparsegpt._kernel.cache_clear()
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.allocators import spread_densities
-from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears, input_groups
+from lib.sparsity.densities import spread_densities
+from lib.sparsity.outlier_scores import layer_scores, median, median_share, outlier_share
 from tests.command import run_alp
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 

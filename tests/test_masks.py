@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
+from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
 
 SCORES = torch.rand(7, 24, generator=torch.Generator().manual_seed(0))
 

@@ -19,19 +19,19 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights
-from lib.layer_scores import layer_scores, median
 from lib.models import offload
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.models.loading import load_model
 from lib.models.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
 from lib.models.weight_deltas import Changes, difference, with_zeros
-from lib.prune import count_zeros, prune_layers
-from lib.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
 from lib.runtime import memory
 from lib.runtime.batching import Batcher
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import connection_sensitivity
+from lib.sparsity.layerwise import count_zeros, prune_layers
+from lib.sparsity.outlier_scores import layer_scores, median
+from lib.sparsity.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)

@@ -16,9 +16,9 @@ from lib.errors import RunError
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.models.loading import load_model
-from lib.prune import count_zeros, prune_layers
-from lib.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from lib.runtime.batching import Batcher
+from lib.sparsity.layerwise import count_zeros, prune_layers
+from lib.sparsity.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alp_prune
-import lib.prune
+import lib.sparsity.layerwise
 import ppllms
 import save_gradient
 from tests.command import GOES_ON, run
@@ -346,7 +346,7 @@ def test_a_cell_of_depth_that_was_stopped_goes_on_within_the_cell(depth, tmp_pat
 def test_a_cell_that_fails_leaves_the_state_to_the_next(alp, tmp_path, monkeypatch):
     asked = alp("--prune_method", "wanda", "magnitude")
     asked.flags = [flag for flag in asked.flags if flag not in ("--save_model", "out")]
-    prune = lib.prune.prune_group
+    prune = lib.sparsity.layerwise.prune_group
     states = set()
 
     def fail(group, statistic, pruner, sparsity):
@@ -356,7 +356,7 @@ def test_a_cell_that_fails_leaves_the_state_to_the_next(alp, tmp_path, monkeypat
         prune(group, statistic, pruner, sparsity)
 
     with monkeypatch.context() as patches:
-        patches.setattr(lib.prune, "prune_group", fail)
+        patches.setattr(lib.sparsity.layerwise, "prune_group", fail)
         assert asked.run(tmp_path)[0] == 1
     assert states == {"state"}
     assert asked.run(tmp_path)[0] == 0 and len(cells_of(tmp_path)) == 2 and not litter_of(tmp_path)

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-import lib.alp
-import lib.alp_job
-from lib import semi_structured
+import lib.sparsity.prepare
+import lib.sparsity.run
 from lib.config.methods import parse_pattern
 from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.models.loading import load_model
-from lib.pruners import Magnitude
+from lib.sparsity import semi_structured
+from lib.sparsity.pruners import Magnitude
 from tests.command import run_alp
 from tests.families import tiny_model, tiny_windows
 
@@ -25,7 +25,7 @@ FLAGS = ["--sparsity_type", "2:4", "--prune_method", "magnitude", "--semi_struct
 
 @pytest.mark.skipif(HAS_KERNELS, reason="this machine has the kernels")
 def test_without_such_a_gpu_it_is_refused_before_a_model_is_loaded(alp_arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lib.alp_job, "load_model", None)
+    monkeypatch.setattr(lib.sparsity.prepare, "load_model", None)
     assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "need an NVIDIA GPU of compute capability 8.0 or newer, not cpu" in told
@@ -50,7 +50,7 @@ def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
 
 def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypatch, capsys):
     monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
-    monkeypatch.setattr(lib.alp_job, "load_model", None)
+    monkeypatch.setattr(lib.sparsity.prepare, "load_model", None)
     assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
     assert "no multiple of 32 x 64" in capsys.readouterr().err
 

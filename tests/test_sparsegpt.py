@@ -8,9 +8,9 @@ import torch
 from lib.config.methods import Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError
-from lib.pruners import Rounded, SparseGpt
-from lib.quantize import Grid, round_to_nearest
-from lib.sparsegpt import Hessian, _kernel
+from lib.sparsity.pruners import Rounded, SparseGpt
+from lib.sparsity.quantization_grid import Grid, round_to_nearest
+from lib.sparsity.sparsegpt import Hessian, _kernel
 from tests import reference
 
 
@@ -107,7 +107,7 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_more_and_that_is_said(
 
 
 def test_without_triton_there_is_no_kernel_and_no_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lib.kernels", None)
+    monkeypatch.setitem(sys.modules, "lib.sparsity.sparsegpt_triton", None)
     _kernel.cache_clear()
     assert _kernel(torch.device("cpu")) is None
     _kernel.cache_clear()

@@ -8,7 +8,7 @@ from lib.config.gradients import GradientSettings
 from lib.config.methods import DENSE, UNIFORM, Method, Pattern
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource, stamp
-from lib.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+from lib.sparsity.pruners import Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 
 
 @dataclass(frozen=True)

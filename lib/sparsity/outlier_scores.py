@@ -7,9 +7,9 @@ import torch
 from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
 from lib.models.linears import InputGroup
-from lib.prune import observe
-from lib.pruners import Wanda
 from lib.runtime.batching import Batcher, Progress
+from lib.sparsity.layerwise import observe
+from lib.sparsity.pruners import Wanda
 
 Summary = Callable[[torch.Tensor], float]
 

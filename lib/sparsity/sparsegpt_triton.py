@@ -8,7 +8,7 @@ _OUTS = 16  # of one program, with 4 warps: for 128 columns 128 registers a thre
 
 
 def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
-    """As `lib.sparsegpt.zero_columns`, in one launch: (k, out), (k, k), (k, out), (k, out)."""
+    """As `lib.sparsity.sparsegpt.zero_columns`, in one launch: (k, out), (k, k), (k, out), (k, out)."""
     columns, outs = now.shape
     assert now.stride(1) == triangle.stride(1) == errors.stride(1) == 1
     with torch.cuda.device_of(now):

@@ -14,9 +14,9 @@ from lib.errors import RunError
 from lib.models.decoder import Decoder, StopForward
 from lib.models.linears import InputGroup, inputs_seen
 from lib.models.weight_deltas import Changes, Difference, difference
-from lib.pruners import Pruner
 from lib.runtime.batching import Batcher, Progress
 from lib.runtime.distributed import Ranks
+from lib.sparsity.pruners import Pruner
 
 Timed = Callable[[str], AbstractContextManager]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lib import semi_structured
 from lib.config.gradients import GradientSettings
 from lib.config.methods import DENSE
 from lib.config.sparsity import SparsityPruning
@@ -26,6 +25,7 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
+from lib.sparsity import semi_structured
 from lib.state import State
 
 

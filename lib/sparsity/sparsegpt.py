@@ -9,7 +9,7 @@ import torch
 
 from lib.config.quantization import Quantization
 from lib.errors import RunError
-from lib.quantize import Grid
+from lib.sparsity.quantization_grid import Grid
 
 BLOCK = 128  # columns
 _AT_ONCE = 16  # columns whose losses the columns after them take over one by one, and all others together
@@ -210,10 +210,10 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
 def _kernel(device: torch.device) -> Callable | None:
     """`zero_columns` in one launch, where that works: it takes Triton, a C compiler, and a device that it knows."""
     try:
-        from lib import kernels
+        from lib.sparsity import sparsegpt_triton
 
         now, errors = (torch.ones(2, 1, device=device) for _ in range(2))
-        kernels.zero_columns(now, torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device), now > 0, errors)
-        return kernels.zero_columns if [*now, *errors] == [0, 0, 1, 0.25] else None
+        sparsegpt_triton.zero_columns(now, torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device), now > 0, errors)
+        return sparsegpt_triton.zero_columns if [*now, *errors] == [0, 0, 1, 0.25] else None
     except Exception:  # whatever Triton and its tools raise; all of it can be done without
         return None

@@ -12,9 +12,9 @@ import torch
 from lib.config.methods import UNSTRUCTURED, Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError
-from lib.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
-from lib.quantize import round_to_nearest
-from lib.sparsegpt import Hessian, Rounding, obs_update
+from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
+from lib.sparsity.quantization_grid import round_to_nearest
+from lib.sparsity.sparsegpt import Hessian, Rounding, obs_update
 
 Weights = Sequence[torch.Tensor]
 

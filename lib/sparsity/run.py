@@ -6,9 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from lib import alp_report, log, semi_structured
-from lib.allocators import spread_densities, uniform_densities
-from lib.alp_job import Job, check_config, prepare
+from lib import log
 from lib.config.methods import DENSE
 from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
@@ -16,14 +14,11 @@ from lib.engine.window_losses import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import Perplexity, as_fields, perplexity
 from lib.export.huggingface import save_weights
-from lib.layer_scores import layer_scores, median, median_share, outlier_share
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
 from lib.models.loading import load_config
 from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
-from lib.prune import count_zeros, prune_layers
-from lib.pruners import Pruner
 from lib.reporting.console import Report, timed
 from lib.reporting.environment import environment
 from lib.reporting.plots import SPARSITY, plot_sparsity
@@ -35,6 +30,13 @@ from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact, compute
 from lib.sensitivity.gradients import importance
+from lib.sparsity import report as alp_report
+from lib.sparsity import semi_structured
+from lib.sparsity.densities import spread_densities, uniform_densities
+from lib.sparsity.layerwise import count_zeros, prune_layers
+from lib.sparsity.outlier_scores import layer_scores, median, median_share, outlier_share
+from lib.sparsity.prepare import Job, check_config, prepare
+from lib.sparsity.pruners import Pruner
 from lib.state import FOLDER, State, digest, discard
 
 
