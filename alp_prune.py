@@ -19,7 +19,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lib import log
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
 from lib.config import sources
@@ -28,7 +27,8 @@ from lib.config.methods import ALPHAS, DENSE, UNSTRUCTURED, ZERO_SHOT_TASKS, Met
 from lib.config.presets import ALP_PRESETS
 from lib.config.quantization import Quantization
 from lib.errors import InputError
-from lib.files import check_writable
+from lib.storage import log_tsv
+from lib.storage.atomic import check_writable
 
 AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)
@@ -72,7 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
-    group.add_argument("--save_log", action="store_true", help=f"append a row to {log.FILE} in the folder of --save")
+    group.add_argument(
+        "--save_log", action="store_true", help=f"append a row to {log_tsv.FILE} in the folder of --save"
+    )
     group.add_argument(
         "--save", type=types.folder, help="results folder; given, it asks for --save_log (default: results)"
     )
@@ -166,7 +168,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
-        log.check(log_folder)
+        log_tsv.check(log_folder)
     if any(map(sources.is_hub_model, args.model)) or any(map(sources.is_hub_text, used_texts)) or args.eval_zero_shot:
         checks.prefer_cache_without_network()
 

@@ -31,7 +31,7 @@ from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
 from lib.errors import InputError
 from lib.export import gguf
-from lib.files import RESULT
+from lib.storage.atomic import RESULT
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")

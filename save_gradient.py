@@ -11,13 +11,13 @@ What is kept is a small JSON file, which alp_prune.py finds by the model and the
 import argparse
 import sys
 
-from lib import state
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
-from lib.files import check_writable
+from lib.storage import resume_state
+from lib.storage.atomic import check_writable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
-    if not (args.overwrite or args.resume) and state.is_unfinished(args.output.with_suffix(".state")):
+    if not (args.overwrite or args.resume) and resume_state.is_unfinished(args.output.with_suffix(".state")):
         raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")
 

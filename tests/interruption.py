@@ -17,7 +17,7 @@ import save_gradient
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import Report
 from lib.sensitivity import artifact, compute
-from lib.state import State
+from lib.storage.resume_state import State
 from tests.command import run
 
 KEPT = [

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import lib.sparsity.prepare
 import lib.sparsity.run
-from lib import log
 from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
 from lib.config.sources import ModelSource
@@ -24,6 +23,7 @@ from lib.models.loading import load_model, load_tokenizer
 from lib.reporting.plots import has_matplotlib
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import connection_sensitivity
+from lib.storage import log_tsv
 from tests import reference
 from tests.command import GOES_ON, gradient_path, run_alp, run_gradient, stopped
 
@@ -246,8 +246,8 @@ def test_every_gradient_flag_counts(prune, gradient):
 
 
 def read_log(folder="results") -> list[dict]:
-    lines = [line.split("\t") for line in (Path(folder) / log.FILE).read_text().splitlines()]
-    assert lines[0] == list(log.COLUMNS) and all(len(line) == len(lines[0]) for line in lines)
+    lines = [line.split("\t") for line in (Path(folder) / log_tsv.FILE).read_text().splitlines()]
+    assert lines[0] == list(log_tsv.COLUMNS) and all(len(line) == len(lines[0]) for line in lines)
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
@@ -276,7 +276,7 @@ def test_the_log_gets_a_row_for_each_run(prune, text_file, capsys):
 def _append(folder: Path, result: dict, count: int, start, process: int) -> None:
     start.wait()
     for number in range(count):
-        log.append(folder / str(number), log.rows(result, Path(f"a\t{process}")))
+        log_tsv.append(folder / str(number), log_tsv.rows(result, Path(f"a\t{process}")))
 
 
 def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_path):
@@ -294,18 +294,18 @@ def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_pa
 
 
 def test_rows_that_are_there_are_not_appended_again(prune, tmp_path):
-    lines = log.rows(prune(), Path("a"))
-    path = log.append(tmp_path / "log", lines)
+    lines = log_tsv.rows(prune(), Path("a"))
+    path = log_tsv.append(tmp_path / "log", lines)
     whole = path.read_text()
-    assert log.append(tmp_path / "log", lines).read_text() == whole
+    assert log_tsv.append(tmp_path / "log", lines).read_text() == whole
     for cut in (len(whole) - 5, 7):  # as by a full disk: in a row, in the header
         path.write_text(whole[:cut])
-        assert log.append(tmp_path / "log", lines).read_text() == whole
+        assert log_tsv.append(tmp_path / "log", lines).read_text() == whole
     other = whole + "a line without an end"
     path.write_text(other)
-    assert log.append(tmp_path / "log", lines).read_text() == other + "\n"
+    assert log_tsv.append(tmp_path / "log", lines).read_text() == other + "\n"
     path.write_bytes(whole.encode() + b"\xe9\n")
-    assert log.append(tmp_path / "log", lines).read_bytes() == whole.encode() + b"\xe9\n"
+    assert log_tsv.append(tmp_path / "log", lines).read_bytes() == whole.encode() + b"\xe9\n"
 
 
 # Quantization ---------------------------------------------------------------------------------------------------------

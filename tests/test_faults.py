@@ -17,9 +17,9 @@ import torch
 import alp_prune
 import ppllms
 import save_gradient
-from lib import state
-from lib.files import write_json
 from lib.models.decoder import Decoder
+from lib.storage import resume_state
+from lib.storage.atomic import write_json
 from tests.command import GOES_ON, ROOT
 from tests.interruption import Command, artefact_of, files_of, litter_of, result_of
 
@@ -119,7 +119,7 @@ def check_killed(run: Killed, number: int) -> bool:
         else:
             process.communicate()
         assert process.returncode in (0, -9)
-        is_unfinished |= state.is_unfinished(run.state(folder))
+        is_unfinished |= resume_state.is_unfinished(run.state(folder))
         check_whole(run, folder, whole)
     process = run.start(folder, "--resume")
     _, told = process.communicate()

@@ -19,9 +19,9 @@ import lib.sparsity.run
 import ppllms
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
-from lib.ledger import FILE, Ledger, canonical
 from lib.models.loading import load_model
 from lib.reporting.plots import has_matplotlib
+from lib.storage.results_jsonl import FILE, Ledger, canonical
 from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")

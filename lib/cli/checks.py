@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import ledger, state
 from lib.cli.main import is_first_process
 from lib.config.sources import expand, is_hub_model, locate_model, short_name
 from lib.errors import InputError
-from lib.files import RESULT, check_model_folder, check_writable
+from lib.storage import results_jsonl, resume_state
+from lib.storage.atomic import RESULT, check_model_folder, check_writable
 
 NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # change no result
 
@@ -67,14 +67,14 @@ def check_output(args: argparse.Namespace, model: str) -> None:
     if output_dir and not args.overwrite and not args.resume:
         if (output_dir / RESULT).exists():
             raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
-        if state.is_unfinished(output_dir / state.FOLDER):
+        if resume_state.is_unfinished(output_dir / resume_state.FOLDER):
             advice = "add --resume to go on with it, or --overwrite to begin anew"
             raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
-    if output_dir and (output_dir / ledger.FILE).exists():
+    if output_dir and (output_dir / results_jsonl.FILE).exists():
         raise InputError(f"--output_dir {output_dir}: holds a grid of results; name another folder")
     if not args.save_model:
         return
-    is_own = args.resume and state.was_saving(output_dir / state.FOLDER, args.save_model)
+    is_own = args.resume and resume_state.was_saving(output_dir / resume_state.FOLDER, args.save_model)
     is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or it is refused later
     if not is_own and not is_finished:
         check_model_folder(args.save_model, args.overwrite, "--save_model")

@@ -21,7 +21,7 @@ from lib.models.modeling_pruned import skip_lists
 from lib.reporting.console import Report
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.distributed import Ranks
-from lib.state import State
+from lib.storage.resume_state import State
 
 
 @dataclass

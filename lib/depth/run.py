@@ -31,7 +31,7 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
-from lib.state import FOLDER, State, digest
+from lib.storage.resume_state import FOLDER, State, digest
 
 
 def run(settings: DepthPruning) -> dict:

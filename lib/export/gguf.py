@@ -24,7 +24,7 @@ from typing import Any
 
 from lib.config.plan import Plan
 from lib.errors import InputError
-from lib.files import check_writable, whole_file
+from lib.storage.atomic import check_writable, whole_file
 
 PRUNABLE, PRUNED = ("llama", "deci"), "deci"
 

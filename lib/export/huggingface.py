@@ -19,7 +19,6 @@ import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.export import nemotron_nas
-from lib.files import whole_folder
 from lib.models.decoder import Decoder
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
@@ -33,6 +32,7 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.weight_deltas import Changes, difference
+from lib.storage.atomic import whole_folder
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 

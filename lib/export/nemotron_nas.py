@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Plan
 from lib.errors import InputError
-from lib.files import write_json
 from lib.models.modeling_pruned import SkippedAttention, SkippedFFN
 from lib.models.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
+from lib.storage.atomic import write_json
 
 _NEEDED = (
     "vocab_size",

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.errors import ANEW, InputError
-from lib.files import whole_file
+from lib.storage.atomic import whole_file
 
 _ZEROS, _WEIGHT = "zeros.", "weight."  # before the path of a weight within its layer
 _FILE = "layer-{:05d}.safetensors"

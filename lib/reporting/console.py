@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.files import RESULT, clear_drafts, write_json
 from lib.reporting.plots import REMOVALS, SPARSITY
+from lib.storage.atomic import RESULT, clear_drafts, write_json
 
 LOG = "log.txt"
 

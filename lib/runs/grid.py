@@ -13,13 +13,13 @@ from lib.config.depth import DepthPruning
 from lib.config.sources import labels, short_name
 from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError, is_out_of_memory
-from lib.files import whole_file
-from lib.ledger import Ledger, canonical
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, csv_table, entries, markdown
 from lib.runtime.distributed import ALONE, Ranks
 from lib.runtime.memory import free_memory
+from lib.storage.atomic import whole_file
+from lib.storage.results_jsonl import Ledger, canonical
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")

@@ -8,12 +8,12 @@ from typing import Protocol, TypeVar
 
 from lib.config.depth import DepthPruning
 from lib.config.sparsity import SparsityPruning
-from lib.files import RESULT
 from lib.reporting.console import Report
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks, join
 from lib.runtime.setup import set_up
-from lib.state import FOLDER, State, check_saved, finished, how_to_resume
+from lib.storage.atomic import RESULT
+from lib.storage.resume_state import FOLDER, State, check_saved, finished, how_to_resume
 
 
 class HasState(Protocol):

@@ -12,10 +12,10 @@ import torch
 
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
-from lib.files import write_json
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.sensitivity.gradients import LayerSensitivity, Spread
+from lib.storage.atomic import write_json
 
 _FORMAT = "connection-sensitivity/1"
 _SAMPLED = 1024  # elements of each matrix in a fingerprint

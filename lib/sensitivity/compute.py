@@ -12,7 +12,6 @@ from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource
 from lib.data.windows import sampled_windows
 from lib.errors import ANEW, InputError
-from lib.files import clear_drafts, whole_file
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
@@ -20,7 +19,8 @@ from lib.runtime.distributed import ALONE, Ranks
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artefact
 from lib.sensitivity.gradients import LayerSensitivity, connection_sensitivity
-from lib.state import State
+from lib.storage.atomic import clear_drafts, whole_file
+from lib.storage.resume_state import State
 
 
 def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Tensor:

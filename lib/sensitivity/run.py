@@ -23,7 +23,7 @@ from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artefact
 from lib.sensitivity.compute import compute, describe, gradient_windows, key_of, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
-from lib.state import State, discard, read
+from lib.storage.resume_state import State, discard, read
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
 from lib.sparsity import semi_structured
-from lib.state import State
+from lib.storage.resume_state import State
 
 
 @dataclass(frozen=True)

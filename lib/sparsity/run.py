@@ -6,7 +6,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from lib import log
 from lib.config.methods import DENSE
 from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
@@ -37,7 +36,8 @@ from lib.sparsity.layerwise import count_zeros, prune_layers
 from lib.sparsity.outlier_scores import layer_scores, median, median_share, outlier_share
 from lib.sparsity.prepare import Job, check_config, prepare
 from lib.sparsity.pruners import Pruner
-from lib.state import FOLDER, State, digest, discard
+from lib.storage import log_tsv
+from lib.storage.resume_state import FOLDER, State, digest, discard
 
 
 def run(settings: SparsityPruning) -> dict:
@@ -261,7 +261,7 @@ def keep_rows(settings: SparsityPruning, job: Job, result: dict) -> Path:
     Once more where tasks were not evaluated the first time, as that failed.
     """
     name = "rows with tasks" if "zero_shot" in result else "rows"
-    return log.append(settings.log, job.state.once(name, lambda: log.rows(result, settings.output_dir)))
+    return log_tsv.append(settings.log, job.state.once(name, lambda: log_tsv.rows(result, settings.output_dir)))
 
 
 def try_out(

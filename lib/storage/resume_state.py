@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.errors import ANEW, InputError, RunError, describe_failure
-from lib.files import RESULT, check_model_folder, clear_drafts, write_json
-from lib.ledger import canonical
+from lib.storage.atomic import RESULT, check_model_folder, clear_drafts, write_json
+from lib.storage.results_jsonl import canonical
 
 FOLDER, FILE = "state", "state.json"
 _FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
