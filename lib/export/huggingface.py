@@ -19,6 +19,7 @@ import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.export import nemotron_nas
+from lib.export.templates import PRUNED_CLASS
 from lib.models.decoder import Decoder
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
@@ -35,13 +36,6 @@ from lib.models.weight_deltas import Changes, difference
 from lib.storage.atomic import whole_folder
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
-
-_PRUNED_CLASS = """
-from transformers import {stock}  # noqa: E402
-
-{pruned} = pruned_class({stock})
-{pruned}.register_for_auto_class("AutoModelForCausalLM")
-"""
 
 
 def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -> None:
@@ -238,7 +232,7 @@ def _finish_folder(model: nn.Module, folder: Path) -> None:
     if _lacks_sublayers(model):
         pruned = PREFIX + stock
         source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-        code = source + _PRUNED_CLASS.format(stock=stock, pruned=pruned)
+        code = source + PRUNED_CLASS.format(stock=stock, pruned=pruned)
         (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
         config["architectures"] = [pruned]
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.{pruned}"}

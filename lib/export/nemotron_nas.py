@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Plan
 from lib.errors import InputError
+from lib.export.templates import DECILM_CONFIGURATION, DECILM_MODELING
 from lib.models.modeling_pruned import SkippedAttention, SkippedFFN
 from lib.models.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
 from lib.storage.atomic import write_json
@@ -43,57 +44,6 @@ _ROTARY = {
     "linear": {"rope_theta", "factor"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-
-_CONFIGURATION = '''"""A Llama's config with what each layer holds: `config.block_configs[0].attention.no_op`."""
-
-from transformers import LlamaConfig
-
-
-class Block(dict):
-    """A dict with its keys as attributes, so that copies, pickles and JSON need no code for it."""
-
-    def __init__(self, entries=()):
-        entries = dict(entries).items()
-        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in entries})
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class DeciLMConfig(LlamaConfig):
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs=None, qkv_bias=False, **kwargs):
-        self.block_configs = [Block(block) for block in block_configs or []]
-        self.qkv_bias = qkv_bias
-        super().__init__(**kwargs)
-'''
-
-_MODELING = '''
-from transformers import LlamaForCausalLM  # noqa: E402
-
-from .configuration_decilm import DeciLMConfig  # noqa: E402
-
-
-class DeciLMForCausalLM(LlamaForCausalLM):
-    """A Llama without the sublayers, and their norms, that `config.block_configs` has as no-ops."""
-
-    config_class = DeciLMConfig
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        for layer, block in zip(self.model.layers, config.block_configs, strict=True):
-            for name in ("q_proj", "k_proj", "v_proj"):
-                shape = getattr(layer.self_attn, name).weight.shape
-                setattr(layer.self_attn, name, nn.Linear(shape[1], shape[0], bias=config.qkv_bias))
-            if block.attention.no_op:
-                layer.input_layernorm, layer.self_attn = nn.Identity(), SkippedAttention()
-            if block.ffn.no_op:
-                layer.post_attention_layernorm, layer.mlp = nn.Identity(), SkippedFFN()
-'''
 
 
 _WITH_PLAN = " (after a search: with --apply_plan result.json, which searches no more)"
@@ -217,9 +167,9 @@ def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
                 del tensors[f"model.layers.{index}.{norm}.weight"]
     _save_tensors(model, tensors, folder, max_shard_size)
     write_json(folder / "config.json", fields | _nas_fields(model))
-    (folder / "configuration_decilm.py").write_text(_CONFIGURATION, encoding="utf-8")
+    (folder / "configuration_decilm.py").write_text(DECILM_CONFIGURATION, encoding="utf-8")
     source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-    (folder / "modeling_decilm.py").write_text(source + _MODELING, encoding="utf-8")
+    (folder / "modeling_decilm.py").write_text(source + DECILM_MODELING, encoding="utf-8")
     model.generation_config.save_pretrained(folder)
 
 

@@ -7,27 +7,19 @@ and one FFN, and tries that on the model itself; anything else is refused with t
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, is_out_of_memory
+from lib.models.architecture import Architecture
 from lib.models.modeling_pruned import (
-    ATTENTION_NAMES,
-    FFN_NAMES,
-    LAYERS_NAMES,
     SKIP_ATTENTION,
     SKIP_FFN,
-    SkippedAttention,
-    SkippedFFN,
-    find_name,
     skip_modules,
 )
 from lib.models.offload import OffloadedLayer, offloaded
-
-# The view of a decoder ------------------------------------------------------------------------------------------------
 
 
 class StopForward(Exception):
@@ -42,7 +34,7 @@ class LayerInputs:
     kwargs: list[dict] = field(default_factory=list)
 
 
-class Decoder:
+class Decoder(Architecture):
     """A causal language model as embedding, layers of attention and FFN, and tail (norm, head, softcap).
 
     Nothing of the model's own forward is written again: the embedding and the layers' arguments come from a forward
@@ -53,50 +45,13 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, has_weights: bool = True):
-        self.model = model
+        super().__init__(model)
         self.has_weights = has_weights
-        self.family = type(model).__name__
-        self.config = model.config.get_text_config(decoder=True)
-        self.layers = self._find_layers()
-        self.sublayers = [self._find_sublayers(index, layer) for index, layer in enumerate(self.layers)]
-        self._originals = [
-            {name: getattr(layer, name) for names in self.sublayers[index].values() for name in names}
-            for index, layer in enumerate(self.layers)
-        ]
         self._modes = [Mode()] * len(self.layers)
         self._offloaded: list[OffloadedLayer | None] = [offloaded(layer) for layer in self.layers]
-        self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
         self._returns_tuple = has_weights and self._layers_return_tuples()
         if has_weights:
             self._check_residual()
-
-    # Structure
-
-    def _find_layers(self) -> nn.ModuleList:
-        decoder = self.model.get_decoder()
-        name = find_name(decoder, LAYERS_NAMES)
-        layers = getattr(decoder, name) if name else None
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise InputError(f"{self.family}: no list of decoder layers ({' or '.join(LAYERS_NAMES)}) was found")
-        if len(layers) != self.config.num_hidden_layers:
-            raise InputError(f"{self.family}: {len(layers)} layers, but {self.config.num_hidden_layers} in its config")
-        return layers
-
-    def _find_sublayers(self, index: int, layer: nn.Module) -> dict[str, list[str]]:
-        """{attention, mlp} -> the attributes of a layer that make up that sublayer."""
-        attention, ffn = find_name(layer, ATTENTION_NAMES), find_name(layer, FFN_NAMES)
-        if attention is None or ffn is None:
-            missing = "attention" if attention is None else "FFN"
-            raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
-        return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
-
-    def _find_mode(self, index: int) -> Mode:
-        """What a layer has of its two sublayers before anything is pruned here."""
-        modules = self._originals[index].values()
-        return Mode(
-            attention=not any(isinstance(module, SkippedAttention) for module in modules),
-            ffn=not any(isinstance(module, SkippedFFN) for module in modules),
-        )
 
     @torch.no_grad()
     def _layers_return_tuples(self) -> bool:
@@ -138,10 +93,6 @@ class Decoder:
                 raise InputError(f"{self.family} does not fit: its layer ({kind.__name__}) {reason}")
 
     @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
         return self.model.get_input_embeddings().weight.device
@@ -176,56 +127,6 @@ class Decoder:
         """To be called, inside `at`, after a layer's weights were changed in place."""
         if self._offloaded[index]:
             self._offloaded[index].keep()
-
-    @property
-    def whole_layers(self) -> list[int]:
-        """The layers that have both attention and FFN."""
-        return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
-
-    def complete(self, plan: Plan) -> Plan:
-        """The plan with what the model lacked from the start."""
-        modes = list(enumerate(self.given_modes))
-        mha = [index for index, mode in modes if not mode.attention and index not in plan.mha_removed]
-        ffn = [index for index, mode in modes if not mode.ffn and index not in plan.ffn_removed]
-        return Plan(plan.num_layers, (*plan.mha_removed, *mha), tuple(sorted((*plan.ffn_removed, *ffn))))
-
-    # Parameters
-
-    @cached_property
-    def _layer_parameters(self) -> list[tuple[int, int, int]]:
-        """Parameters of every layer's attention, of its FFN, and of what else is in it."""
-        counts = []
-        for index, layer in enumerate(self.layers):
-            originals = self._originals[index]
-            sublayers = [
-                sum(_count(originals[name]) for name in self.sublayers[index][kind])
-                for kind in (SKIP_ATTENTION, SKIP_FFN)
-            ]
-            skipped = {id(module) for module in originals.values()}
-            rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
-            counts.append((*sublayers, rest))
-        return counts
-
-    def sublayer_parameters(self, index: int) -> tuple[int, int]:
-        """Parameters of one layer's attention and of its FFN, biases, inner norms and all experts included."""
-        return self._layer_parameters[index][:2]
-
-    @cached_property
-    def total_parameters(self) -> int:
-        """All parameters, tied ones once, of the model as it was given."""
-        switched_off = {
-            id(p) for modules in self._originals for module in modules.values() for p in module.parameters()
-        }
-        here = {id(p): p.numel() for p in self.model.parameters() if id(p) not in switched_off}
-        return sum(here.values()) + sum(sum(self.sublayer_parameters(index)) for index in range(self.num_layers))
-
-    def removed_parameters(self, plan: Plan) -> int:
-        """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
-        removed, gone = 0, self.complete(plan).whole_layers
-        for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
-            mode = plan.mode(index)
-            removed += attention * (not mode.attention) + ffn * (not mode.ffn) + rest * (index in gone)
-        return removed
 
     # Switching sublayers
 
@@ -310,8 +211,3 @@ class Decoder:
         input_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self.device)
         with self._layers_do([hand_over] * len(self.layers)):
             return self.model(input_ids=input_ids, use_cache=False).logits
-
-
-def _count(module: nn.Module) -> int:
-    """Its parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())

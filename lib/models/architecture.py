@@ -1,0 +1,123 @@
+"""The structure of a decoder, found on the model itself: layers, their sublayers, and parameter counts."""
+
+from functools import cached_property
+
+from torch import nn
+
+from lib.config.plan import Mode, Plan
+from lib.errors import InputError
+from lib.models.modeling_pruned import (
+    ATTENTION_NAMES,
+    FFN_NAMES,
+    LAYERS_NAMES,
+    SKIP_ATTENTION,
+    SKIP_FFN,
+    SkippedAttention,
+    SkippedFFN,
+    find_name,
+)
+
+
+class Architecture:
+    """A causal language model as a list of decoder layers, each with one attention and one FFN.
+
+    Needs no weights: a model on the meta device will do. `given_modes` says which sublayers each layer has before
+    anything is pruned here; a model that was pruned before lacks some. Raises `InputError` for other structures.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.family = type(model).__name__
+        self.config = model.config.get_text_config(decoder=True)
+        self.layers = self._find_layers()
+        self.sublayers = [self._find_sublayers(index, layer) for index, layer in enumerate(self.layers)]
+        self._originals = [
+            {name: getattr(layer, name) for names in self.sublayers[index].values() for name in names}
+            for index, layer in enumerate(self.layers)
+        ]
+        self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
+
+    def _find_layers(self) -> nn.ModuleList:
+        decoder = self.model.get_decoder()
+        name = find_name(decoder, LAYERS_NAMES)
+        layers = getattr(decoder, name) if name else None
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise InputError(f"{self.family}: no list of decoder layers ({' or '.join(LAYERS_NAMES)}) was found")
+        if len(layers) != self.config.num_hidden_layers:
+            raise InputError(f"{self.family}: {len(layers)} layers, but {self.config.num_hidden_layers} in its config")
+        return layers
+
+    def _find_sublayers(self, index: int, layer: nn.Module) -> dict[str, list[str]]:
+        """{attention, mlp} -> the attributes of a layer that make up that sublayer."""
+        attention, ffn = find_name(layer, ATTENTION_NAMES), find_name(layer, FFN_NAMES)
+        if attention is None or ffn is None:
+            missing = "attention" if attention is None else "FFN"
+            raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
+        return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
+
+    def _find_mode(self, index: int) -> Mode:
+        """What a layer has of its two sublayers before anything is pruned here."""
+        modules = self._originals[index].values()
+        return Mode(
+            attention=not any(isinstance(module, SkippedAttention) for module in modules),
+            ffn=not any(isinstance(module, SkippedFFN) for module in modules),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def whole_layers(self) -> list[int]:
+        """The layers that have both attention and FFN."""
+        return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
+
+    def complete(self, plan: Plan) -> Plan:
+        """The plan with what the model lacked from the start."""
+        modes = list(enumerate(self.given_modes))
+        mha = [index for index, mode in modes if not mode.attention and index not in plan.mha_removed]
+        ffn = [index for index, mode in modes if not mode.ffn and index not in plan.ffn_removed]
+        return Plan(plan.num_layers, (*plan.mha_removed, *mha), tuple(sorted((*plan.ffn_removed, *ffn))))
+
+    # Parameters
+
+    @cached_property
+    def _layer_parameters(self) -> list[tuple[int, int, int]]:
+        """Parameters of every layer's attention, of its FFN, and of what else is in it."""
+        counts = []
+        for index, layer in enumerate(self.layers):
+            originals = self._originals[index]
+            sublayers = [
+                sum(_count(originals[name]) for name in self.sublayers[index][kind])
+                for kind in (SKIP_ATTENTION, SKIP_FFN)
+            ]
+            skipped = {id(module) for module in originals.values()}
+            rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
+            counts.append((*sublayers, rest))
+        return counts
+
+    def sublayer_parameters(self, index: int) -> tuple[int, int]:
+        """Parameters of one layer's attention and of its FFN, biases, inner norms and all experts included."""
+        return self._layer_parameters[index][:2]
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """All parameters, tied ones once, of the model as it was given."""
+        switched_off = {
+            id(p) for modules in self._originals for module in modules.values() for p in module.parameters()
+        }
+        here = {id(p): p.numel() for p in self.model.parameters() if id(p) not in switched_off}
+        return sum(here.values()) + sum(sum(self.sublayer_parameters(index)) for index in range(self.num_layers))
+
+    def removed_parameters(self, plan: Plan) -> int:
+        """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
+        removed, gone = 0, self.complete(plan).whole_layers
+        for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
+            mode = plan.mode(index)
+            removed += attention * (not mode.attention) + ffn * (not mode.ffn) + rest * (index in gone)
+        return removed
+
+
+def _count(module: nn.Module) -> int:
+    """The number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
