@@ -11,7 +11,7 @@ class RunError(Exception):
     """The run cannot go on (exit status 1). The message says why, and where in the model it happened."""
 
 
-ANEW = "begin anew with --overwrite, and without --resume"  # what to do about work that is broken
+START_OVER = "begin anew with --overwrite, and without --resume"  # what to do about work that is broken
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of operating system errors
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 

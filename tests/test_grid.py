@@ -21,7 +21,7 @@ from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.models.loading import load_model
 from lib.reporting.plots import has_matplotlib
-from lib.storage.results_jsonl import FILE, Ledger, canonical
+from lib.storage.results_jsonl import FILE, ResultsFile, canonical
 from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")
@@ -447,14 +447,14 @@ def test_folders_of_runs_and_of_grids_are_not_mixed(alp_grid, alp_arguments, tmp
 def test_results_of_something_else_are_refused(tmp_path, line):
     (tmp_path / FILE).write_text(line)
     with pytest.raises(InputError, match="line 1 is not of a grid's results"):
-        Ledger(tmp_path)
+        ResultsFile(tmp_path)
 
 
 def test_a_grid_of_two_runs_at_once_keeps_all_lines(tmp_path):
     keys = [canonical({"cell": number, "a": 0.1}) for number in range(3)]
-    one, two = Ledger(tmp_path), Ledger(tmp_path)
+    one, two = ResultsFile(tmp_path), ResultsFile(tmp_path)
     one.add(keys[0], {"x": 1.5})
     two.add(keys[1], {"x": None})
-    found = Ledger(tmp_path)
+    found = ResultsFile(tmp_path)
     assert [found.find(key) for key in keys] == [{"x": 1.5}, {"x": None}, None]
     assert canonical({"a": 0.1, "cell": 0}) == keys[0]

@@ -44,7 +44,7 @@ class Job:
         if self._sweep is None or self._sweep[0] != seed:
             self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
         sweep, state = self._sweep[1], self.state
-        sweep.know(state.get("losses", {}))
+        sweep.add_known(state.get("losses", {}))
         sweep.on_measured = lambda losses: state.put("losses", losses)
         return sweep
 

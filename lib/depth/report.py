@@ -19,36 +19,36 @@ from lib.reporting.console import Report, columns
 
 def say_model(report: Report, name: str, decoder: Decoder) -> None:
     layers = decoder.whole_layers
-    report.say(f"Model       {name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
+    report.print(f"Model       {name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
     parameters = f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers"
     if len(layers) < decoder.num_layers:
-        report.say(f"{parameters}, {len(layers)} of them whole")
+        report.print(f"{parameters}, {len(layers)} of them whole")
     if not layers:
         return
     mha, ffn = decoder.sublayer_parameters(layers[0])
     if len(layers) == decoder.num_layers:
-        report.say(f"{parameters}; a layer's attention {mha:,}")
-        report.say(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")
+        report.print(f"{parameters}; a layer's attention {mha:,}")
+        report.print(f"            and FFN {ffn:,}, {ffn / mha:.2f} times as many")
     else:
-        report.say(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
+        report.print(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
 
 
 def say_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
     """The plan, and a note when the model that is given has another number of parameters than the plan's."""
-    report.say(f"Plan        {saved.path}, found for {saved.model}")
+    report.print(f"Plan        {saved.path}, found for {saved.model}")
     if not saved.fits(parameters):
-        report.say(f"Note        that model has {saved.parameters:,} parameters: is this another?")
+        report.print(f"Note        that model has {saved.parameters:,} parameters: is this another?")
 
 
 def say_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:
-    report.say(f"Calibration {dataset}: {len(windows)} windows of {windows.shape[1]} tokens, seed {seed}")
+    report.print(f"Calibration {dataset}: {len(windows)} windows of {windows.shape[1]} tokens, seed {seed}")
 
 
 def say_influence(report: Report, bi_scores: list[float], windows: torch.Tensor) -> None:
-    report.say()
-    report.say(f"Block Influence by layer, over {len(windows)} windows of {windows.shape[1]} tokens")
+    report.print()
+    report.print(f"Block Influence by layer, over {len(windows)} windows of {windows.shape[1]} tokens")
     for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(bi_scores)], 6):
-        report.say("  " + row)
+        report.print("  " + row)
 
 
 def say_counts(report: Report, settings: DepthPruning, budget: Budget, counts: Counts, candidates: list[int]) -> None:
@@ -60,78 +60,78 @@ def say_counts(report: Report, settings: DepthPruning, budget: Budget, counts: C
         how += f", with the {'MHA' if given[0] else 'FFN'} count as given"
     elif not any(given):
         how += f" with about {'P_ffn/P_mha' if ratio == 'auto' else format(ratio, 'g')} FFNs for each MHA"
-    report.say()
-    report.say(f"Candidates  {candidates} lose their FFN (lowest BI first)")
+    report.print()
+    report.print(f"Candidates  {candidates} lose their FFN (lowest BI first)")
     rate = budget.rate(*counts)
-    report.say(f"Counts      {counts.mha} MHA and {counts.ffn} FFN layers, {rate:.2%} of all parameters: {how}")
+    report.print(f"Counts      {counts.mha} MHA and {counts.ffn} FFN layers, {rate:.2%} of all parameters: {how}")
 
 
 def say_search(report: Report, counts: Counts, windows: int) -> None:
-    report.say()
-    report.say(f"Greedy search: {counts.mha} rounds, loss on {windows} windows with each candidate closed whole")
+    report.print()
+    report.print(f"Greedy search: {counts.mha} rounds, loss on {windows} windows with each candidate closed whole")
 
 
 def round_sayer(report: Report) -> Callable[[int, Round], None]:
     """What says a round of the search as it ends."""
 
     def say_round(number: int, round_: Round) -> None:
-        report.say(f"  round {number}: layer {round_.selected} is chosen, loss {round_.loss:.2f}")
+        report.print(f"  round {number}: layer {round_.selected} is chosen, loss {round_.loss:.2f}")
         for row in columns([f"{layer}: {loss:.2f}" for layer, loss in round_.losses.items()], 5):
-            report.say("    " + row)
+            report.print("    " + row)
 
     return say_round
 
 
 def say_policy(report: Report, method: str, windows: int) -> None:
-    report.say()
-    report.say(f"Greedy search of {method}, loss on {windows} windows without each of what is left")
+    report.print()
+    report.print(f"Greedy search of {method}, loss on {windows} windows without each of what is left")
 
 
 def step_sayer(report: Report) -> Callable[[int, Round], None]:
     """What says a step of another policy's search as it ends."""
 
     def say_step(number: int, step: Round) -> None:
-        report.say(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
+        report.print(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
 
     return say_step
 
 
 def say_beam(report: Report, found: Beam, others: dict[str, dict], rate: float) -> None:
     """What the beam search found, a share of `rate`, beside losses and shares of the other methods' plans."""
-    report.say()
-    report.say("Beam search: of every amount of removed parameters the plans of lowest loss, grown by every sublayer")
+    report.print()
+    report.print("Beam search: of every amount of removed parameters the plans of lowest loss, grown by every sublayer")
     for method, plan in others.items():
-        report.say(f"  {method}: loss {plan['loss']:.2f} with {plan['actual_rate']:.2%} removed")
+        report.print(f"  {method}: loss {plan['loss']:.2f} with {plan['actual_rate']:.2%} removed")
     whose = "its own" if found.origin == "beam" else f"that of {found.origin}, taken up to the rate"
-    report.say(f"  chosen: loss {found.loss:.2f} with {rate:.2%} removed, {whose}")
-    report.say(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
+    report.print(f"  chosen: loss {found.loss:.2f} with {rate:.2%} removed, {whose}")
+    report.print(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
 
 
 def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
     total, removed = parameters["total"], parameters["removed"]
-    report.say()
-    report.say(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
-    report.say(f"FFN removal layers  {list(plan.ffn_removed)}")
+    report.print()
+    report.print(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
+    report.print(f"FFN removal layers  {list(plan.ffn_removed)}")
     if plan.whole_layers:
-        report.say(f"Gone whole          {plan.whole_layers}")
-    report.say(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
+        report.print(f"Gone whole          {plan.whole_layers}")
+    report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 
 def say_perplexity(
     report: Report, text: str, found: dict[str, Perplexity], windows: torch.Tensor, is_first: bool
 ) -> None:
     if is_first:
-        report.say()
-        report.say("Perplexity (dense -> pruned), ± standard error over windows")
+        report.print()
+        report.print("Perplexity (dense -> pruned), ± standard error over windows")
     size = f"{len(windows)} windows of {windows.shape[1]} tokens"
-    report.say(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
+    report.print(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
 
 
 def say_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:
-    report.say()
-    report.say("Written")
-    report.say(f"  result  {result}")
+    report.print()
+    report.print("Written")
+    report.print(f"  result  {result}")
     if plot:
-        report.say(f"  plot    {plot}")
+        report.print(f"  plot    {plot}")
     if model:
-        report.say(f"  model   {model}: {how_to_load(model)}")
+        report.print(f"  model   {model}: {how_to_load(model)}")

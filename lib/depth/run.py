@@ -26,7 +26,7 @@ from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.reporting.plots import REMOVALS, plot_removals
 from lib.runs.grid import Grid, Keep, run_grid
-from lib.runs.single import carry_out
+from lib.runs.single import run_single
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
@@ -36,7 +36,7 @@ from lib.storage.resume_state import FOLDER, State, digest
 
 def run(settings: DepthPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
-    return carry_out(settings, prepare, prune_once)
+    return run_single(settings, prepare, prune_once)
 
 
 def prune_once(report: Report, settings: DepthPruning, job: Job) -> dict:
@@ -47,7 +47,7 @@ def prune_once(report: Report, settings: DepthPruning, job: Job) -> dict:
     return result
 
 
-def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
+def run_all(cells: Sequence[DepthPruning], folder: Path, overwrite: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
     set_up()
     ranks = join(resolve_device(cells[0].source.device))
@@ -57,13 +57,13 @@ def run_all(cells: Sequence[DepthPruning], folder: Path, anew: bool) -> None:
         prepare=lambda report, of_model: prepare(report, of_model, ranks),
         run=run_cell,
     )
-    run_grid(grid, cells, folder, anew, ranks)
+    run_grid(grid, cells, folder, overwrite, ranks)
 
 
 def run_cell(report: Report, settings: DepthPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, which goes on with what is finished of it."""
     job.state = State.of_cell(report.folder / FOLDER, settings.key, job.batcher.ranks)
-    with job.state.at_work(report.seconds):
+    with job.state.session(report.seconds):
         depth_report.say_model(report, settings.model_name, job.decoder)
         _, result = find_plan(report, settings, job)
         keep(result)
@@ -256,7 +256,7 @@ def finish(report: Report, settings: DepthPruning, job: Job, plan: Plan, result:
         plot = "none: matplotlib is not installed (pip install matplotlib)"
     if settings.save_model:
         with report.timed("save"):
-            overwrite = job.state.will_save(settings.save_model, settings.overwrite)
+            overwrite = job.state.claim_model_folder(settings.save_model, settings.overwrite)
             save_pruned(job.decoder, plan, job.tokenizer, settings.save_model, settings.save_format, overwrite)
         report.result(result | {"saved_model": str(settings.save_model.resolve())})
     depth_report.say_written(report, path, plot if drawn else None, settings.save_model)

@@ -111,7 +111,7 @@ class Sweep:
         self.asked: set[Modes] = set()  # for the loss of which models, since this was last cleared
         self.on_measured: Callable[[dict[str, float]], object] = lambda losses: None  # is given all that is known
 
-    def know(self, losses: Mapping[str, float]) -> None:
+    def add_known(self, losses: Mapping[str, float]) -> None:
         """Takes over what `on_measured` was given before: these are not measured again."""
         for text, loss in losses.items():
             self._losses[tuple(_MODES[letter] for letter in text)] = loss

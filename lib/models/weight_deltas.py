@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.errors import ANEW, InputError
+from lib.errors import START_OVER, InputError
 from lib.storage.atomic import whole_file
 
 _ZEROS, _WEIGHT = "zeros.", "weight."  # before the path of a weight within its layer
@@ -48,7 +48,9 @@ class Changes:
                     kinds = [name.split(".", 1) for name in file.keys()]  # noqa: SIM118
                 self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
             except (SafetensorError, ValueError, OSError) as error:
-                raise InputError(f"{path}: broken, so what it was part of cannot go on ({error}); {ANEW}") from error
+                raise InputError(
+                    f"{path}: broken, so what it was part of cannot go on ({error}); {START_OVER}"
+                ) from error
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed

@@ -41,7 +41,7 @@ class Report:
         self._lines: list[str] = []
         self._is_quiet = False
 
-    def open(self, folder: Path, goes_on: bool = False) -> None:
+    def open(self, folder: Path, resume: bool = False) -> None:
         """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt.
 
         When it `goes_on`, it leaves the log of before, and adds to it.
@@ -53,7 +53,7 @@ class Report:
         for name in (RESULT, REMOVALS, SPARSITY):
             (folder / name).unlink(missing_ok=True)
             clear_drafts(folder / name)
-        with (folder / LOG).open("a" if goes_on else "w", encoding="utf-8") as log:
+        with (folder / LOG).open("a" if resume else "w", encoding="utf-8") as log:
             log.write("".join(line + "\n" for line in self._lines))
 
     @contextmanager
@@ -65,7 +65,7 @@ class Report:
         finally:
             self._is_quiet = False
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Keeps a line, and prints it; a reader of stdout that has gone away does not end the run."""
         if not self.is_first:
             return

@@ -19,7 +19,7 @@ from lib.reporting.tables import Entry, csv_table, entries, markdown
 from lib.runtime.distributed import ALONE, Ranks
 from lib.runtime.memory import free_memory
 from lib.storage.atomic import whole_file
-from lib.storage.results_jsonl import Ledger, canonical
+from lib.storage.results_jsonl import ResultsFile, canonical
 
 Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job")
@@ -38,14 +38,16 @@ class Grid(Generic[Settings, Job]):
     run: Callable[[Report, Settings, Job, Keep], dict]  # one cell; as in result.json, which it gives to be kept
 
 
-def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = False, ranks: Ranks = ALONE) -> None:
+def run_grid(
+    grid: Grid, cells: Sequence[Settings], folder: Path, overwrite: bool = False, ranks: Ranks = ALONE
+) -> None:
     """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
 
-    `anew`: what is there gives way to the first cell that is finished. Raises `InputError` before anything is run, and
+    With `overwrite` the first finished cell replaces what is there. Raises `InputError` before anything is run, and
     `RunError` at the end when cells failed: the others are done first. Of several `ranks` the first writes, and what
     fails in one of them ends the run, for the others could not know.
     """
-    ledger, report = Ledger(folder, anew, ranks.is_first), Report(ranks.is_first)
+    ledger, report = ResultsFile(folder, overwrite, ranks.is_first), Report(ranks.is_first)
     keyed: Cells = {}
     for cell in cells:
         keyed.setdefault(canonical(cell.key), cell)  # taken once: files may change while the grid runs
@@ -54,10 +56,10 @@ def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = F
     models = [dict(pairs) for _, pairs in groupby(missing.items(), key=lambda pair: pair[1].source.name)]
     for of_model in models:
         grid.check(list(of_model.values()))
-    report.open(folder, goes_on=not anew)
-    again = "the same command without --overwrite" if anew else "the same command"
+    report.open(folder, resume=not overwrite)
+    again = "the same command without --overwrite" if overwrite else "the same command"
     done = f", {len(keyed) - len(missing)} of them done before" if len(missing) < len(keyed) else ""
-    report.say(f"Grid        {len(keyed)} cells{done}; finished ones are kept in {ledger.path}")
+    report.print(f"Grid        {len(keyed)} cells{done}; finished ones are kept in {ledger.path}")
     failed: list[Exception] = []
     try:
         for of_model in models:
@@ -77,11 +79,11 @@ def run_grid(grid: Grid, cells: Sequence[Settings], folder: Path, anew: bool = F
 
 
 def _run_model(
-    grid: Grid, report: Report, missing: Cells, ledger: Ledger, keyed: Cells, ranks: Ranks
+    grid: Grid, report: Report, missing: Cells, ledger: ResultsFile, keyed: Cells, ranks: Ranks
 ) -> list[Exception]:
     """Runs the missing cells of one model; what went wrong, for each that failed."""
     name = next(iter(missing.values())).source.name
-    report.say(f"Model       {name}: {len(missing)} cells")
+    report.print(f"Model       {name}: {len(missing)} cells")
     report.seconds = {}
     job = _tried(report, name, partial(grid.prepare, report, list(missing.values())))
     if isinstance(job, Exception):
@@ -98,7 +100,7 @@ def _run_model(
             continue
         found = ", ".join(f"{short_name(text)} {list(p.values())[-1]:.2f}" for text, p in result["perplexity"].items())
         seconds = sum(report.seconds.values()) - sum(shared.values())
-        report.say(f"{what}: {found} ({seconds:.0f} s)")
+        report.print(f"{what}: {found} ({seconds:.0f} s)")
         if ranks.is_first:
             _write_tables(report, keyed, ledger)
     return failed
@@ -111,8 +113,8 @@ def _tried(report: Report, what: str, function: Callable[[], Result]) -> Result 
     """
     try:
         with report.quietly():
-            report.say()
-            report.say(what)
+            report.print()
+            report.print(what)
             return function()
     except Exception as error:
         is_told = isinstance(error, InputError | RunError)
@@ -121,11 +123,11 @@ def _tried(report: Report, what: str, function: Callable[[], Result]) -> Result 
         kind = InputError if isinstance(error, InputError) else RunError
         found = kind(" ".join(str(error).split()) if is_told else "out of memory")
     free_memory()  # the frames of the error, and of its causes, are gone by now
-    report.say(f"  failed: {what}: {found}")
+    report.print(f"  failed: {what}: {found}")
     return found
 
 
-def _write_tables(report: Report, keyed: Cells, ledger: Ledger) -> list[Entry]:
+def _write_tables(report: Report, keyed: Cells, ledger: ResultsFile) -> list[Entry]:
     """Writes the tables of what is finished, in the order of the cells, and under the names that they have now."""
     results = [_named(result, cell) for key, cell in keyed.items() if (result := ledger.find(key))]
     found = entries(results)
@@ -144,11 +146,11 @@ def _named(result: dict, cell: Settings) -> dict:
 
 def _write_plots(grid: Grid, report: Report, found: Sequence[Entry], folder: Path) -> None:
     """A plot for each model and text, of all methods; says what was written."""
-    report.say()
-    report.say(markdown(found))
-    report.say("Written")
+    report.print()
+    report.print(markdown(found))
+    report.print("Written")
     for name in ("table.md", "table.csv"):
-        report.say(f"  table   {folder / name}")
+        report.print(f"  table   {folder / name}")
     measured = [entry for entry in found if entry.metric == "perplexity"]
     models, texts = labels(entry.model for entry in measured), labels(entry.text for entry in measured)
     for model, text in dict.fromkeys((entry.model, entry.text) for entry in measured):
@@ -159,10 +161,10 @@ def _write_plots(grid: Grid, report: Report, found: Sequence[Entry], folder: Pat
         title = f"{models[model]}: perplexity on {texts[text]}"
         lines = _lines([entry for entry in here if not entry.is_dense])
         if lines and not plot_grid(path, lines, dense, grid.across, title):
-            report.say("  plots   none: matplotlib is not installed (pip install matplotlib)")
+            report.print("  plots   none: matplotlib is not installed (pip install matplotlib)")
             return
         if lines:
-            report.say(f"  plot    {path}")
+            report.print(f"  plot    {path}")
 
 
 def _lines(found: Sequence[Entry]) -> dict[str, list[tuple[float, float]]]:

@@ -26,7 +26,7 @@ Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
 Job = TypeVar("Job", bound=HasState)
 
 
-def carry_out(
+def run_single(
     settings: Settings,
     prepare: Callable[[Report, Sequence[Settings], Ranks], Job],
     work: Callable[[Report, Settings, Job], dict],
@@ -42,12 +42,12 @@ def carry_out(
     settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)
     if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
         check_saved(before, settings.save_model)
-        report.say(f"Finished before: {folder / RESULT}")
+        report.print(f"Finished before: {folder / RESULT}")
         return before
     state = State(folder / FOLDER, settings.key, ranks, settings.resume)
-    with state.told(how_to_resume(folder)):
+    with state.advise_resume(how_to_resume(folder)):
         job = prepare(report, [settings], ranks)
         job.state = state
-        with state.at_work(report.seconds):
-            report.open(folder, goes_on=settings.resume)
+        with state.session(report.seconds):
+            report.open(folder, resume=settings.resume)
             return work(report, settings, job)

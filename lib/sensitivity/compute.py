@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource
 from lib.data.windows import sampled_windows
-from lib.errors import ANEW, InputError
+from lib.errors import START_OVER, InputError
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
@@ -79,7 +79,7 @@ class _Unfinished:
                 layers = json.loads(file.metadata()["layers"])
                 return [artifact.layer_of_json(layer) for layer in layers], file.get_tensor("gradient").clone()
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {ANEW}") from error
+            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {START_OVER}") from error
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
         if self._ranks.is_first:

@@ -60,7 +60,7 @@ def run(settings: SaveGradient) -> Artefact:
         check_not_offloaded(decoder, find_linears(decoder))
     folder = state_folder(settings.output)
     if settings.resume and (before := finished(settings, windows, decoder, ranks)):
-        report.say(f"Finished before: {settings.output}")
+        report.print(f"Finished before: {settings.output}")
         if ranks.is_first:  # what is left, or lacks, when a run is killed as it ends
             discard(folder)
             if not settings.plot.exists():
@@ -68,9 +68,9 @@ def run(settings: SaveGradient) -> Artefact:
         return before
     key = key_of(decoder, gradients, windows)
     state = State(folder, key, ranks, settings.resume)
-    with state.told("the same command with --resume goes on"), state.at_work(report.seconds):
-        report.say(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
-        report.say(f"Gradients   {describe(gradients)}")
+    with state.advise_resume("the same command with --resume goes on"), state.session(report.seconds):
+        report.print(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
+        report.print(f"Gradients   {describe(gradients)}")
         with report.timed("gradients"):
             found = compute(report, decoder, source, gradients, windows, settings.output, state, key, ranks)
         say_importance(report, found.layers)
@@ -100,12 +100,12 @@ def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ra
 
 def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
     """Draws the plot, and says what was written."""
-    report.say()
+    report.print()
     seconds = report.seconds.get("gradients", 0.0)
-    report.say(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
-    report.say(f"Written     {settings.output}")
+    report.print(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
+    report.print(f"Written     {settings.output}")
     has_plot = draw(settings, found)
-    report.say(f"            {settings.plot}" if has_plot else "            no plot: matplotlib is not installed")
+    report.print(f"            {settings.plot}" if has_plot else "            no plot: matplotlib is not installed")
 
 
 def draw(settings: SaveGradient, found: Artefact) -> bool:
@@ -123,7 +123,7 @@ def check_config(source: ModelSource, config, settings: GradientSettings) -> Non
 
 
 def say_importance(report: Report, layers: list[LayerSensitivity]) -> None:
-    report.say()
-    report.say("Importance by layer (1 - share of the redundancy)")
+    report.print()
+    report.print("Importance by layer (1 - share of the redundancy)")
     for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(importance(layers))], 6):
-        report.say("  " + row)
+        report.print("  " + row)

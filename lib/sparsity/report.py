@@ -16,19 +16,19 @@ from lib.sensitivity import compute
 def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
     """The model, of `weights` weights in its linears, and what is to be done with it on windows of `seqlen` tokens."""
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
-    report.say(f"Model       {settings.model} ({name})")
-    report.say(
+    report.print(f"Model       {settings.model} ({name})")
+    report.print(
         f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {decoder.num_layers} layers"
     )
-    report.say(f"Method      {describe_method(settings)}")
+    report.print(f"Method      {describe_method(settings)}")
     if settings.needs_inputs:
         windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
-        report.say(f"Calibration {settings.calibration_dataset}: {windows}")
+        report.print(f"Calibration {settings.calibration_dataset}: {windows}")
     if settings.uses_gradients:
-        report.say(f"Gradients   {compute.describe(settings.gradients)}")
+        report.print(f"Gradients   {compute.describe(settings.gradients)}")
     elif settings.method.allocator != UNIFORM and not settings.is_allocated:
         allocator = settings.method.allocator
-        report.say(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
+        report.print(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
 
 
 def describe_method(settings: SparsityPruning) -> str:
@@ -46,53 +46,55 @@ def describe_method(settings: SparsityPruning) -> str:
 def say_densities(report: Report, scores: Sequence[float] | None, densities: Sequence[float]) -> None:
     if scores is None:
         return
-    report.say()
-    report.say("Importance and density by layer")
+    report.print()
+    report.print("Importance and density by layer")
     cells = [
         f"{layer}: {score:.4f} {density:.3f}"
         for layer, (score, density) in enumerate(zip(scores, densities, strict=True))
     ]
     for row in columns(cells, 4):
-        report.say("  " + row)
+        report.print("  " + row)
 
 
 def say_result(report: Report, result: dict) -> None:
-    report.say()
-    report.say("Sparsity measured by layer")
+    report.print()
+    report.print("Sparsity measured by layer")
     for row in columns([f"{layer}: {found:.4f}" for layer, found in enumerate(result["layer_sparsity"])], 6):
-        report.say("  " + row)
-    report.say(f"  all: {result['sparsity']:.4f}")
-    report.say()
-    report.say(f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))}), ± standard error over windows")
+        report.print("  " + row)
+    report.print(f"  all: {result['sparsity']:.4f}")
+    report.print()
+    report.print(
+        f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))}), ± standard error over windows"
+    )
     for text, found in result["perplexity"].items():
         errors = result["perplexity_standard_error"][text]
-        report.say(f"  {text}: {' -> '.join(str(Perplexity(found[stage], errors[stage])) for stage in found)}")
+        report.print(f"  {text}: {' -> '.join(str(Perplexity(found[stage], errors[stage])) for stage in found)}")
 
 
 def say_speed(report: Report, speed: dict[str, float], tokens: int) -> None:
     dense, sparse = speed["dense"], speed["semi_structured"]
-    report.say()
-    report.say(f"Speed of the layers on windows of {tokens} tokens")
-    report.say(f"  dense {dense:,.0f} tokens/s, in torch's 2:4 kernels {sparse:,.0f}: {sparse / dense:.2f} times")
+    report.print()
+    report.print(f"Speed of the layers on windows of {tokens} tokens")
+    report.print(f"  dense {dense:,.0f} tokens/s, in torch's 2:4 kernels {sparse:,.0f}: {sparse / dense:.2f} times")
 
 
 def say_zero_shot(report: Report, zero_shot: dict) -> None:
-    report.say()
-    report.say("Zero-shot accuracy in percent (acc_norm where a task has it)")
+    report.print()
+    report.print("Zero-shot accuracy in percent (acc_norm where a task has it)")
     for task, metrics in zero_shot["tasks"].items():
         shown = zero_shot["shown"].get(task)
         others = ", ".join(f"{metric} {value:g}" for metric, value in metrics.items())
-        report.say(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
+        report.print(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
     if zero_shot["shown"]:
-        report.say(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
+        report.print(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
 
 
 def say_written(report: Report, result: Path, plot: Path | str, model: Path | None, log: Path | None) -> None:
-    report.say()
-    report.say("Written")
-    report.say(f"  result  {result}")
-    report.say(f"  plot    {plot}")
+    report.print()
+    report.print("Written")
+    report.print(f"  result  {result}")
+    report.print(f"  plot    {plot}")
     if model:
-        report.say(f"  model   {model}: {how_to_load(model)}")
+        report.print(f"  model   {model}: {how_to_load(model)}")
     if log:
-        report.say(f"  log     {log}: a row for each text")
+        report.print(f"  log     {log}: a row for each text")

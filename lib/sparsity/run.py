@@ -22,7 +22,7 @@ from lib.reporting.console import Report, timed
 from lib.reporting.environment import environment
 from lib.reporting.plots import SPARSITY, plot_sparsity
 from lib.runs.grid import Grid, Keep, run_grid
-from lib.runs.single import carry_out
+from lib.runs.single import run_single
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
@@ -42,7 +42,7 @@ from lib.storage.resume_state import FOLDER, State, digest, discard
 
 def run(settings: SparsityPruning) -> dict:
     """Prunes one model; returns what it wrote to result.json. Raises `InputError` and `RunError`."""
-    return carry_out(settings, prepare, prune_once)
+    return run_single(settings, prepare, prune_once)
 
 
 def prune_once(report: Report, settings: SparsityPruning, job: Job) -> dict:
@@ -53,7 +53,7 @@ def prune_once(report: Report, settings: SparsityPruning, job: Job) -> dict:
     return result
 
 
-def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
+def run_all(cells: Sequence[SparsityPruning], folder: Path, overwrite: bool) -> None:
     """Runs a grid, and keeps its tables in a folder. Raises `InputError` and `RunError`."""
     set_up()
     ranks = join(resolve_device(cells[0].source.device))
@@ -63,14 +63,14 @@ def run_all(cells: Sequence[SparsityPruning], folder: Path, anew: bool) -> None:
         prepare=lambda report, of_model: prepare(report, of_model, ranks),
         run=run_cell,
     )
-    run_grid(grid, cells, folder, anew, ranks)
+    run_grid(grid, cells, folder, overwrite, ranks)
 
 
 def run_cell(report: Report, settings: SparsityPruning, job: Job, keep: Keep) -> dict:
     """One cell of a grid, from the weights as they were; it goes on with what is finished of it."""
     job.restore()
     job.state = State.of_cell(report.folder / FOLDER, settings.key, job.batcher.ranks)
-    with job.state.at_work(report.seconds):
+    with job.state.session(report.seconds):
         result = prune_and_measure(report, settings, job)
         if report.is_first:
             try_out(report, settings, job, result)
@@ -172,19 +172,19 @@ def find_gradients(report: Report, settings: SparsityPruning, job: Job) -> artif
     path, asked = settings.gradient_path, settings.gradients
     folder = compute.state_folder(path)
     if asked in job.gradients:
-        report.say(f"            found in {path}")
+        report.print(f"            found in {path}")
         if report.is_first and settings.gradient_file is None:
             with suppress(InputError):  # another run is at work on them
                 discard(folder)  # what is left when a run is killed as it writes them
         return job.gradients[asked]
-    report.say(f"            not in {path} yet: computing, and keeping them there")
+    report.print(f"            not in {path} yet: computing, and keeping them there")
     windows, ranks = job.texts.gradients[asked], job.batcher.ranks
     key = compute.key_of(job.decoder, asked, windows)
     if settings.resume or settings.overwrite:
         state = State(folder, key, ranks, settings.resume)
     else:  # what some run has begun is taken, as what it has finished is
         state = State.of_cell(folder, key, ranks)
-    with state.at_work({}):
+    with state.session({}):
         found = compute.compute(report, job.decoder, settings.source, asked, windows, path, state, key, ranks)
     job.gradients[asked] = found
     return found
@@ -207,7 +207,7 @@ def prune(
             sparsities,
             job.texts.calibration.get(settings.seed),
             job.batcher,
-            report.say,
+            report.print,
             progress,
             partial(timed, parts),
             changes,
@@ -240,7 +240,7 @@ def finish(report: Report, settings: SparsityPruning, job: Job, result: dict) ->
     path = report.result(result)
     if settings.save_model:
         with report.timed("save"):
-            overwrite = job.state.will_save(settings.save_model, settings.overwrite)
+            overwrite = job.state.claim_model_folder(settings.save_model, settings.overwrite)
             save_weights(job.decoder.model, job.tokenizer, settings.save_model, overwrite)
         result["saved_model"] = str(settings.save_model.resolve())
         report.result(result)

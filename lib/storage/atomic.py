@@ -51,7 +51,7 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
     try:
-        with _told_when_full(folder):
+        with _disk_full_named(folder):
             yield draft
             mask = _umask()
             for path in (draft, *draft.rglob("*")):  # some libraries write files that only their owner can read
@@ -77,7 +77,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
     try:
-        with _told_when_full(path):
+        with _disk_full_named(path):
             yield draft
             _sync(draft)
         draft.replace(path)
@@ -103,7 +103,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 @contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
+def _disk_full_named(path: Path) -> Iterator[None]:
     """Turns what is raised for a full disk, by whichever library, into one line."""
     try:
         yield

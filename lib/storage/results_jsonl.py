@@ -10,19 +10,19 @@ from lib.errors import InputError
 FILE = "results.jsonl"
 
 
-class Ledger:
+class ResultsFile:
     """What was found for the cells of a grid, each by its key: all that the result depends on, see `canonical`."""
 
-    def __init__(self, folder: Path, anew: bool = False, is_writer: bool = True):
-        """Reads what is there, unless it is to begin `anew`. Raises `InputError` for a file that no grid wrote.
+    def __init__(self, folder: Path, overwrite: bool = False, is_writer: bool = True):
+        """Reads what is there, unless `overwrite`. Raises `InputError` for a file that no grid wrote.
 
         Of several processes one writes (`is_writer`), and all know.
 
         A last line that was cut off while it was written, by a loss of power say, counts as not there.
         """
-        self.path, self._anew, self._is_writer = folder / FILE, anew, is_writer
+        self.path, self._overwrite, self._is_writer = folder / FILE, overwrite, is_writer
         self._found: dict[str, dict] = {}
-        content = self.path.read_bytes() if self.path.exists() and not anew else b""
+        content = self.path.read_bytes() if self.path.exists() and not overwrite else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 break
@@ -40,15 +40,15 @@ class Ledger:
     def add(self, key: str, result: dict) -> None:
         """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once.
 
-        When it is to begin anew, the first cell takes the place of all that was there.
+        With `overwrite` the first cell takes the place of all that was there.
         """
         line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
         self._found[key] = json.loads(line)["result"]
         if not self._is_writer:
             return
-        if self._anew:
+        if self._overwrite:
             self.path.unlink(missing_ok=True)
-            self._anew = False
+            self._overwrite = False
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.errors import ANEW, InputError, RunError, describe_failure
+from lib.errors import START_OVER, InputError, RunError, describe_failure
 from lib.storage.atomic import RESULT, check_model_folder, clear_drafts, write_json
 from lib.storage.results_jsonl import canonical
 
@@ -36,8 +36,8 @@ class Processes(Protocol):
 class State:
     """What a run has finished, bound to its `key`: all that its result depends on, see `settings.key`."""
 
-    def __init__(self, folder: Path | None, key: dict, processes: Processes | None = None, goes_on: bool = False):
-        """Reads what is there, when it `goes_on`; `at_work` begins to write. Without a folder it lives in this process.
+    def __init__(self, folder: Path | None, key: dict, processes: Processes | None = None, resume: bool = False):
+        """Reads what is there, when it `goes_on`; `session` begins to write. Without a folder it lives in this process.
 
         Raises `InputError` for a state that is broken or of another key.
         """
@@ -47,11 +47,11 @@ class State:
         self._seconds: dict[str, float] = {}
         self._values: dict[str, object] = {}
         content = None
-        if folder and goes_on:
+        if folder and resume:
             content = processes.agree(partial(read, folder)) if processes else read(folder)
         if content and content["key"] != self._digest:
             raise InputError(f"{folder}: holds work on other settings, text or another model; {_ADVICE}")
-        self._goes_on = content is not None
+        self._resumes = content is not None
         if content:
             self._values, self._seconds = content["values"], content["seconds"]
 
@@ -77,7 +77,7 @@ class State:
         return cls(folder.with_name(name), key, processes, goes_on)
 
     @contextmanager
-    def at_work(self, seconds: dict[str, float]) -> Iterator[None]:
+    def session(self, seconds: dict[str, float]) -> Iterator[None]:
         """Inside, the folder is this run's own; it is gone when the block ends well, or before anything is finished.
 
         To `seconds`, which will be kept too, those of before are added. Raises `InputError` when another run is at work
@@ -93,7 +93,7 @@ class State:
             self._release()
 
     def _start(self, seconds: dict[str, float]) -> None:
-        if self._is_writer and not self._goes_on:
+        if self._is_writer and not self._resumes:
             discard(self.folder)
         for name, before in self._seconds.items():
             seconds[name] = round(seconds.get(name, 0.0) + before, 3)
@@ -143,7 +143,7 @@ class State:
             os.close(self._lock)
             self._lock = None
 
-    def will_save(self, folder: Path, overwrite: bool) -> bool:
+    def claim_model_folder(self, folder: Path, overwrite: bool) -> bool:
         """Says before a model is saved that a folder of that name is this run's own from now on.
 
         Gives whether what is there is to be replaced: by `overwrite`, or as it was the run's own before, which was
@@ -157,7 +157,7 @@ class State:
         return overwrite or is_own
 
     @contextmanager
-    def told(self, again: str) -> Iterator[None]:
+    def advise_resume(self, again: str) -> Iterator[None]:
         """Inside, whatever ends the run early is told with what is kept, and with how to go on, which `again` says."""
         try:
             yield
@@ -189,7 +189,7 @@ def read(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: broken, so that run cannot go on ({error}); {ANEW}") from error
+        raise InputError(f"{path}: broken, so that run cannot go on ({error}); {START_OVER}") from error
 
 
 def is_unfinished(folder: Path) -> bool:
