@@ -23,9 +23,10 @@ from lib.cli import checks, flags, types
 from lib.cli.main import run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
-from lib.config.methods import ALPHAS, DENSE, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
+from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
 from lib.config.presets import ALP_PRESETS
 from lib.config.quantization import Quantization
+from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError
 from lib.storage import log_tsv
 from lib.storage.atomic import check_writable
@@ -34,8 +35,10 @@ AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__)
+def build_parser() -> flags.Parser:
+    """The parser of all flags."""
+    methods = flags.list_methods("pruners:", PRUNERS) + flags.list_methods("\nallocators:", ALLOCATORS)
+    parser = flags.Parser(description=__doc__, epilog=methods)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -78,8 +81,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--save", type=types.folder, help="results folder; given, it asks for --save_log (default: results)"
     )
-    flags.set_preset(parser, ALP_PRESETS, arguments)
-    args, given = flags.parse_and_tell(parser, arguments)
+    flags.add_preset(parser, ALP_PRESETS)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked as far as they alone allow. Raises `InputError`."""
+    args, given = flags.parse_with_preset(build_parser(), ALP_PRESETS, arguments)
     args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
@@ -107,11 +115,16 @@ def add_pruning_flags(group) -> None:
         "--semi_structured", action="store_true", help="2:4: evaluate in torch's sparse kernels (recent NVIDIA GPUs)"
     )
     group.add_argument("--use_variant", action="store_true", help="wanda: a share of the score's sum goes in each row")
-    group.add_argument("--a", type=types.up_to_10, default=0.5, help="ria: power of the input norms (default: 0.5)")
+    group.add_argument(
+        "--a",
+        type=types.up_to_10,
+        default=PRUNERS["ria"].flags["a"],
+        help="ria: power of the input norms (default: %(default)s)",
+    )
     group.add_argument(
         "--percdamp",
         type=types.up_to_10,
-        default=0.01,
+        default=PRUNERS["sparsegpt"].flags["percdamp"],
         help="sparsegpt, gptq: share of the mean diagonal (default: 0.01)",
     )
 
@@ -121,7 +134,10 @@ def add_allocation_flags(group) -> None:
         "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08)"
     )
     group.add_argument(
-        "--owl_m", type=types.above_0, default=5.0, help="owl: an outlier is so many times the mean (default: 5)"
+        "--owl_m",
+        type=types.above_0,
+        default=ALLOCATORS["owl"].flags["owl_m"],
+        help="owl: an outlier is so many times the mean (default: %(default)g)",
     )
     flags.add_gradient_flags(group, "--grad_nsamples")
     group.add_argument(
@@ -199,7 +215,7 @@ def cells(args: argparse.Namespace) -> list[dict]:
     if args.use_variant and not any(one["use_variant"] for one in found):
         raise InputError("--use_variant: is a way of wanda to prune unstructured; leave it out")
     for one in found:
-        if args.semi_structured and (str(one["pattern"]) != "2:4" or one["method"].pruner == DENSE):
+        if args.semi_structured and (str(one["pattern"]) != "2:4" or not one["method"].pruning.prunes):
             raise InputError("--semi_structured: the kernels are for 2:4 sparse weights; add --sparsity_type 2:4")
     if args.gradients and not any(uses_gradients(one) for one in found):
         asked = f"{' '.join(args.prune_method)} {' '.join(map(str, args.sparsity_type))}"
@@ -211,7 +227,8 @@ def cells(args: argparse.Namespace) -> list[dict]:
 
 
 def uses_gradients(one: dict) -> bool:
-    return one["method"].allocator == "alp" and not one["pattern"].is_structured
+    allocation = one["method"].allocation
+    return allocation is not None and allocation.needs == "gradients" and not one["pattern"].is_structured
 
 
 def cell(args: argparse.Namespace, model: str, seed: int, method: Method, pattern: Pattern, ratio: float) -> dict:
@@ -224,10 +241,10 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
         "dataset": eval_texts(args, model),
         "seed": seed,
         "method": method,
-        "alpha": ALPHAS.get(method.allocator, 0.0) if args.alpha is None else args.alpha,
+        "alpha": (method.allocation.flags["alpha"] if method.allocation else 0.0) if args.alpha is None else args.alpha,
         "pattern": pattern,
         "sparsity_ratio": ratio,
-        "use_variant": args.use_variant and method.pruner == "wanda" and not pattern.is_structured,
+        "use_variant": args.use_variant and method.pruning.takes("use_variant") and not pattern.is_structured,
         "quantization": check_quantization(args, method, pattern),
         "gradients": GradientSettings(text, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, seed),
         "gradient_file": args.gradients,
@@ -263,14 +280,14 @@ def check_quantization(args: argparse.Namespace, method: Method, pattern: Patter
         if given:
             raise InputError(f"{given[0]}: nothing is quantized without --wbits 2 to 8")
         return None
-    is_compensated = args.gptq or method.pruner == "sparsegpt"
+    is_compensated = args.gptq or method.pruning.compensates
     for flag in ("--act-order", "--static-groups"):
         if flag in given and not is_compensated:
             raise InputError(f"{flag}: needs --gptq")
     if args.static_groups and args.groupsize is None:
         raise InputError("--static-groups: needs --groupsize")
-    if args.act_order and method.pruner == "sparsegpt" and pattern.is_structured:
-        raise InputError(f"--act-order: takes apart the neighbours of {pattern}; leave it out with sparsegpt")
+    if args.act_order and method.pruning.compensates and pattern.is_structured:
+        raise InputError(f"--act-order: takes apart the neighbours of {pattern}; leave it out with {method.pruner}")
     return Quantization(args.wbits, is_compensated, args.sym, args.groupsize, args.act_order, args.static_groups)
 
 
@@ -282,14 +299,16 @@ def main() -> None:
     check(args)
     runs = cells(args)
     args.output_dir = args.output_dir or checks.default_output_dir("alp_prune", runs[0]["model_name"])
-    from lib.sparsity.run import SparsityPruning, run, run_all
+    from lib.runs.grid import run_grid  # these import torch
+    from lib.runs.single import run_single
+    from lib.sparsity.run import SparsityRun
 
     shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
     settings = [SparsityPruning(**{**shared, **one}) for one in runs]
     if is_grid:
-        run_all(settings, args.output_dir, args.overwrite)
+        run_grid(SparsityRun, settings, args.output_dir, args.overwrite)
     else:
-        run(settings[0])
+        run_single(SparsityRun, settings[0])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from lib.cli import checks, flags, types
 from lib.cli.main import run_script
 from lib.config import sources
+from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
@@ -36,20 +37,14 @@ from lib.storage.atomic import RESULT
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
 OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method", "beam_width", "preset")
-WITH_TEXT = tuple(method for method in DEPTH_METHODS if method != "random")
-OF_METHODS = {  # flags that say nothing to other methods
-    "mha_ffn_ratio": ("ppllms", "beam"),
-    "bi_windows": ("ppllms", "shortgpt", "beam"),
-    "beam_width": ("beam",),
-    "dataset": WITH_TEXT,
-    "nsamples": WITH_TEXT,
-}
+COUNTS = ("mha_remove_layers", "ffn_remove_layers")
 AXES = ("model_name", "method", "prune_rate", "seed")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__)
+def build_parser() -> flags.Parser:
+    """The parser of all flags."""
+    parser = flags.Parser(description=__doc__, epilog=flags.list_methods("methods:", DEPTH_METHODS))
     group = parser.add_argument_group("model and budget")
     group.add_argument(
         "--model_name",
@@ -71,10 +66,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mha_remove_layers", type=types.count, help="layers to lose attention (default: automatic)")
     group.add_argument("--ffn_remove_layers", type=types.count, help="layers to lose their FFN (default: automatic)")
     group.add_argument(
-        "--mha_ffn_ratio", type=types.ratio, default=2.0, help="FFN layers for each attention, or auto (default: 2.0)"
+        "--mha_ffn_ratio",
+        type=types.ratio,
+        default=DEPTH_METHODS["ppllms"].flags["mha_ffn_ratio"],
+        help="FFN layers for each attention, or auto (default: 2.0)",
     )
     group.add_argument(
-        "--beam_width", type=types.positive, default=1, help="beam: plans kept for each amount removed (default: 1)"
+        "--beam_width",
+        type=types.positive,
+        default=DEPTH_METHODS["beam"].flags["beam_width"],
+        help="beam: plans kept for each amount removed (default: 1)",
     )
     group = parser.add_argument_group("text")
     text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
@@ -98,8 +99,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
     )
-    flags.set_preset(parser, DEPTH_PRESETS, arguments)
-    args, given = flags.parse_and_tell(parser, arguments)
+    flags.add_preset(parser, DEPTH_PRESETS)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked as far as they alone allow. Raises `InputError`."""
+    args, given = flags.parse_with_preset(build_parser(), DEPTH_PRESETS, arguments)
     check_together(args, given)
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
@@ -113,9 +119,10 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     for name in sorted(given):
         if args.gguf and name not in OF_A_GGUF:
             raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
-        if name in ("mha_remove_layers", "ffn_remove_layers") and args.method != ["ppllms"]:
-            raise InputError(f"--{name}: is of --method ppllms; others go by --prune_rate; leave it out")
-        if name in OF_METHODS and not set(args.method) & set(OF_METHODS[name]):
+        takers = [method.name for method in DEPTH_METHODS.values() if method.takes(name)]
+        if name in COUNTS and not set(args.method) <= set(takers):
+            raise InputError(f"--{name}: is of --method {' '.join(takers)}; others go by --prune_rate; leave it out")
+        if takers and not set(args.method) & set(takers):
             raise InputError(f"--{name}: --method {' '.join(args.method)} has no use for it; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
@@ -166,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
             "attention is removed from layers that lose their FFN"
         )
     checks.check_device(args)
-    needs_windows = not args.apply_plan and args.method != ["random"]
+    needs_windows = not args.apply_plan and any(DEPTH_METHODS[method].needs_windows for method in args.method)
     used_texts: dict[str, None] = {}
     for name in args.model_name:
         of_model = texts(args, name)
@@ -210,16 +217,18 @@ def main() -> None:
         args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
     args.output_dir = args.output_dir or checks.default_output_dir("ppllms", args.model_name[0])
-    from lib.depth.run import DepthPruning, run, run_all
+    from lib.depth.run import DepthRun  # these import torch
+    from lib.runs.grid import run_grid
+    from lib.runs.single import run_single
 
     shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
     runs = [
         DepthPruning(flags.model_source(args, cell.pop("model_name")), **{**shared, **cell}) for cell in cells(args)
     ]
     if is_grid:
-        run_all(runs, args.output_dir, args.overwrite)
+        run_grid(DepthRun, runs, args.output_dir, args.overwrite)
     else:
-        run(runs[0])
+        run_single(DepthRun, runs[0])
 
 
 if __name__ == "__main__":

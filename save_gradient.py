@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from lib.cli import checks, flags, types
-from lib.cli.main import run_script
+from lib.cli.main import is_first_process, run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
@@ -20,7 +20,8 @@ from lib.storage import resume_state
 from lib.storage.atomic import check_writable
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> flags.Parser:
+    """The parser of all flags."""
     parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("model and text")
     group.add_argument(
@@ -40,7 +41,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output", type=types.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
     group.add_argument("--overwrite", action="store_true", help="replace that file")
     group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, with the settings of the gradients and the file to write."""
+    args = build_parser().parse_args(arguments)
     dataset = args.dataset or ("demo" if sources.is_demo(args.model) else "c4")
     args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
     args.output = args.output or args.gradients.path(args.model, args.dtype)
@@ -52,7 +58,7 @@ def check(args: argparse.Namespace) -> None:
     sources.check_model(args.model)
     sources.check_text(args.gradients.dataset)
     checks.check_device(args)
-    if main.is_first_process():
+    if is_first_process():
         check_output(args)
     if sources.is_hub_model(args.model) or sources.is_hub_text(args.gradients.dataset):
         checks.prefer_cache_without_network()
@@ -75,7 +81,7 @@ def check_output(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    from lib.sensitivity.run import SaveGradient, run
+    from lib.sensitivity.run import SaveGradient, run  # imports torch
 
     run(SaveGradient(flags.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 

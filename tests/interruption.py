@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import lib.depth.run
+import lib.depth.searches
 import lib.depth.trial_losses
 import lib.reporting.plots
+import lib.runs.single
 import lib.sensitivity.gradients
 import lib.sparsity.layerwise
 import lib.sparsity.run
@@ -30,10 +32,9 @@ KEPT = [
     (lib.sparsity.run, "save_weights"),
 ]
 WORK = [
-    (lib.depth.run, "block_influence"),
+    (lib.depth.searches, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
-    (lib.depth.run, "perplexity"),
-    (lib.sparsity.run, "perplexity"),
+    (lib.runs.single, "perplexity"),
     (lib.sparsity.run, "layer_scores"),
     (lib.sparsity.run, "count_zeros"),
     (lib.sparsity.layerwise, "_prune_layer"),

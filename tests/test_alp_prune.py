@@ -207,7 +207,7 @@ def test_gradients_are_computed_once_kept_and_found(prune, gradient, tiny_folder
     first = prune()
     assert f"not in {path} yet: computing" in capsys.readouterr().out and path.is_file()
     kept = path.read_bytes()
-    monkeypatch.setattr("lib.sensitivity.run.connection_sensitivity", None)
+    monkeypatch.setattr("lib.sensitivity.compute.connection_sensitivity", None)
     second = prune()
     assert f"found in {path}" in capsys.readouterr().out
     assert second["layer_density"] == first["layer_density"] and path.read_bytes() == kept
@@ -225,7 +225,7 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
     windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)
     assert kept.layers == connection_sensitivity(Decoder(load_model(ModelSource(str(tiny_folder)))), windows)
     assert kept.settings == GradientSettings(str(text_file), 3, 16) and kept.model == str(tiny_folder)
-    monkeypatch.setattr("lib.sensitivity.run.connection_sensitivity", None)
+    monkeypatch.setattr("lib.sensitivity.compute.connection_sensitivity", None)
     assert prune()["gradients"]["nsamples"] == 3
 
 

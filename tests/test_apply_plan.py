@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lib.depth.prepare
-import lib.depth.run
+import lib.depth.searches
 from lib.config.plan import read_plan
 from tests.command import run
 from tests.families import tiny_model
@@ -30,8 +30,8 @@ def test_it_makes_the_model_that_the_search_made(found, text_file, tmp_path, mon
         raise AssertionError("searched")
 
     for module, name in (
-        (lib.depth.run, "block_influence"),
-        (lib.depth.run, "greedy_search"),
+        (lib.depth.searches, "block_influence"),
+        (lib.depth.searches, "greedy_search"),
         (lib.depth.prepare, "calibration_windows"),
     ):
         monkeypatch.setattr(module, name, never)

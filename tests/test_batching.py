@@ -16,7 +16,7 @@ from tests.families import tiny_model
 
 FAULTS = """
 import resource, torch
-from lib.batching import keep_freed_memory
+from lib.runtime.memory import keep_freed_memory
 if {keeps}:
     keep_freed_memory()
 x = torch.ones(2**21)  # 8 MiB

@@ -7,6 +7,7 @@ import torch
 
 import lib.engine.activations
 import lib.engine.finite
+import lib.engine.tail
 from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.engine.tail import tail_losses, token_losses
@@ -78,7 +79,7 @@ def test_the_tail_never_sees_more_logits_than_allowed(monkeypatch):
     whole = tail_losses(decoder, hidden_states, ids)
     sizes, logits = [], decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda x: sizes.append(x.shape[0] * x.shape[1] * 96) or logits(x))
-    monkeypatch.setattr(lib.engine.activations, "_LOGITS_AT_ONCE", 96 * 7)
+    monkeypatch.setattr(lib.engine.tail, "_LOGITS_AT_ONCE", 96 * 7)
     assert torch.allclose(tail_losses(decoder, hidden_states, ids), whole, rtol=1e-5)
     assert max(sizes) <= 96 * 7 and sum(sizes) == 96 * 4 * 15
 

@@ -13,7 +13,9 @@ import pytest
 
 import alp_prune
 import lib.depth.prepare
-import lib.depth.run
+import lib.depth.searches
+import lib.runs.single
+import lib.sensitivity.compute
 import lib.sparsity.prepare
 import lib.sparsity.run
 import ppllms
@@ -21,6 +23,7 @@ from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.models.loading import load_model
 from lib.reporting.plots import has_matplotlib
+from lib.sparsity.run import SparsityRun
 from lib.storage.results_jsonl import FILE, ResultsFile, canonical
 from tests.command import run, run_alp
 
@@ -110,8 +113,8 @@ def test_a_cell_of_depth_is_a_run_of_its_own(depth_grid, tiny_folder, text_file,
 def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp_path, monkeypatch):
     names = ("load_model", "sampled_windows", "evaluation_windows")
     loaded, drawn, evaluated = (counted(monkeypatch, lib.sparsity.prepare, name) for name in names)
-    measured = counted(monkeypatch, lib.sparsity.run, "measure")
-    taken = counted(monkeypatch, lib.sensitivity.run, "connection_sensitivity")
+    measured = counted(monkeypatch, SparsityRun, "measure")
+    taken = counted(monkeypatch, lib.sensitivity.compute, "connection_sensitivity")
     axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
     assert len(alp_grid(*axes)) == 8
     assert (len(loaded), len(drawn), len(evaluated), len(taken)) == (1, 2, 1, 2)
@@ -120,7 +123,8 @@ def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp
         counted(monkeypatch, lib.depth.prepare, "load_model"),
         counted(monkeypatch, lib.depth.prepare, "calibration_windows"),
     )
-    influence, measured = (counted(monkeypatch, lib.depth.run, name) for name in ("block_influence", "perplexity"))
+    influence = counted(monkeypatch, lib.depth.searches, "block_influence")
+    measured = counted(monkeypatch, lib.runs.single, "perplexity")
     depth_grid("--method", "ppllms", "shortgpt", "sleb", "--prune_rate", 0.08, 0.1, folder=tmp_path / "depth")
     assert (len(loaded), len(drawn), len(influence), len(measured)) == (1, 1, 1, 1 + 6)
 
@@ -196,7 +200,7 @@ def test_a_killed_grid_goes_on_to_the_same_tables(script, tiny_folder, text_file
 
 
 def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsys):
-    prune, seen = lib.sparsity.run.prune, []
+    prune, seen = SparsityRun.prune_stage, []
 
     def stopped(*args):
         seen.append(args)
@@ -204,27 +208,27 @@ def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return prune(*args)
 
-    monkeypatch.setattr(lib.sparsity.run, "prune", stopped)
+    monkeypatch.setattr(SparsityRun, "prune_stage", stopped)
     alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7, status=1)
     assert "stopped; 1 of 3 cells are kept, and the same command goes on" in capsys.readouterr().err
     assert "30%" in (tmp_path / "grid/table.md").read_text()
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(alp_grid, tmp_path, monkeypatch, capsys):
-    prune = lib.sparsity.run.prune
+    prune = SparsityRun.prune_stage
 
-    def failing(report, settings, *args):
-        if settings.sparsity_ratio == 0.5:
+    def failing(run, *args):
+        if run.settings.sparsity_ratio == 0.5:
             raise RunError("NaN in layer 2")
-        return prune(report, settings, *args)
+        return prune(run, *args)
 
-    monkeypatch.setattr(lib.sparsity.run, "prune", failing)
+    monkeypatch.setattr(SparsityRun, "prune_stage", failing)
     axes = ["--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7]
     assert len(alp_grid(*axes, status=1)) == 2
     told = capsys.readouterr()
     assert "failed: 2/3 wanda 0.5 unstructured seed 0: NaN in layer 2" in told.out
     assert "1 of 3 cells failed (NaN in layer 2); the same command tries them again" in told.err
-    monkeypatch.setattr(lib.sparsity.run, "prune", prune)
+    monkeypatch.setattr(SparsityRun, "prune_stage", prune)
     assert len(alp_grid(*axes)) == 3
     whole = alp_grid(*axes, folder=tmp_path / "whole")
     assert len(whole) == 3 and tables_of(tmp_path / "grid") == tables_of(tmp_path / "whole")
@@ -286,11 +290,11 @@ def test_the_same_model_written_otherwise_is_the_same_table(alp_grid, tiny_folde
 def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_grid, tmp_path, monkeypatch, capsys):
     axes = ["--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5]
     first = alp_grid(*axes)
-    prune = lib.sparsity.run.prune
-    monkeypatch.setattr(lib.sparsity.run, "prune", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    prune = SparsityRun.prune_stage
+    monkeypatch.setattr(SparsityRun, "prune_stage", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert alp_grid(*axes, "--overwrite", status=1) == first
     assert "0 of 2 cells are kept, and the same command without --overwrite goes on" in capsys.readouterr().err
-    monkeypatch.setattr(lib.sparsity.run, "prune", prune)
+    monkeypatch.setattr(SparsityRun, "prune_stage", prune)
     again = alp_grid(*axes, "--overwrite")
     assert len(again) == 2 and again != first and [c["key"] for c in again] == [c["key"] for c in first]
 
@@ -306,15 +310,15 @@ def test_a_failed_cell_keeps_nothing_of_its_model(alp_grid, tiny_folder, tmp_pat
         models.append(weakref.ref(model))
         return model
 
-    def failing(report, settings, job, *args):
+    def failing(run, *args):
         try:
-            raise ValueError(job.decoder.model)
+            raise ValueError(run.decoder.model)
         except ValueError as error:
             raise RunError("NaN") from error
 
     models: list = []
     monkeypatch.setattr(lib.sparsity.prepare, "load_model", watched)
-    monkeypatch.setattr(lib.sparsity.run, "prune", failing)
+    monkeypatch.setattr(SparsityRun, "prune_stage", failing)
     alp_grid("--model", tiny_folder, other, "--prune_method", "magnitude", "--sparsity_ratio", 0.3, 0.5, status=1)
     assert alive == [[], [False]]
 

@@ -164,7 +164,7 @@ def test_little_host_memory_means_more_walks_with_the_same_result(folders, monke
         block_influence(decoder, WINDOWS, Batcher(2)),
         greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1),
     )
-    monkeypatch.setattr("lib.engine.activations.free_host_memory", lambda: 1)
+    monkeypatch.setattr("lib.engine.map_windows.free_host_memory", lambda: 1)
     found = block_influence(decoder, WINDOWS, Batcher(2)), greedy_search(Sweep(decoder, WINDOWS, Batcher(2)), [2, 1], 1)
     assert found == expected
 
@@ -320,7 +320,7 @@ def test_the_tightest_control_group_counts_and_what_can_be_reclaimed_is_free(lin
 
 
 def test_processes_beside_each_other_share_the_memory(monkeypatch):
-    monkeypatch.setattr(offload, "group_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "group_memory", lambda: 1000)
     assert memory.free_host_memory() == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_host_memory() == 250

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lib.depth.prepare
 import lib.depth.run
+import lib.depth.searches
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.windows import calibration_windows, evaluation_windows
@@ -164,7 +165,7 @@ def test_running_out_of_memory_says_what_to_lower(arguments, monkeypatch, capsys
     def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(lib.depth.run, "block_influence", fail)
+    monkeypatch.setattr(lib.depth.searches, "block_influence", fail)
     assert run(*arguments, monkeypatch=monkeypatch) == 1
     assert "lower --seqlen" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lib.depth.run
+import lib.depth.searches
 from lib.cli import checks
 from lib.errors import RunError
 from tests.command import GOES_ON, ROOT, run
@@ -154,7 +155,7 @@ def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkey
     def fail(*args):
         raise RunError("no")
 
-    monkeypatch.setattr(lib.depth.run, "block_influence", fail)
+    monkeypatch.setattr(lib.depth.searches, "block_influence", fail)
     assert run(*arguments, "--overwrite", monkeypatch=monkeypatch) == 1
     assert "nothing is finished yet, and the same command starts again" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]

@@ -1,10 +1,13 @@
 """The flags that the scripts share, and the parser that they are added to. Imports no torch."""
 
 import argparse
+import textwrap
+from collections.abc import Mapping
 from contextlib import suppress
 
 from lib.cli.types import count, folder, positive
 from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
+from lib.config.methods import Entry
 from lib.config.sources import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -12,10 +15,15 @@ OFFLOADS = ("auto", "none", "cpu", "disk")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser of whole flag names, whose errors are one line."""
+    """An argument parser that takes whole flag names only, and whose errors are one line."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            usage="%(prog)s [--FLAG VALUE ...]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -75,18 +83,31 @@ def model_source(args: argparse.Namespace, name: str) -> ModelSource:
     return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, args.offload)
 
 
-def set_preset(parser: Parser, presets: dict[str, dict], arguments: list[str] | None) -> None:
-    """Adds the flag `--preset` to a parser that has all others, and lets what it names be their defaults."""
+def list_methods(title: str, methods: Mapping[str, Entry]) -> str:
+    """The methods of a registry with their lines of help and their papers, for the end of `--help`."""
+    width = max(map(len, methods))
+    indent = " " * (width + 4)
+    lines = [
+        textwrap.fill(f"  {method.name:<{width}}  {method.help} ({method.paper})", 100, subsequent_indent=indent)
+        for method in methods.values()
+    ]
+    return "\n".join([title, *lines]) + "\n"
+
+
+def add_preset(parser: Parser, presets: Mapping[str, dict]) -> None:
+    """Adds the flag `--preset`."""
     parser.add_argument("--preset", choices=presets, help="the settings of a whole table; other flags change them")
+
+
+def parse_with_preset(
+    parser: Parser, presets: Mapping[str, dict], arguments: list[str] | None
+) -> tuple[argparse.Namespace, set[str]]:
+    """The arguments, and the names of those that were given; a preset sets the defaults of the others."""
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--preset")
-    with suppress(argparse.ArgumentError):  # which the parser itself will tell
+    with suppress(argparse.ArgumentError):  # which the parser itself reports
         name = ahead.parse_known_args(arguments)[0].preset
         parser.set_defaults(**presets.get(name, {}))
-
-
-def parse_and_tell(parser: Parser, arguments: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """The arguments, and which of them were given rather than left at their defaults."""
     args = parser.parse_args(arguments)
     untouched = object()
     again = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lib.config.keys import key_of_evaluation, key_of_source
+from lib.config.methods import DEPTH_METHODS, DepthMethod
 from lib.config.plan import SavedPlan
 from lib.config.sources import ModelSource, stamp
-from lib.config.sparsity import _key_of_evaluation, _key_of_source
 
 
 @dataclass(frozen=True)
 class DepthPruning:
     """The settings of a run; the flags of `ppllms.py` have the same names and meanings.
 
-    With a `saved_plan` nothing is searched, and the settings of the search and its text have no meaning.
+    With a `saved_plan` nothing is searched, and the settings of the search and of its text have no effect.
     """
 
     source: ModelSource
@@ -45,9 +46,9 @@ class DepthPruning:
         return self.source.name
 
     @property
-    def uses_influence(self) -> bool:
-        """True when the method goes by Block Influence."""
-        return self.method in ("ppllms", "shortgpt", "beam")
+    def depth_method(self) -> DepthMethod:
+        """The entry of the method in the registry."""
+        return DEPTH_METHODS[self.method]
 
     @property
     def texts(self) -> Sequence[str]:
@@ -56,34 +57,35 @@ class DepthPruning:
 
     @property
     def label(self) -> str:
-        """What tells a cell of a grid from the others of its model."""
+        """The name of a cell of a grid, among the cells of its model."""
         return f"{self.method} {self.prune_rate:g} seed {self.seed}"
 
     @property
     def key(self) -> dict:
         """All that the result depends on."""
         by_counts = {name: getattr(self, name) for name in ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")}
+        takes = self.depth_method.takes
         text = {"text": stamp(self.dataset), "nsamples": self.nsamples, "seed": self.seed}
         if self.saved_plan:
             plan = {"plan": asdict(self.saved_plan.plan)}
-            return {**_key_of_source(self.source), "tool": "ppllms", **plan, **self._key_of_evaluation}
+            return {**key_of_source(self.source), "tool": "ppllms", **plan, **self._key_of_evaluation}
         return {
-            **_key_of_source(self.source),
+            **key_of_source(self.source),
             "tool": "ppllms",
             "method": self.method,
             "prune_rate": self.prune_rate,
-            **(by_counts if self.method in ("ppllms", "beam") else {}),
+            **(by_counts if takes("mha_ffn_ratio") else {}),
             **(text if self.needs_windows else {"seed": self.seed}),
-            **({"bi_windows": self.bi_windows} if self.uses_influence else {}),
-            **({"beam_width": self.beam_width} if self.method == "beam" else {}),
+            **({"bi_windows": self.bi_windows} if takes("bi_windows") else {}),
+            **({"beam_width": self.beam_width} if takes("beam_width") else {}),
             **self._key_of_evaluation,
         }
 
     @property
     def _key_of_evaluation(self) -> dict:
-        return _key_of_evaluation(self.texts, self.seqlen, self.eval_stride)
+        return key_of_evaluation(self.texts, self.seqlen, self.eval_stride)
 
     @property
     def needs_windows(self) -> bool:
         """True when calibration text is needed."""
-        return self.saved_plan is None and self.method != "random"
+        return self.saved_plan is None and self.depth_method.needs_windows

@@ -1,4 +1,4 @@
-"""Whole tables under one name: `--preset NAME` gives these values to flags that are not given. Imports no torch."""
+"""Settings of whole tables: `--preset NAME` gives these values to flags that are not given. Imports no torch."""
 
 from lib.config.methods import ALLOCATORS, DENSE, DEPTH_METHODS, PRUNERS, ZERO_SHOT_TASKS
 
@@ -46,7 +46,10 @@ ALP_PRESETS = {
         "model": ["demo"],
         "nsamples": 32,
         "prune_method": [
-            f"{pruner}{allocator}" for pruner in PRUNERS for allocator in ("", *(f"_{name}" for name in ALLOCATORS))
+            f"{pruner}{allocator}"
+            for pruner in PRUNERS
+            if pruner != DENSE
+            for allocator in ("", *(f"_{name}" for name in ALLOCATORS))
         ],
         "sparsity_ratio": [0.5, 0.6, 0.7],
     },

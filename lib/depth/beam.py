@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from lib.config.plan import Mode, Plan
-from lib.depth.moves import _is_taken, _nearer, check_reachable, greedy, sublayers
+from lib.depth.moves import check_reachable, greedy, is_taken, nearer, sublayers
 from lib.depth.trial_losses import Sweep
 
 
@@ -40,7 +40,7 @@ def beam(sweep: Sweep, target: float, width: int, others: dict[str, Plan]) -> Be
     while grown:
         best = sorted(grown.pop(min(grown)).values(), key=lambda found: found[0])[:width]
         for loss, plan in best:
-            near = _nearer(decoder, plan, [move for move in moves if not _is_taken(plan, move)], target)
+            near = nearer(decoder, plan, [move for move in moves if not is_taken(plan, move)], target)
             if not near:
                 ended.append((loss, "beam", plan))
                 continue

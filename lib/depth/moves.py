@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lib.config.methods import DepthMethod
 from lib.config.plan import Mode, Plan
 from lib.depth.greedy import Round
 from lib.depth.trial_losses import Sweep, Trial
@@ -47,9 +48,9 @@ def sublayers(decoder: Decoder) -> list[Move]:
     return sorted([*mha, *(Move(layer, ffn=True) for layer, mode in modes if mode.ffn)], key=lambda move: move.layer)
 
 
-def moves_of(method: str, decoder: Decoder) -> list[Move]:
-    """What a method removes a step."""
-    return sublayers(decoder) if method in ("blockpruner", "beam") else whole_layers(decoder)
+def moves_of(method: DepthMethod, decoder: Decoder) -> list[Move]:
+    """All the removals that a method can choose from."""
+    return sublayers(decoder) if method.removes == "sublayers" else whole_layers(decoder)
 
 
 def check_reachable(decoder: Decoder, moves: Sequence[Move], target: float) -> None:
@@ -74,7 +75,7 @@ def in_turn(decoder: Decoder, moves: Sequence[Move], target: float) -> Plan:
     check_reachable(decoder, moves, target)
     plan = Plan(decoder.num_layers)
     for move in moves:
-        if not _nearer(decoder, plan, [move], target):
+        if not nearer(decoder, plan, [move], target):
             break
         plan = move.added_to(plan)
     return plan
@@ -91,7 +92,7 @@ def greedy(
     decoder, steps = sweep.decoder, []
     plan = base or Plan(decoder.num_layers)
     check_reachable(decoder, moves, target)
-    while near := _nearer(decoder, plan, [move for move in moves if not _is_taken(plan, move)], target):
+    while near := nearer(decoder, plan, [move for move in moves if not is_taken(plan, move)], target):
         losses = sweep.losses(plan, [move.trial(plan) for move in near])
         steps.append(Round(dict(zip(near, losses, strict=True)), near[losses.index(min(losses))]))
         plan = steps[-1].selected.added_to(plan)
@@ -100,11 +101,11 @@ def greedy(
     return plan, steps
 
 
-def _is_taken(plan: Plan, move: Move) -> bool:
+def is_taken(plan: Plan, move: Move) -> bool:
     return move.attention and move.layer in plan.mha_removed or move.ffn and move.layer in plan.ffn_removed
 
 
-def _nearer(decoder: Decoder, plan: Plan, moves: Sequence[Move], target: float) -> list[Move]:
+def nearer(decoder: Decoder, plan: Plan, moves: Sequence[Move], target: float) -> list[Move]:
     """The moves after which the removed parameters are nearer to the target, and which leave an attention."""
     wanted = target * decoder.total_parameters
     distance = abs(decoder.removed_parameters(plan) - wanted)

@@ -1,4 +1,4 @@
-"""What the runs of `ppllms.py` on one model work on: loaded and checked before work starts."""
+"""The workspace of the runs of `ppllms.py` on one model: loaded and checked before any work starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,35 +12,27 @@ from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
-from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import check_format
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.modeling_pruned import skip_lists
 from lib.reporting.console import Report
+from lib.runs.single import Workspace
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.distributed import Ranks
-from lib.storage.resume_state import State
 
 
-@dataclass
-class Job:
-    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
+@dataclass(kw_only=True)
+class DepthWorkspace(Workspace):
+    """What runs on one model share, with what one of them found that the others reuse."""
 
-    tokenizer: object
-    decoder: Decoder
-    windows: dict[int, torch.Tensor]  # (N, T), for the search, by seed
-    eval_windows: dict[str, torch.Tensor]  # of each text
-    batcher: Batcher
-    seqlen: int  # tokens of a window
-    state: State = field(default_factory=lambda: State(None, {}))  # of the run at work
-    dense: dict[str, Perplexity] = field(default_factory=dict)  # on each text
+    windows: dict[int, torch.Tensor]  # the calibration set (N, T), by seed
     bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
     _sweep: tuple[int, Sweep] | None = None
 
     def sweep(self, seed: int) -> Sweep:
-        """Measures losses on the windows of a seed; it is kept until another seed is asked for."""
+        """What measures trials on the windows of a seed; kept until another seed is asked for."""
         if self._sweep is None or self._sweep[0] != seed:
             self._sweep = (seed, Sweep(self.decoder, self.windows[seed], self.batcher))
         sweep, state = self._sweep[1], self.state
@@ -49,7 +41,7 @@ class Job:
         return sweep
 
 
-def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Job:
+def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> DepthWorkspace:
     """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
 
     Raises `InputError`, where it can before the weights are read.
@@ -67,7 +59,14 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Job:
             check_decoder(cell, decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
-    return Job(tokenizer, decoder, windows, eval_windows, batcher, seqlen)
+    return DepthWorkspace(
+        tokenizer=tokenizer,
+        decoder=decoder,
+        batcher=batcher,
+        seqlen=seqlen,
+        windows=windows,
+        eval_windows=eval_windows,
+    )
 
 
 def check_config(cells: Sequence[DepthPruning], config) -> int:
@@ -100,7 +99,7 @@ def check_layers(settings: DepthPruning, config) -> None:
 
 def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
     """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
-    if layers < 2 and settings.method not in ("blockpruner", "beam"):
+    if layers < 2 and settings.depth_method.removes != "sublayers":
         raise InputError(f"{having}; pruning needs at least 2")
     if (settings.mha_remove_layers or 0) >= layers:
         raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
@@ -123,10 +122,10 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                 )
         if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
             raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
-    elif settings.method == "ppllms":
+    elif settings.depth_method.removes == "counts":
         find_counts(settings, decoder)
     else:
-        check_reachable(decoder, moves_of(settings.method, decoder), settings.prune_rate)
+        check_reachable(decoder, moves_of(settings.depth_method, decoder), settings.prune_rate)
     if settings.save_model:
         check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
 

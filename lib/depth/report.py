@@ -1,6 +1,5 @@
-"""What the PP-LLMs run says on the console and in its log."""
+"""The console lines of a run of `ppllms.py`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
 
 
-def say_model(report: Report, name: str, decoder: Decoder) -> None:
+def show_model(report: Report, name: str, decoder: Decoder) -> None:
     layers = decoder.whole_layers
     report.print(f"Model       {name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
     parameters = f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers"
@@ -33,25 +32,25 @@ def say_model(report: Report, name: str, decoder: Decoder) -> None:
         report.print(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
 
 
-def say_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
-    """The plan, and a note when the model that is given has another number of parameters than the plan's."""
+def show_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
+    """The plan, and a note when the given model has another number of parameters than the plan's."""
     report.print(f"Plan        {saved.path}, found for {saved.model}")
     if not saved.fits(parameters):
         report.print(f"Note        that model has {saved.parameters:,} parameters: is this another?")
 
 
-def say_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:
+def show_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:
     report.print(f"Calibration {dataset}: {len(windows)} windows of {windows.shape[1]} tokens, seed {seed}")
 
 
-def say_influence(report: Report, bi_scores: list[float], windows: torch.Tensor) -> None:
+def show_influence(report: Report, bi_scores: list[float], windows: torch.Tensor) -> None:
     report.print()
     report.print(f"Block Influence by layer, over {len(windows)} windows of {windows.shape[1]} tokens")
     for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(bi_scores)], 6):
         report.print("  " + row)
 
 
-def say_counts(report: Report, settings: DepthPruning, budget: Budget, counts: Counts, candidates: list[int]) -> None:
+def show_counts(report: Report, settings: DepthPruning, budget: Budget, counts: Counts, candidates: list[int]) -> None:
     """How many sublayers go, and by which of the run's settings."""
     given = [settings.mha_remove_layers is not None, settings.ffn_remove_layers is not None]
     ratio = settings.mha_ffn_ratio
@@ -66,38 +65,28 @@ def say_counts(report: Report, settings: DepthPruning, budget: Budget, counts: C
     report.print(f"Counts      {counts.mha} MHA and {counts.ffn} FFN layers, {rate:.2%} of all parameters: {how}")
 
 
-def say_search(report: Report, counts: Counts, windows: int) -> None:
+def show_search(report: Report, counts: Counts, windows: int) -> None:
     report.print()
     report.print(f"Greedy search: {counts.mha} rounds, loss on {windows} windows with each candidate closed whole")
 
 
-def round_sayer(report: Report) -> Callable[[int, Round], None]:
-    """What says a round of the search as it ends."""
-
-    def say_round(number: int, round_: Round) -> None:
-        report.print(f"  round {number}: layer {round_.selected} is chosen, loss {round_.loss:.2f}")
-        for row in columns([f"{layer}: {loss:.2f}" for layer, loss in round_.losses.items()], 5):
-            report.print("    " + row)
-
-    return say_round
+def show_round(report: Report, number: int, found: Round) -> None:
+    report.print(f"  round {number}: layer {found.selected} is chosen, loss {found.loss:.2f}")
+    for row in columns([f"{layer}: {loss:.2f}" for layer, loss in found.losses.items()], 5):
+        report.print("    " + row)
 
 
-def say_policy(report: Report, method: str, windows: int) -> None:
+def show_policy(report: Report, method: str, windows: int) -> None:
     report.print()
     report.print(f"Greedy search of {method}, loss on {windows} windows without each of what is left")
 
 
-def step_sayer(report: Report) -> Callable[[int, Round], None]:
-    """What says a step of another policy's search as it ends."""
-
-    def say_step(number: int, step: Round) -> None:
-        report.print(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
-
-    return say_step
+def show_step(report: Report, number: int, step: Round) -> None:
+    report.print(f"  step {number}: {step.selected} goes, loss {step.loss:.2f}, the lowest of {len(step.losses)}")
 
 
-def say_beam(report: Report, found: Beam, others: dict[str, dict], rate: float) -> None:
-    """What the beam search found, a share of `rate`, beside losses and shares of the other methods' plans."""
+def show_beam(report: Report, found: Beam, others: dict[str, dict], rate: float) -> None:
+    """The plan of the beam search, which removes a share `rate`, beside the plans of the other methods."""
     report.print()
     report.print("Beam search: of every amount of removed parameters the plans of lowest loss, grown by every sublayer")
     for method, plan in others.items():
@@ -107,7 +96,7 @@ def say_beam(report: Report, found: Beam, others: dict[str, dict], rate: float) 
     report.print(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
 
 
-def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
+def show_plan(report: Report, plan: Plan, parameters: dict) -> None:
     total, removed = parameters["total"], parameters["removed"]
     report.print()
     report.print(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
@@ -117,7 +106,7 @@ def say_plan(report: Report, plan: Plan, parameters: dict) -> None:
     report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 
-def say_perplexity(
+def show_perplexity(
     report: Report, text: str, found: dict[str, Perplexity], windows: torch.Tensor, is_first: bool
 ) -> None:
     if is_first:
@@ -127,7 +116,7 @@ def say_perplexity(
     report.print(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
 
 
-def say_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:
+def show_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:
     report.print()
     report.print("Written")
     report.print(f"  result  {result}")

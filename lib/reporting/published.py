@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lib.config.methods import ALPHAS, ZERO_SHOT_TASKS
+from lib.config.methods import ZERO_SHOT_TASKS, parse_method
 from lib.config.sources import short_name
 
 SOURCES = {
@@ -98,17 +98,14 @@ def _is_usual(result: dict) -> bool:
     """True when the settings are those of ALP's paper; other tables have none that could be compared."""
     if result["tool"] == "ppllms":
         return True
-    pruner, _, allocator = result["prune_method"].partition("_")
+    method = parse_method(result["prune_method"])
+    usual = {**method.pruning.flags, **(method.allocation.flags if method.allocation else {})}
     return (
         result["sparsity_type"] == "unstructured"
         and result["nsamples"] == _NSAMPLES
         and short_name(result["dataset"]).lower() in _TEXTS["c4"]
-        and result["alpha"] in (None, ALPHAS.get(allocator))
+        and all(result[flag] in (None, value) for flag, value in usual.items())
         and result["grad_nsamples"] in (None, _GRADIENTS)
         and result["grad_type"] != "l1"
-        and (allocator != "owl" or result["owl_m"] == 5)
-        and (pruner != "ria" or result["a"] == 0.5)
-        and (pruner != "sparsegpt" or result["percdamp"] == 0.01)
-        and not result["use_variant"]
         and "quantization" not in result
     )

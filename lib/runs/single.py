@@ -1,44 +1,178 @@
-"""One run from its settings to its result: what the runs of `ppllms.py` and `alp_prune.py` have in common."""
+"""One run from its settings to its result: the skeleton that `ppllms.py` and `alp_prune.py` share.
 
+A subclass of `Run` says how its tool prepares, prunes, describes and saves; the order of these steps, timing, resume
+state, perplexity and result.json are here.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
 
 from lib.config.depth import DepthPruning
+from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
+from lib.engine.window_losses import plan_window_losses
+from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.models.decoder import Decoder
 from lib.reporting.console import Report
+from lib.reporting.environment import environment
+from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks, join
+from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage.atomic import RESULT
-from lib.storage.resume_state import FOLDER, State, check_saved, finished, how_to_resume
+from lib.storage.resume_state import FOLDER, State, check_saved, digest, finished, how_to_resume
+
+NO_PLOT = "none: matplotlib is not installed (pip install matplotlib)"
 
 
-class HasState(Protocol):
-    """A job: what a run works on, and where it keeps what is finished."""
+@dataclass(kw_only=True)
+class Workspace:
+    """The model, text and caches that the runs on one model share; everything in it is checked."""
 
-    state: State
+    tokenizer: Any
+    decoder: Decoder
+    batcher: Batcher
+    seqlen: int
+    eval_windows: dict[str, torch.Tensor]  # (N, T), by text
+    state: State = field(default_factory=lambda: State(None, {}))  # of the current run
+    dense: dict[str, Perplexity] = field(default_factory=dict)  # by text
 
 
-Settings = TypeVar("Settings", DepthPruning, SparsityPruning)
-Job = TypeVar("Job", bound=HasState)
+Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
+Space = TypeVar("Space", bound=Workspace)
 
 
-def run_single(
-    settings: Settings,
-    prepare: Callable[[Report, Sequence[Settings], Ranks], Job],
-    work: Callable[[Report, Settings, Job], dict],
-) -> dict:
-    """The result of a run, which goes on with one that was stopped, or says that it is finished, if it is to.
+class Run(ABC, Generic[Settings, Space]):
+    """One run of a tool, on a workspace that other runs may share."""
 
-    `prepare` loads and checks all that it needs, and `work` does it, with what is finished kept in the job's state.
-    Raises `InputError`, and `RunError` that says what is kept.
+    tool: ClassVar[str]
+    x_axis: ClassVar[str]  # of the plots of a grid
+
+    def __init__(self, report: Report, settings: Settings, workspace: Space):
+        self.report, self.settings, self.workspace = report, settings, workspace
+        self.decoder, self.state = workspace.decoder, workspace.state
+
+    # What a tool defines
+
+    @classmethod
+    @abstractmethod
+    def check(cls, cells: Sequence[Settings]) -> None:
+        """Checks runs on one model as far as possible without its weights. Raises `InputError`."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, report: Report, cells: Sequence[Settings], ranks: Ranks) -> Space:
+        """Loads and checks everything that runs on one model need. Raises `InputError`."""
+
+    @abstractmethod
+    def show_model(self) -> None:
+        """Prints the model and what will be done with it."""
+
+    @abstractmethod
+    def prune(self) -> dict:
+        """Prunes the model and measures it; returns the fields of result.json that this gives."""
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """The fields of result.json that say what was asked for."""
+
+    @abstractmethod
+    def draw(self, result: dict) -> Path | str | None:
+        """Draws the plot; returns its path, why there is none, or None where there is nothing to draw."""
+
+    @abstractmethod
+    def save_model(self, folder: Path, overwrite: bool) -> None:
+        """Saves the pruned model."""
+
+    @abstractmethod
+    def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
+        """Prints which files were written."""
+
+    def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
+        """Gives the model its dense weights back before the next cell of a grid."""
+
+    def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:  # noqa: B027
+        """Adds measurements that take long or may fail; `keep` writes the result after each."""
+
+    def append_log(self, result: dict) -> Path | None:
+        """Appends the result to the log of runs, where one is asked for; returns its path."""
+        return None
+
+    # What all tools share
+
+    def compute(self) -> dict:
+        """Prunes and measures; returns what result.json holds."""
+        self.show_model()
+        fields = self.prune()
+        return {
+            "tool": self.tool,
+            "key": digest(self.settings.key),
+            **self.describe(),
+            **fields,
+            "seconds": self.report.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.decoder.device),
+            "environment": environment(self.decoder.device),
+        }
+
+    def perplexity(self, stage: str, text: str, plan: Plan | None = None) -> Perplexity:
+        """Perplexity of the model as it is, under a plan if given, on one evaluation text; measured once."""
+        windows = self.workspace.eval_windows[text]
+
+        def measure() -> Perplexity:
+            with self.report.progress(len(windows), "perplexity") as progress:
+                all_on = Plan(self.decoder.num_layers)
+                losses = plan_window_losses(self.decoder, plan or all_on, self.workspace.batcher, progress)
+                return perplexity(losses, windows, self.settings.eval_stride)
+
+        with self.report.timed("evaluate"):
+            return Perplexity(*self.state.once(f"perplexity of {stage} on {text}", measure))
+
+    def execute(self) -> dict:
+        """Prunes, measures, then writes result.json, plot, model and log. What was found is written before the rest."""
+        result = self.compute()
+        self.report.seconds.setdefault("save", 0.0)
+        if not self.report.is_first:
+            return result
+        path, settings = self.report.result(result), self.settings
+        plot = self.draw(result)
+        if settings.save_model:
+            with self.report.timed("save"):
+                overwrite = self.state.claim_model_folder(settings.save_model, settings.overwrite)
+                self.save_model(settings.save_model, overwrite)
+            result["saved_model"] = str(settings.save_model.resolve())
+            self.report.result(result)
+        try:
+            self.evaluate_tasks(result, self.report.result)
+        finally:
+            log = self.append_log(result)
+        self.show_written(path, plot, log)
+        return result
+
+    def execute_cell(self, keep: Callable[[dict], object]) -> dict:
+        """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
+        result = self.compute()
+        if self.report.is_first:
+            self.evaluate_tasks(result, lambda result: None)
+            self.append_log(result)
+        keep(result)
+        return result
+
+
+def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
+    """The result of a run, as written to result.json. With `resume` it continues a stopped run.
+
+    Raises `InputError`, and `RunError` that says what is kept and how to resume.
     """
     set_up()
     ranks = join(resolve_device(settings.source.device))
-    folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # which may have the time in it
+    folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # its name may contain the time
     settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)
     if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
         check_saved(before, settings.save_model)
@@ -46,8 +180,23 @@ def run_single(
         return before
     state = State(folder / FOLDER, settings.key, ranks, settings.resume)
     with state.advise_resume(how_to_resume(folder)):
-        job = prepare(report, [settings], ranks)
-        job.state = state
+        workspace = kind.prepare(report, [settings], ranks)
+        workspace.state = state
         with state.session(report.seconds):
             report.open(folder, resume=settings.resume)
-            return work(report, settings, job)
+            return kind(report, settings, workspace).execute()
+
+
+def run_cell(
+    kind: type[Run[Settings, Space]],
+    report: Report,
+    settings: Settings,
+    workspace: Space,
+    keep: Callable[[dict], object],
+) -> dict:
+    """The result of one cell of a grid, which resumes like a single run."""
+    workspace.state = State.of_cell(report.folder / FOLDER, settings.key, workspace.batcher.ranks)
+    run = kind(report, settings, workspace)
+    run.restore()
+    with workspace.state.session(report.seconds):
+        return run.execute_cell(keep)

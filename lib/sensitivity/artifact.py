@@ -23,7 +23,7 @@ _ADVICE = "make it again with save_gradient.py --overwrite, or delete it"
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """The sensitivities of a model's layers, and what they were made from."""
 
     model: str
@@ -67,13 +67,13 @@ def digest_of(windows: torch.Tensor) -> str:
     return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
-def write(path: Path, artefact: Artefact) -> None:
+def write(path: Path, artefact: Artifact) -> None:
     """Writes the file, whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": _FORMAT, **asdict(artefact)})
 
 
-def read(path: Path) -> Artefact:
+def read(path: Path) -> Artifact:
     """Reads the file. Raises `InputError` for one that is not there, broken, or no artefact."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def read(path: Path) -> Artefact:
             raise ValueError(f"format {content['format']!r}")
         layers = [layer_of_json(layer) for layer in content["layers"]]
         settings = GradientSettings(**content["settings"])
-        return Artefact(
+        return Artifact(
             content["model"], content["fingerprint"], content["text"], settings, layers, content["environment"]
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -108,7 +108,7 @@ def _spread(values: dict) -> Spread:
     return spread
 
 
-def check_settings(artefact: Artefact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
+def check_settings(artefact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
     """Raises `InputError` unless the artefact was made with these settings, on these windows of tokens."""
     for name, value in asdict(settings).items():
         if name != "dataset" and (found := getattr(artefact.settings, name)) != value:
@@ -119,7 +119,7 @@ def check_settings(artefact: Artefact, path: Path, settings: GradientSettings, w
         )
 
 
-def check_model(artefact: Artefact, path: Path, model: str, decoder: Decoder) -> None:
+def check_model(artefact: Artifact, path: Path, model: str, decoder: Decoder) -> None:
     """Raises `InputError` unless the artefact was made from these very weights."""
     linears = find_linears(decoder)
     sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]

@@ -1,7 +1,8 @@
 """Sensitivities of a model: computed, resumed, found in a file."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,56 +18,57 @@ from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.runtime.distributed import ALONE, Ranks
 from lib.sensitivity import artifact
-from lib.sensitivity.artifact import Artefact
+from lib.sensitivity.artifact import Artifact
 from lib.sensitivity.gradients import LayerSensitivity, connection_sensitivity
 from lib.storage.atomic import clear_drafts, whole_file
 from lib.storage.resume_state import State
 
 
 def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Tensor:
-    """The token windows (nsamples, seqlen) of a corpus that the gradients are taken on."""
+    """The windows (nsamples, seqlen) of a corpus on which gradients are computed."""
     return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
 
 
 def state_folder(path: Path) -> Path:
-    """Where what is finished of an artefact is kept, beside it, until all is."""
+    """The resume state of an artefact, beside it while it is computed."""
     return path.with_suffix(".state")
 
 
-def key_of(decoder: Decoder, settings: GradientSettings, windows: torch.Tensor) -> dict:
-    """All that sensitivities depend on."""
-    return {"model": artifact.fingerprint(decoder), "text": artifact.digest_of(windows), **asdict(settings)}
+@dataclass(frozen=True)
+class Sensitivities:
+    """The sensitivities of a model on some windows (N, T), and the file that is to keep them."""
 
+    decoder: Decoder
+    source: ModelSource
+    settings: GradientSettings
+    windows: torch.Tensor
+    path: Path
+    ranks: Ranks = ALONE
 
-def compute(
-    report: Report,
-    decoder: Decoder,
-    source: ModelSource,
-    settings: GradientSettings,
-    windows: torch.Tensor,
-    path: Path,
-    state: State,
-    key: dict,
-    ranks: Ranks = ALONE,
-) -> Artefact:
-    """The sensitivities of all layers, with what they were made from, written to `path`; goes on with the state.
+    @cached_property
+    def key(self) -> dict:
+        """All that they depend on; a resume state is bound to it."""
+        model, text = artifact.fingerprint(self.decoder), artifact.digest_of(self.windows)
+        return {"model": model, "text": text, **asdict(self.settings)}
 
-    `key` is that of `key_of`, to which the state is bound.
-    """
-    with report.progress(decoder.num_layers, "gradients") as progress:
-        layers = connection_sensitivity(
-            decoder, windows, settings.gradient_type, settings.loss, progress, ranks, _Unfinished(state, ranks)
-        )
-    found = Artefact(source.name, key["model"], key["text"], settings, layers, environment(decoder.device))
-    if ranks.is_first:
-        if state.folder == state_folder(path):  # which no other run works on
-            clear_drafts(path)
-        artifact.write(path, found)
-    return found
+    def compute(self, report: Report, state: State) -> Artifact:
+        """Computes and writes them; continues from the resume state."""
+        decoder, settings, unfinished = self.decoder, self.settings, _Unfinished(state, self.ranks)
+        with report.progress(decoder.num_layers, "gradients") as progress:
+            layers = connection_sensitivity(
+                decoder, self.windows, settings.gradient_type, settings.loss, progress, self.ranks, unfinished
+            )
+        model, text = self.key["model"], self.key["text"]
+        found = Artifact(self.source.name, model, text, settings, layers, environment(decoder.device))
+        if self.ranks.is_first:
+            if state.folder == state_folder(self.path):  # then no other run writes this file
+                clear_drafts(self.path)
+            artifact.write(self.path, found)
+        return found
 
 
 class _Unfinished:
-    """The last finished layer of a state: a file with the gradient below it, and with all sensitivities so far."""
+    """The last finished layer: one file with the gradient below it and all sensitivities so far."""
 
     def __init__(self, state: State, ranks: Ranks):
         self._path, self._ranks = state.folder / "gradient.safetensors", ranks
@@ -88,11 +90,8 @@ class _Unfinished:
                 save_file({"gradient": gradient}, draft, metadata)
 
 
-def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artefact | None:
-    """The artefact in a file; None when it is not there and need not be.
-
-    Raises `InputError` for a file that is broken.
-    """
+def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artifact | None:
+    """The artefact in a file; None when there is none and none is required. Raises `InputError` for a broken file."""
     if not must_exist and not ranks.agree(path.exists):
         return None
     return artifact.read(path)

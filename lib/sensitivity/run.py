@@ -1,4 +1,4 @@
-"""Sensitivities of a model found in a file or computed and kept; the run of `save_gradient.py`."""
+"""The run of `save_gradient.py`: compute the sensitivities of a model and write them to a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from lib.runtime.distributed import Ranks, join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact
-from lib.sensitivity.artifact import Artefact
-from lib.sensitivity.compute import compute, describe, gradient_windows, key_of, state_folder
+from lib.sensitivity.artifact import Artifact
+from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, discard, read
 
@@ -38,11 +38,11 @@ class SaveGradient:
 
     @property
     def plot(self) -> Path:
-        """Where the plot is, beside the artefact."""
+        """The plot, beside the artefact."""
         return self.output.with_suffix(".png")
 
 
-def run(settings: SaveGradient) -> Artefact:
+def run(settings: SaveGradient) -> Artifact:
     """Computes and writes one model's sensitivities. Raises `InputError` and `RunError`."""
     set_up()
     source, gradients = settings.source, settings.gradients
@@ -61,29 +61,29 @@ def run(settings: SaveGradient) -> Artefact:
     folder = state_folder(settings.output)
     if settings.resume and (before := finished(settings, windows, decoder, ranks)):
         report.print(f"Finished before: {settings.output}")
-        if ranks.is_first:  # what is left, or lacks, when a run is killed as it ends
+        if ranks.is_first:  # may remain, or be missing, after a kill at the very end
             discard(folder)
             if not settings.plot.exists():
                 draw(settings, before)
         return before
-    key = key_of(decoder, gradients, windows)
-    state = State(folder, key, ranks, settings.resume)
+    wanted = Sensitivities(decoder, source, gradients, windows, settings.output, ranks)
+    state = State(folder, wanted.key, ranks, settings.resume)
     with state.advise_resume("the same command with --resume goes on"), state.session(report.seconds):
         report.print(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
         report.print(f"Gradients   {describe(gradients)}")
         with report.timed("gradients"):
-            found = compute(report, decoder, source, gradients, windows, settings.output, state, key, ranks)
-        say_importance(report, found.layers)
+            found = wanted.compute(report, state)
+        show_importance(report, found.layers)
         if report.is_first:
-            say_written(report, settings, found, peak_memory_bytes(decoder.device))
+            show_written(report, settings, found, peak_memory_bytes(decoder.device))
     return found
 
 
-def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artefact | None:
-    """The artefact of a run, if it is there; else None.
+def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artifact | None:
+    """The artefact of an earlier run of these settings; None when there is none.
 
-    Raises `InputError` for an artefact of other settings, text or another model, unless it is to be overwritten, as it
-    is too by a run that was stopped.
+    Raises `InputError` for an artefact of other settings, text or another model, unless it will be overwritten: by
+    `overwrite`, or by a resumed run.
     """
     if not ranks.agree(settings.output.exists):
         return None
@@ -98,8 +98,8 @@ def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ra
         raise
 
 
-def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_bytes: int) -> None:
-    """Draws the plot, and says what was written."""
+def show_written(report: Report, settings: SaveGradient, found: Artifact, peak_bytes: int) -> None:
+    """Draws the plot, and prints what was written."""
     report.print()
     seconds = report.seconds.get("gradients", 0.0)
     report.print(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
@@ -108,21 +108,21 @@ def say_written(report: Report, settings: SaveGradient, found: Artefact, peak_by
     report.print(f"            {settings.plot}" if has_plot else "            no plot: matplotlib is not installed")
 
 
-def draw(settings: SaveGradient, found: Artefact) -> bool:
+def draw(settings: SaveGradient, found: Artifact) -> bool:
     """Draws the plot of an artefact; False without matplotlib."""
     title = f"{short_name(settings.source.name)}: {settings.gradients.gradient_type}"
     return plot_sensitivity(settings.plot, importance(found.layers), title)
 
 
 def check_config(source: ModelSource, config, settings: GradientSettings) -> None:
-    """Checks what can be without weights. Raises `InputError`."""
+    """Checks all that needs no weights. Raises `InputError`."""
     window_length(source.name, config, settings.seqlen, "--grad_seqlen")
     outline = load_outline(config, source.trust_remote_code)
     if outline is not None:
         find_linears(Decoder(outline, has_weights=False))
 
 
-def say_importance(report: Report, layers: list[LayerSensitivity]) -> None:
+def show_importance(report: Report, layers: list[LayerSensitivity]) -> None:
     report.print()
     report.print("Importance by layer (1 - share of the redundancy)")
     for row in columns([f"{layer}: {score:.4f}" for layer, score in enumerate(importance(layers))], 6):

@@ -1,10 +1,48 @@
-"""How many weights of each layer stay: one density per layer, whose mean over all weights is the target."""
+"""Layer-wise allocation: a score for each layer by the allocators, and densities whose mean is the target."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
+from lib.config.sparsity import SparsityPruning
+from lib.sensitivity.gradients import LayerSensitivity, importance
+from lib.sparsity.outlier_scores import Summary, median, median_share, outlier_share
+
 SMALLEST_DENSITY = 0.01
+
+
+# Allocators: a score for each layer, higher keeps more ----------------------------------------------------------------
+
+
+class LayerStatistics(Protocol):
+    """What an allocator may ask of a run; computed when asked for."""
+
+    settings: SparsityPruning
+
+    def sensitivities(self) -> list[LayerSensitivity]:
+        """The connection sensitivity of every layer."""
+
+    def summaries(self, summary: Summary) -> list[float]:
+        """A summary of Wanda's scores of every layer."""
+
+
+def alp(statistics: LayerStatistics) -> list[float]:
+    """ALP: 1 - the layer's share of the redundancy of all sensitivities."""
+    return importance(statistics.sensitivities())
+
+
+def owl(statistics: LayerStatistics) -> list[float]:
+    """OWL (arXiv:2310.05175): the share of scores above `owl_m` times the layer's mean."""
+    return statistics.summaries(outlier_share(statistics.settings.owl_m))
+
+
+def dlp(statistics: LayerStatistics) -> list[float]:
+    """DLP (arXiv:2505.23807): 1 - the layer's share of the medians of all layers."""
+    return median_share(statistics.summaries(median))
+
+
+# Densities ------------------------------------------------------------------------------------------------------------
 
 
 def uniform_densities(layers: int, sparsity: float) -> list[float]:

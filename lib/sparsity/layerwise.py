@@ -1,11 +1,12 @@
-"""The loop that prunes a model: layer by layer, look at its inputs, prune its linears, move the windows on through it.
+"""The loop that prunes a model layer by layer: observe a layer's inputs, prune its linears, advance the windows.
 
-The only place where a pruner and the sparsities of layers meet. The statistics of a layer come from its weights as they
-were, and from inputs that the layers before it made with their new weights.
+The only place where a pruner and the sparsities of layers meet. A layer's statistics are collected before it is pruned,
+from inputs that the pruned layers before it produced.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +22,19 @@ from lib.sparsity.pruners import Pruner
 Timed = Callable[[str], AbstractContextManager]
 
 
+@dataclass(frozen=True)
+class Monitor:
+    """What a run sees of the loop: `print` gets remarks of the pruner, `progress` finished layers.
+
+    `timed` names the parts of the work: `observe` (the pass that collects statistics), `select` (the pruner) and
+    `advance` (the pass with the new weights).
+    """
+
+    print: Callable[[str], object] = lambda remark: None
+    progress: Progress = lambda layers: None
+    timed: Timed = lambda part: nullcontext()
+
+
 def prune_layers(
     decoder: Decoder,
     groups: Sequence[Sequence[InputGroup]],
@@ -28,52 +42,50 @@ def prune_layers(
     sparsities: Sequence[float],
     windows: torch.Tensor | None,
     batcher: Batcher,
-    say: Callable[[str], object] = lambda remark: None,
-    progress: Progress | None = None,
-    timed: Timed = lambda name: nullcontext(),
+    monitor: Monitor = Monitor(),  # noqa: B008  (frozen)
     changes: Changes | None = None,
 ) -> None:
     """Prunes every linear of every layer in place, layer i to `sparsities[i]`.
 
-    `groups` are those of `input_groups`; `windows` (N, T) are the calibration tokens, None for a pruner that needs no
-    inputs. `say` is given what a pruner has to remark, and `timed` the names of the parts of the work: `observe` (the
-    pass that collects statistics), `select` (the pruner) and `advance` (the pass with the new weights). Each finished
-    layer is written to `changes`, and the first layers that are there already are taken from it; a model whose layers
-    are read from disk needs them. Several processes share the windows, and a layer's groups. Raises `RunError` naming a
-    layer whose numbers are not finite.
+    `groups` are those of `input_groups`; `windows` (N, T) are the calibration set, None for a pruner that needs no
+    inputs. Each finished layer is written to `changes`; layers that are already there are taken from it. A model whose
+    layers are read from disk needs `changes`. Several processes share the windows, and the groups of a layer. Raises
+    `RunError` that names the layer when its numbers are not finite.
     """
-    pending = [layer for layer in range(len(groups)) if not changes or layer not in changes]
+    ranks, pending = batcher.ranks, [layer for layer in range(len(groups)) if changes is None or layer not in changes]
     activations = None
     if pruner.needs_inputs and pending:
+        assert windows is not None, "this pruner needs calibration windows"
         share = batcher.share(len(windows))
-        with timed("advance"):
+        with monitor.timed("advance"):
             activations = Activations(decoder, windows[share], batcher, first=share.start)
     for layer, layer_groups in enumerate(groups):
         with decoder.at(layer):
             if layer in pending:
-                statistics = [None] * len(layer_groups)
+                statistics: list = [None] * len(layer_groups)
                 if activations:
-                    with timed("observe"):
+                    with monitor.timed("observe"):
                         statistics = observe(activations, layer_groups, pruner)
-                with timed("select"):
-                    found = _prune_layer(
-                        layer, layer_groups, statistics, pruner, sparsities[layer], say, batcher.ranks, changes
+                with monitor.timed("select"):
+                    differences, remarks = _prune_layer(
+                        layer, layer_groups, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
                     )
-                    if changes:
-                        (changes.write if batcher.ranks.is_first else changes.add)(layer, found)
-            elif not decoder.is_on_disk:  # from where it comes with its new weights
-                _take_over(layer, layer_groups, changes)
+                    if changes is not None:
+                        (changes.write if ranks.is_first else changes.add)(layer, differences)
+                for remark in remarks:
+                    monitor.print(remark)
+            elif changes is not None and not decoder.is_on_disk:  # on disk, a layer is read with its changes
+                _restore_layer(layer, layer_groups, changes)
             decoder.keep(layer)
             if activations and layer < pending[-1]:
-                with timed("advance"):
+                with monitor.timed("advance"):
                     activations.advance()
-        if progress:
-            progress(1)
-    batcher.ranks.wait()  # until all that is written can be read
+        monitor.progress(1)
+    ranks.wait()  # until everything that was written can be read
 
 
-def _take_over(layer: int, groups: Sequence[InputGroup], changes: Changes) -> None:
-    """Gives a layer the weights that an earlier run has made."""
+def _restore_layer(layer: int, groups: Sequence[InputGroup], changes: Changes) -> None:
+    """Gives a layer the weights that an earlier sitting computed."""
     for group in groups:
         for name, linear in zip(group.names, group.linears, strict=True):
             linear.weight.copy_(changes.apply(layer, f"{name}.weight", linear.weight))
@@ -85,19 +97,19 @@ def _prune_layer(
     statistics: list,
     pruner: Pruner,
     sparsity: float,
-    say: Callable[[str], object],
     ranks: Ranks,
-    changes: Changes | None,
-) -> dict[str, Difference]:
+    keep: bool,
+) -> tuple[dict[str, Difference], list[str]]:
     """Prunes one layer's linears in place, each group in one of the processes.
 
-    Gives what became of each weight, when somebody wants to keep it. Takes `statistics` off their list, so that none
-    outlives its use.
+    Returns how each weight changed (empty unless `keep`), and the pruner's remarks. Removes `statistics` from their
+    list as it goes, so that each is freed after its use.
     """
-    found: dict[str, Difference] = {}
+    differences: dict[str, Difference] = {}
+    remarks: list[str] = []
     for number, group in enumerate(groups):
         statistic, names, owner = statistics.pop(0), ", ".join(group.names), number % ranks.count
-        remark, before = None, [linear.weight.clone() for linear in group.linears] if changes is not None else []
+        remark, before = None, [linear.weight.clone() for linear in group.linears] if keep else []
         if ranks.rank == owner:
             try:
                 prune_group(group, statistic, pruner, sparsity)
@@ -107,29 +119,29 @@ def _prune_layer(
         for linear in group.linears:
             ranks.send(linear.weight, owner)
         if remark := ranks.tell(remark, owner):
-            say(f"layer {layer} {names}: {remark}")
+            remarks.append(f"layer {layer} {names}: {remark}")
         for name, linear, old in zip(group.names, group.linears, before, strict=False):
-            found[f"{name}.weight"] = difference(old, linear.weight)
-    return found
+            differences[f"{name}.weight"] = difference(old, linear.weight)
+    return differences, remarks
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
-    """The statistics of the inputs that the current layer's groups share, over the windows of all processes.
+    """The input statistics of the current layer's groups, over the windows of all processes.
 
-    In one pass, which begins anew with smaller batches when memory runs out.
+    Collected in one pass, which starts over with smaller batches when memory runs out.
     """
     batcher, windows = activations.batcher, torch.tensor(len(activations.windows))
-    statistics = batcher.whole(lambda: _look(activations, groups, pruner), len(activations.windows))
+    statistics = batcher.whole(lambda: _observe_share(activations, groups, pruner), len(activations.windows))
     batcher.ranks.add(windows)
     for statistic in statistics:
         statistic.combine(batcher.ranks.add, int(windows))
     return statistics
 
 
-def _look(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
+def _observe_share(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
     """The statistics over the windows of this process.
 
-    The layer's forward is left before its last group runs: what comes after gives no inputs.
+    Leaves the layer's forward before its last group runs, since nothing after that is observed.
     """
     statistics = [pruner.statistic(group.in_features, group.device) for group in groups]
     statistic_of = {group.names[0]: statistic for group, statistic in zip(groups, statistics, strict=True)}
@@ -154,7 +166,7 @@ def prune_group(group: InputGroup, statistic, pruner: Pruner, sparsity: float) -
 
 
 def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:
-    """For every layer the zeros among the weights of its linears, and the number of its weights."""
+    """(zeros, weights) of the linears of every layer."""
     counts = []
     for index, layer in enumerate(groups):
         with decoder.at(index):

@@ -1,4 +1,4 @@
-"""What the runs of `alp_prune.py` on one model work on: loaded and checked before work starts."""
+"""The workspace of the runs of `alp_prune.py` on one model: loaded and checked before any work starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from lib.config.gradients import GradientSettings
-from lib.config.methods import DENSE
 from lib.config.sparsity import SparsityPruning
 from lib.data.corpora import load_corpus
 from lib.data.windows import evaluation_windows, sampled_windows
 from lib.errors import InputError
-from lib.evaluation.perplexity import Perplexity
 from lib.evaluation.zero_shot import ZeroShot
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
@@ -20,53 +18,48 @@ from lib.models.linears import InputGroup, check_columns, check_not_offloaded, f
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.offload import follow
 from lib.reporting.console import Report
+from lib.runs.single import Workspace
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
 from lib.sparsity import semi_structured
-from lib.storage.resume_state import State
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows (N, T) of the runs on one model, as far as any of them needs some."""
+    """The windows (N, T) that the runs on one model need."""
 
     calibration: dict[int, torch.Tensor]  # by seed
     gradients: dict[GradientSettings, torch.Tensor]
     evaluation: dict[str, torch.Tensor]
 
 
-@dataclass
-class Job:
-    """What the runs on one model work on, all of it checked, and what one of them found that serves the others."""
+@dataclass(kw_only=True)
+class SparsityWorkspace(Workspace):
+    """What runs on one model share, with what one of them found that the others reuse."""
 
-    tokenizer: object
-    decoder: Decoder
     groups: list[list[InputGroup]]
-    texts: Texts
-    gradients: dict[GradientSettings, artifact.Artefact]  # those that are known
-    weights: list[torch.Tensor]  # of all linears, as they were; empty when nothing begins with them again
+    calibration: dict[int, torch.Tensor]  # windows (N, T), by seed
+    gradient_windows: dict[GradientSettings, torch.Tensor]  # (N, T)
+    gradients: dict[GradientSettings, artifact.Artifact]  # those that are known
+    weights: list[torch.Tensor]  # dense copies of all linears; empty when no run starts from them again
     zero_shot: ZeroShot | None
-    batcher: Batcher
-    seqlen: int  # tokens of a window
-    state: State = field(default_factory=lambda: State(None, {}))  # of the run at work
-    dense: dict[str, Perplexity] | None = None  # on each text
-    scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
+    scores: dict[tuple, list[float]] = field(default_factory=dict)  # summaries of OWL and DLP, by their settings
 
     @property
     def linears(self) -> list[nn.Linear]:
         return [linear for layer in self.groups for group in layer for linear in group.linears]
 
     def restore(self) -> None:
-        """Gives the linears the weights that they had."""
+        """Gives the linears their dense weights back."""
         follow(self.decoder.layers, [])
         for linear, weight in zip(self.linears, self.weights, strict=False):
             linear.weight.data.copy_(weight)
 
 
-def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> Job:
+def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> SparsityWorkspace:
     """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
 
     Raises `InputError`, where it can before the weights are read.
@@ -99,16 +92,28 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> J
         groups = input_groups(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
-    job = Job(tokenizer, decoder, groups, texts, gradients, [], zero_shot, batcher, seqlen)
+    workspace = SparsityWorkspace(
+        tokenizer=tokenizer,
+        decoder=decoder,
+        batcher=batcher,
+        seqlen=seqlen,
+        eval_windows=texts.evaluation,
+        groups=groups,
+        calibration=texts.calibration,
+        gradient_windows=texts.gradients,
+        gradients=gradients,
+        weights=[],
+        zero_shot=zero_shot,
+    )
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        size = sum(linear.weight.nbytes for linear in job.linears)
+        size = sum(linear.weight.nbytes for linear in workspace.linears)
         if size > free_host_memory():
             raise InputError(
                 f"--model {settings.model}: host memory has no room for a second copy of its weights, from which each "
                 "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
             )
-        job.weights = [linear.weight.detach().to("cpu", copy=True) for linear in job.linears]
-    return job
+        workspace.weights = [linear.weight.detach().to("cpu", copy=True) for linear in workspace.linears]
+    return workspace
 
 
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
@@ -128,7 +133,7 @@ def check_config(cells: Sequence[SparsityPruning], config) -> int:
 def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     """The linears of a model, when all can be pruned and rounded as asked for. Raises `InputError`."""
     linears = find_linears(decoder)
-    if settings.pattern.is_structured and settings.method.pruner != DENSE:
+    if settings.pattern.is_structured and settings.method.pruning.prunes:
         check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
     if settings.semi_structured:
         semi_structured.check_linears(linears, decoder.has_weights)

@@ -1,9 +1,8 @@
-"""What the ALP run says on the console and in its log."""
+"""The console lines of a run of `alp_prune.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.config.methods import DENSE, UNIFORM
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
 from lib.export.huggingface import how_to_load
@@ -13,8 +12,8 @@ from lib.reporting.console import Report, columns
 from lib.sensitivity import compute
 
 
-def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
-    """The model, of `weights` weights in its linears, and what is to be done with it on windows of `seqlen` tokens."""
+def show_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
+    """The model, which has `weights` weights in its linears, and what will be done with it."""
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
     report.print(f"Model       {settings.model} ({name})")
     report.print(
@@ -26,24 +25,24 @@ def say_model(report: Report, settings: SparsityPruning, decoder: Decoder, weigh
         report.print(f"Calibration {settings.calibration_dataset}: {windows}")
     if settings.uses_gradients:
         report.print(f"Gradients   {compute.describe(settings.gradients)}")
-    elif settings.method.allocator != UNIFORM and not settings.is_allocated:
+    elif not settings.method.is_uniform and not settings.is_allocated:
         allocator = settings.method.allocator
         report.print(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
 
 
 def describe_method(settings: SparsityPruning) -> str:
-    if settings.method.pruner == DENSE:
-        what = "dense: nothing is pruned"
+    allocator, how = settings.method.allocation, "the same in every layer"
+    if not settings.method.pruning.prunes:
+        what = f"{settings.method.name}: nothing is pruned"
     else:
-        owl = f", M {settings.owl_m:g}" if settings.method.allocator == "owl" else ""
-        allocation = f"{settings.method.allocator} densities, alpha {settings.alpha:g}{owl}"
-        how = allocation if settings.is_allocated else "the same in every layer"
+        if allocator and settings.is_allocated:
+            how = f"{allocator.name} densities, alpha {settings.alpha:g}{allocator.summary.format(settings)}"
         variant = " (variant)" if settings.use_variant else ""
         what = f"{settings.method.pruner}{variant}, {settings.sparsity_ratio:g} {settings.pattern}, {how}"
     return what + (f"; then {settings.quantization}" if settings.quantization else "")
 
 
-def say_densities(report: Report, scores: Sequence[float] | None, densities: Sequence[float]) -> None:
+def show_densities(report: Report, scores: Sequence[float] | None, densities: Sequence[float]) -> None:
     if scores is None:
         return
     report.print()
@@ -56,7 +55,7 @@ def say_densities(report: Report, scores: Sequence[float] | None, densities: Seq
         report.print("  " + row)
 
 
-def say_result(report: Report, result: dict) -> None:
+def show_result(report: Report, result: dict) -> None:
     report.print()
     report.print("Sparsity measured by layer")
     for row in columns([f"{layer}: {found:.4f}" for layer, found in enumerate(result["layer_sparsity"])], 6):
@@ -71,14 +70,14 @@ def say_result(report: Report, result: dict) -> None:
         report.print(f"  {text}: {' -> '.join(str(Perplexity(found[stage], errors[stage])) for stage in found)}")
 
 
-def say_speed(report: Report, speed: dict[str, float], tokens: int) -> None:
+def show_speed(report: Report, speed: dict[str, float], tokens: int) -> None:
     dense, sparse = speed["dense"], speed["semi_structured"]
     report.print()
     report.print(f"Speed of the layers on windows of {tokens} tokens")
     report.print(f"  dense {dense:,.0f} tokens/s, in torch's 2:4 kernels {sparse:,.0f}: {sparse / dense:.2f} times")
 
 
-def say_zero_shot(report: Report, zero_shot: dict) -> None:
+def show_zero_shot(report: Report, zero_shot: dict) -> None:
     report.print()
     report.print("Zero-shot accuracy in percent (acc_norm where a task has it)")
     for task, metrics in zero_shot["tasks"].items():
@@ -89,7 +88,7 @@ def say_zero_shot(report: Report, zero_shot: dict) -> None:
         report.print(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
 
 
-def say_written(report: Report, result: Path, plot: Path | str, model: Path | None, log: Path | None) -> None:
+def show_written(report: Report, result: Path, plot: Path | str, model: Path | None, log: Path | None) -> None:
     report.print()
     report.print("Written")
     report.print(f"  result  {result}")
