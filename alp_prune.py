@@ -311,5 +311,10 @@ def main() -> None:
         run_single(SparsityRun, settings[0])
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The script, and the console script that an installation makes of it."""
     sys.exit(run_script("alp_prune.py", main))
+
+
+if __name__ == "__main__":
+    command()

@@ -231,5 +231,10 @@ def main() -> None:
         run_single(DepthRun, runs[0])
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The script, and the console script that an installation makes of it."""
     sys.exit(run_script("ppllms.py", main))
+
+
+if __name__ == "__main__":
+    command()

@@ -86,5 +86,10 @@ def main() -> None:
     run(SaveGradient(flags.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The script, and the console script that an installation makes of it."""
     sys.exit(run_script("save_gradient.py", main))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,34 +1,70 @@
-"""The modules import one another in the order that CONTRIBUTING.md gives."""
+"""Imports of `lib` point one way: a file imports only from its own room and from rooms on lower floors."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    {"errors", "demo"},
+    {"config", "runtime", "storage"},
+    {"models", "data", "reporting", "cli"},
+    {"engine", "export"},
+    {"sensitivity", "evaluation"},
+    {"runs"},
+    {"depth", "sparsity"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted((ROOT / "lib").rglob("*.py"))
+WITHOUT_TORCH = ("config", "storage", "cli")
 
 
-def _imports(path: Path) -> set[str]:
-    found = set()
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "lib").with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms that a file imports from, wherever in the file the import stands."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
-            names = [f"lib.{alias.name}" for alias in node.names] if node.module == "lib" else [node.module]
-            found.update(name.split(".")[1] for name in names)
+        if isinstance(node, ast.ImportFrom) and node.module == "lib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lib."):
+            found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
-            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("lib."))
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lib.")}
     return found
 
 
-def test_a_module_imports_only_those_above_it():
-    table = re.findall(r"^\| `lib/(\w+)(?:\.py|/)`", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-    modules = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"} | {"demo"}
-    assert set(table) == modules and len(table) == len(modules)
-    for place, name in enumerate(table):
-        if name != "demo":
-            below = _imports(ROOT / "lib" / f"{name}.py") - set(table[:place])
-            assert not below, f"lib/{name}.py imports {below}, which stand below it"
+def test_every_room_is_on_a_floor():
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
 
 
-def test_the_command_line_modules_import_no_torch():
-    for name in ("errors", "files", "names", "plan", "gguf_file", "methods", "log", "cli"):
-        text = (ROOT / "lib" / f"{name}.py").read_text()
-        assert not re.search(r"^\s*(import|from) (torch|transformers|datasets)|^(import|from) numpy", text, re.M), name
+@pytest.mark.parametrize("room", sorted(set(FLOOR) - {"errors"}))
+def test_a_room_says_what_lives_there_and_imports_just_what_it_says(room):
+    about, _, imports = ast.get_docstring(ast.parse((ROOT / "lib" / room / "__init__.py").read_text())).partition(
+        "\n\nMay import "
+    )
+    found = {name for path in FILES if room_of(path) == room for name in imported_rooms(path) - {room}}
+    assert about and set(re.findall(r"`(\w+)`", imports)) - {"lib"} == found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_its_own_room_and_lower_floors(path):
+    own = room_of(path)
+    higher = {room for room in imported_rooms(path) - {own} if FLOOR[room] >= FLOOR[own]}
+    assert not higher, f"imports {sorted(higher)}, not on a lower floor than {own}"
+
+
+@pytest.mark.parametrize("room", WITHOUT_TORCH)
+def test_what_the_command_line_needs_imports_no_torch(room):
+    """Every file of these rooms, with all that it imports; so `--help` and wrong flags answer at once."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if room_of(path) == room]
+    heavy = ("torch", "transformers", "datasets", "numpy")
+    code = f"import sys, {', '.join(modules)}; sys.exit(str(set(sys.modules) & set({heavy})))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stderr.strip() == "set()"

@@ -1,4 +1,4 @@
-"""The command lines: flags, argument types, checks made before any model is loaded, exit statuses.
+"""The command lines: flags, argument types, checks before any model is loaded, exit statuses.
 
-Imports `config`, `storage` and `errors`; never torch.
+May import `config`, `storage` and `errors`; never torch.
 """

@@ -1,4 +1,4 @@
 """What a user asks for: names of models and texts, methods, presets, plans, settings of a run.
 
-Imports `errors` and the path of the bundled model; never torch.
+May import `demo` and `errors`; never torch.
 """

@@ -1,4 +1,7 @@
-"""The bundled demo: a small trained Llama (`model/`), the text it is used on (`text.py`), the script that made it."""
+"""The bundled demo: a small trained Llama (`model/`), the text it is used on (`text.py`), the script that made it.
+
+May import nothing of `lib`.
+"""
 
 from pathlib import Path
 

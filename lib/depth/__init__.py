@@ -1,4 +1,4 @@
-"""Depth pruning: Block Influence, the parameter budget, PP-LLMs' greedy search, its baselines, the run of `ppllms.py`.
+"""Depth pruning: Block Influence, parameter budget, PP-LLMs' greedy search, its baselines, the run of `ppllms.py`.
 
-Imports any room but `sparsity`.
+May import `config`, `data`, `engine`, `evaluation`, `export`, `models`, `reporting`, `runs`, `runtime` and `errors`.
 """

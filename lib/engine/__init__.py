@@ -1,4 +1,4 @@
 """The calibration engine: hidden states of many windows through the decoder layers, and their losses.
 
-Imports `models`, `runtime`, `config` and `errors`.
+May import `config`, `models`, `runtime` and `errors`.
 """

@@ -1,4 +1,4 @@
 """What a model is worth: perplexity, and accuracy on tasks of lm_eval.
 
-Imports `engine` and the rooms below it.
+May import `config`, `engine` and `errors`.
 """

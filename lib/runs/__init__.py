@@ -1,4 +1,4 @@
-"""How a run goes from settings to result: a single run that resumes, a grid of runs.
+"""How a run goes from settings to result: the skeleton of a single run, and grids of runs.
 
-Imports `reporting`, `models` and the rooms below them.
+May import `config`, `engine`, `evaluation`, `models`, `reporting`, `runtime`, `storage` and `errors`.
 """

@@ -1,4 +1,4 @@
 """The machine: devices, memory, batches, processes.
 
-Imports `errors` only.
+May import `errors`.
 """

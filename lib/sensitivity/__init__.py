@@ -1,4 +1,4 @@
-"""ALP's connection sensitivity: gradients layer by layer, the file that keeps them, the run of `save_gradient.py`.
+"""ALP's connection sensitivity: gradients layer by layer, their file, the run of `save_gradient.py`.
 
-Imports any room but `evaluation`, `depth` and `sparsity`.
+May import `config`, `data`, `engine`, `models`, `reporting`, `runtime`, `storage` and `errors`.
 """

@@ -1,4 +1,5 @@
 """Weight pruning: pruners, layer-wise densities, the loop over layers, quantization, the run of `alp_prune.py`.
 
-Imports any room but `depth`.
+May import `config`, `data`, `engine`, `evaluation`, `export`, `models`, `reporting`, `runs`, `runtime`,
+`sensitivity`, `storage` and `errors`.
 """

@@ -1,4 +1,4 @@
 """What is on disk: atomic writes, resume state, results.jsonl, the log of runs.
 
-Imports `errors` only; never torch.
+May import `errors`; never torch.
 """
