@@ -89,16 +89,18 @@ def group_size(text: str) -> int | None:
 def ratio(text: str) -> float | str:
     """A number from 0.01 to 100, or `auto`."""
     try:
-        number = text if text == "auto" else float(text)
+        if text == "auto":
+            return text
+        number = float(text)
     except ValueError:
         number = 0.0
-    if number != "auto" and not 0.01 <= number <= 100:
+    if not 0.01 <= number <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0.01 to 100 nor auto")
     return number
 
 
 def name(text: str) -> str:
-    """The name of a model or text: anything but nothing."""
+    """The name of a model or text: anything but an empty string."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty name")
     return text

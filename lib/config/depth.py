@@ -52,7 +52,7 @@ class DepthPruning:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The texts of the evaluation."""
+        """The evaluation texts."""
         return self.eval_datasets if self.eval_ppl else ()
 
     @property
@@ -62,7 +62,7 @@ class DepthPruning:
 
     @property
     def key(self) -> dict:
-        """All that the result depends on."""
+        """Everything that the result depends on."""
         by_counts = {name: getattr(self, name) for name in ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")}
         takes = self.depth_method.takes
         text = {"text": stamp(self.dataset), "nsamples": self.nsamples, "seed": self.seed}

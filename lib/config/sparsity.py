@@ -49,7 +49,7 @@ class SparsityPruning:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The texts of the evaluation."""
+        """The evaluation texts."""
         return self.dataset
 
     @property
@@ -60,7 +60,7 @@ class SparsityPruning:
 
     @property
     def key(self) -> dict:
-        """All that the result depends on."""
+        """Everything that the result depends on."""
         pruner, allocator = self.method.pruning, self.method.allocation
         flags = dict.fromkeys((*pruner.flags, *(("percdamp",) if self.quantization else ())))
         flags |= dict.fromkeys(allocator.flags if allocator and self.is_allocated else ())
@@ -87,7 +87,7 @@ class SparsityPruning:
 
     @property
     def needs_text(self) -> bool:
-        """True when windows of text are drawn by the seed."""
+        """True when the seed decides which windows of text are used."""
         return self.needs_inputs or self.uses_gradients
 
     @property
@@ -109,7 +109,7 @@ class SparsityPruning:
 
     @property
     def gradient_path(self) -> Path:
-        """The file of sensitivities: as given, or where those of this model and these settings are kept."""
+        """The file of sensitivities: the given one, or the default for this model and these settings."""
         return self.gradient_file or self.gradients.path(self.source.name, self.source.dtype)
 
     @property

@@ -1,4 +1,4 @@
-"""Beam search over sublayers, for the least loss at a given rate: ours."""
+"""Beam search over sublayers for the lowest loss at a given rate. This project's own method."""
 
 import math
 from collections import defaultdict
@@ -15,26 +15,26 @@ class Beam:
 
     plan: Plan
     loss: float
-    origin: str  # whose plan it is: `beam`, or that of another method
-    trials: int  # models whose loss was asked for, those of the other methods included
-    at_most: int  # trials that there could have been
+    origin: str  # the method whose plan it is: `beam`, or one of `others`
+    trials: int  # models measured, by all searches together
+    at_most: int  # an upper bound of `trials`
 
 
 def beam(sweep: Sweep, target: float, width: int, others: dict[str, Plan]) -> Beam:
-    """Ours: for every amount of removed parameters the `width` plans of lowest loss, each grown by every sublayer.
+    """Keeps, for every amount of removed parameters, the `width` plans of lowest loss; extends each by every sublayer.
 
-    Amounts are counted in parameters of the smallest sublayer, so that plans are compared with plans of about their
-    size, whatever the order and kind of their removals. Where the plans of `others` end below the target, they are
-    taken up to it as BlockPruner would, and the plan of lowest loss is chosen of all that end within half a sublayer
-    of the target. So none of `others` has a lower loss there. `trials` counts what the sweep was asked for since its
-    `asked` was cleared. Raises `InputError` when the target is out of reach.
+    Amounts are counted in units of the smallest sublayer, so that a plan competes with plans of about its size. Plans
+    of `others` that end below the target are extended up to it as BlockPruner would. Of all plans that end within half
+    a sublayer of the target the one of lowest loss is chosen, so none of `others` has a lower loss there. `trials`
+    counts the models that `sweep` was asked for since its `asked` was cleared. Raises `InputError` when the target is
+    out of reach.
     """
     decoder, moves = sweep.decoder, sublayers(sweep.decoder)
     check_reachable(decoder, moves, target)
     none, wanted = Plan(decoder.num_layers), target * decoder.total_parameters
     sizes = [decoder.removed_parameters(move.added_to(none)) for move in moves]
     unit = min(sizes)
-    grown: dict[int, dict[tuple[Mode, ...], tuple[float, Plan]]] = defaultdict(dict)  # by amount, then by what is left
+    grown: dict[int, dict[tuple[Mode, ...], tuple[float, Plan]]] = defaultdict(dict)  # by amount, then by modes
     grown[0][none.modes] = (sweep.loss(none), none)
     ended: list[tuple[float, str, Plan]] = []
     while grown:
@@ -53,5 +53,5 @@ def beam(sweep: Sweep, target: float, width: int, others: dict[str, Plan]) -> Be
             ended.append((sweep.loss(completed), name, completed))
     loss, origin, plan = min(ended, key=lambda found: found[0])
     steps = math.floor(wanted / unit) + 1  # only plans below the target are grown
-    at_most = 1 + len(others) + steps * len(moves) * (width + 2 * len(others))  # others search, and are taken further
+    at_most = 1 + len(others) + steps * len(moves) * (width + 2 * len(others))  # `others` search, and grow
     return Beam(plan, loss, origin, len(sweep.asked), at_most)

@@ -1,4 +1,4 @@
-"""Block Influence: how much a decoder layer turns the hidden states (ShortGPT, arXiv:2403.03853, equation 1)."""
+"""Block Influence: how much a decoder layer changes the hidden states (ShortGPT, arXiv:2403.03853, equation 1)."""
 
 import torch
 

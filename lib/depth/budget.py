@@ -8,7 +8,7 @@ from lib.errors import InputError
 
 @dataclass(frozen=True)
 class Budget:
-    """What removing sublayers of a uniform model saves: parameters of one attention, of one FFN, and of all."""
+    """Parameters of one attention, of one FFN and of the whole model, for a model of uniform layers."""
 
     num_layers: int
     mha_parameters: float
@@ -21,7 +21,7 @@ class Budget:
 
     @property
     def natural_ratio(self) -> float:
-        """FFNs for each attention at which both take the same share of parameters."""
+        """The FFNs per attention that make both removals equally large."""
         return self.ffn_parameters / self.mha_parameters
 
 
@@ -33,10 +33,10 @@ class Counts(NamedTuple):
 
 
 def reachable_counts(budget: Budget, ratio: float) -> list[Counts]:
-    """The pairs that the reference considers, in its order, without those of more attentions than FFNs.
+    """The pairs that the reference code considers, in its order, except those with more attentions than FFNs.
 
-    PP-LLMs: for `mha` in 1..L-1, `ffn` within 30% of `round(mha * ratio)`, not more than L together, and the ratio of
-    the two within 20% of the one asked for.
+    PP-LLMs: for `mha` in 1..L-1, `ffn` within 30% of `round(mha * ratio)`, at most L together, and the ratio of the two
+    within 20% of `ratio`.
     """
     pairs, layers = [], budget.num_layers
     for mha in range(1, layers):
@@ -51,7 +51,7 @@ def reachable_counts(budget: Budget, ratio: float) -> list[Counts]:
 def choose_counts(
     budget: Budget, prune_rate: float, ratio: float = 2.0, mha: int | None = None, ffn: int | None = None
 ) -> Counts:
-    """The counts whose share of parameters is nearest to `prune_rate`; a count that is given is kept.
+    """The counts whose share of parameters is nearest to `prune_rate`; a given count is kept.
 
     Raises `InputError` when no allowed pair comes within one layer of the rate.
     """

@@ -1,36 +1,35 @@
-"""Which sublayers to remove: the parameter budget, and the greedy search."""
+"""PP-LLMs: the candidates by Block Influence, and the greedy search over them."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from lib.config.plan import Mode, Plan
 from lib.depth.trial_losses import Sweep, Trial
 from lib.runtime.batching import Progress
 
-# How many -------------------------------------------------------------------------------------------------------------
-
 
 def choose_candidates(bi_scores: Sequence[float], count: int, layers: Sequence[int] | None = None) -> list[int]:
-    """The `count` layers of lowest Block Influence, ascending; of equals the lower index first.
+    """The `count` layers of lowest Block Influence, ascending; ties go to the lower index.
 
-    Of all layers, or of those given: of a model that was pruned before, those that are whole.
+    Chosen from all layers, or from `layers`: those that are whole, in a model that was pruned before.
     """
     layers = range(len(bi_scores)) if layers is None else layers
     return sorted(layers, key=lambda layer: (bi_scores[layer], layer))[:count]
 
 
-# The search -----------------------------------------------------------------------------------------------------------
+Removal = TypeVar("Removal", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round of a greedy search: the loss of each removal that was tried, and the one chosen.
+class Round(Generic[Removal]):
+    """One step of a greedy search: the loss of each trial, by what it removes, and the removal chosen.
 
-    For PP-LLMs a removal is the number of the candidate that is closed whole; for others see `lib.depth.policies`.
+    In PP-LLMs a removal is the number of a layer, which loses both sublayers; elsewhere it is a `Move`.
     """
 
-    losses: dict
-    selected: Hashable
+    losses: dict[Removal, float]
+    selected: Removal
 
     @property
     def loss(self) -> float:
@@ -41,15 +40,17 @@ def greedy_search(
     sweep: Sweep,
     candidates: Sequence[int],
     mha_count: int,
-    on_round: Callable[[int, Round], object] | None = None,
+    on_round: Callable[[int, Round[int]], object] | None = None,
     progress: Progress | None = None,
-) -> tuple[Plan, list[Round]]:
-    """PP-LLMs, second stage: which `mha_count` of the candidates, all without FFN, lose their attention too.
+) -> tuple[Plan, list[Round[int]]]:
+    """PP-LLMs, second stage: all candidates lose their FFN; which `mha_count` of them lose attention too?
 
-    In each round every candidate not chosen yet is closed whole, beside those chosen before; the one whose loss is
-    lowest is chosen, of equals the one of lower Block Influence. `on_round` is told each round as it ends.
+    Each round has a trial for every candidate not chosen yet: that layer is removed whole, beside those chosen before.
+    The trial of lowest loss is chosen; ties go to the lower Block Influence. `on_round` gets each round as it ends.
     """
-    num_layers, chosen, rounds = sweep.decoder.num_layers, [], []
+    num_layers = sweep.decoder.num_layers
+    chosen: list[int] = []
+    rounds: list[Round[int]] = []
     for number in range(1, mha_count + 1):
         base = Plan(num_layers, tuple(chosen), tuple(sorted(candidates)))
         left = [layer for layer in candidates if layer not in chosen]

@@ -1,4 +1,4 @@
-"""Steps of depth pruning by policies: moves, which of them come nearer to a rate, greedy descent."""
+"""Search steps of depth pruning: what can be removed, which removals come nearer to a rate, greedy descent."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lib.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Move:
-    """What goes in one step: the attention of a layer, its FFN, or both."""
+    """What one search step removes: the attention of a layer, its FFN, or both."""
 
     layer: int
     attention: bool = False
@@ -28,21 +28,21 @@ class Move:
         return Plan(plan.num_layers, mha, ffn)
 
     def trial(self, plan: Plan) -> Trial:
-        """The layer's mode under the plan and this move."""
+        """The plan with this move, as a trial."""
         mode = plan.mode(self.layer)
         return Trial(self.layer, Mode(mode.attention and not self.attention, mode.ffn and not self.ffn))
 
 
-OnStep = Callable[[int, Round], object]
+OnStep = Callable[[int, "Round[Move]"], object]
 
 
 def whole_layers(decoder: Decoder) -> list[Move]:
-    """A move for each layer that is whole."""
+    """A move for each layer that has both sublayers."""
     return [Move(layer, attention=True, ffn=True) for layer in decoder.whole_layers]
 
 
 def sublayers(decoder: Decoder) -> list[Move]:
-    """A move for each attention and each FFN that is there."""
+    """A move for each attention and each FFN of the model."""
     modes = list(enumerate(decoder.given_modes))
     mha = [Move(layer, attention=True) for layer, mode in modes if mode.attention]
     return sorted([*mha, *(Move(layer, ffn=True) for layer, mode in modes if mode.ffn)], key=lambda move: move.layer)
@@ -54,7 +54,7 @@ def moves_of(method: DepthMethod, decoder: Decoder) -> list[Move]:
 
 
 def check_reachable(decoder: Decoder, moves: Sequence[Move], target: float) -> None:
-    """Raises `InputError` unless the moves, one attention kept, come within half a step of a share of parameters."""
+    """Raises `InputError` unless the moves, which must leave one attention, come within half a move of the target."""
     total, none = decoder.total_parameters, Plan(decoder.num_layers)
     rates = [decoder.removed_parameters(move.added_to(none)) / total for move in moves]
     most, everything = 0.0, none
@@ -68,9 +68,9 @@ def check_reachable(decoder: Decoder, moves: Sequence[Move], target: float) -> N
 
 
 def in_turn(decoder: Decoder, moves: Sequence[Move], target: float) -> Plan:
-    """The moves in their order as long as each brings the share of removed parameters nearer to `target`.
+    """Takes the moves in order while each brings the share of removed parameters nearer to `target`.
 
-    Raises `InputError` when it is out of reach.
+    Raises `InputError` when the target is out of reach.
     """
     check_reachable(decoder, moves, target)
     plan = Plan(decoder.num_layers)
@@ -83,13 +83,14 @@ def in_turn(decoder: Decoder, moves: Sequence[Move], target: float) -> Plan:
 
 def greedy(
     sweep: Sweep, moves: Sequence[Move], target: float, on_step: OnStep | None = None, base: Plan | None = None
-) -> tuple[Plan, list[Round]]:
-    """Step by step the move of lowest loss, of equals the first, as long as one comes nearer to `target`.
+) -> tuple[Plan, list[Round[Move]]]:
+    """At each step takes the move of lowest loss (ties go to the first), while some move comes nearer to `target`.
 
-    `target` is the share of all parameters to remove; `base` is where it begins, nothing removed unless given. Raises
+    `target` is the share of all parameters to remove; the search starts from `base`, by default the whole model. Raises
     `InputError` when the target is out of reach.
     """
-    decoder, steps = sweep.decoder, []
+    decoder = sweep.decoder
+    steps: list[Round[Move]] = []
     plan = base or Plan(decoder.num_layers)
     check_reachable(decoder, moves, target)
     while near := nearer(decoder, plan, [move for move in moves if not is_taken(plan, move)], target):
@@ -102,11 +103,12 @@ def greedy(
 
 
 def is_taken(plan: Plan, move: Move) -> bool:
+    """True when the plan already removes something of the move."""
     return move.attention and move.layer in plan.mha_removed or move.ffn and move.layer in plan.ffn_removed
 
 
 def nearer(decoder: Decoder, plan: Plan, moves: Sequence[Move], target: float) -> list[Move]:
-    """The moves after which the removed parameters are nearer to the target, and which leave an attention."""
+    """The moves that bring the removed parameters nearer to the target and leave at least one attention."""
     wanted = target * decoder.total_parameters
     distance = abs(decoder.removed_parameters(plan) - wanted)
     near = []
@@ -119,5 +121,5 @@ def nearer(decoder: Decoder, plan: Plan, moves: Sequence[Move], target: float) -
 
 
 def _modes_left(decoder: Decoder, plan: Plan) -> tuple[Mode, ...]:
-    """What every layer has under a plan, less what it lacked from the start."""
+    """What every layer has left under a plan, without what the model lacked from the start."""
     return decoder.complete(plan).modes

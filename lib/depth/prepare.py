@@ -42,9 +42,9 @@ class DepthWorkspace(Workspace):
 
 
 def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> DepthWorkspace:
-    """Loads and checks everything for runs on one model, which differ in method, rate and seed only.
+    """Loads and checks everything for runs on one model, which differ only in method, rate and seed.
 
-    Raises `InputError`, where it can before the weights are read.
+    Raises `InputError`, before the weights are read where possible.
     """
     settings, source = cells[0], cells[0].source
     with report.timed("load"):
@@ -70,7 +70,7 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
 
 
 def check_config(cells: Sequence[DepthPruning], config) -> int:
-    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    """Checks all that needs no weights; returns the sequence length in tokens. Raises `InputError`."""
     seqlen = window_length(cells[0].model_name, config, cells[0].seqlen)
     check_stride(cells[0].eval_stride, seqlen)
     for settings in cells:
@@ -84,7 +84,7 @@ def check_config(cells: Sequence[DepthPruning], config) -> int:
 
 
 def check_layers(settings: DepthPruning, config) -> None:
-    """Checks a run's numbers of layers against a model's config. Raises `InputError`."""
+    """Checks the numbers of layers of a run against the model's config. Raises `InputError`."""
     layers, name = config.num_hidden_layers, settings.model_name
     if settings.num_blocks not in (None, layers):
         raise InputError(f"--num_blocks {settings.num_blocks}: {name} has {layers} decoder layers; leave the flag out")
@@ -98,7 +98,7 @@ def check_layers(settings: DepthPruning, config) -> None:
 
 
 def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
-    """Raises `InputError` unless the counts asked for leave something of the layers that can be pruned."""
+    """Raises `InputError` unless the given counts leave something of the layers that can be pruned."""
     if layers < 2 and settings.depth_method.removes != "sublayers":
         raise InputError(f"{having}; pruning needs at least 2")
     if (settings.mha_remove_layers or 0) >= layers:
@@ -108,7 +108,7 @@ def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
 
 
 def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
-    """Checks a model, which may be without weights, against the plan or the budget, and the format to be saved."""
+    """Checks a model, with or without weights, against the plan or budget, and against the save format."""
     if settings.saved_plan:
         plan = settings.saved_plan.plan
         for what, layers, absent in (
@@ -133,7 +133,7 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
 def load_windows(
     cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
 ) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """The calibration windows of each seed, and those of every evaluation text; text is tokenized here, once."""
+    """The calibration windows of each seed and the windows of every evaluation text; each text is tokenized once."""
     settings, windows = cells[0], {}
     seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
     if seeds:
@@ -147,14 +147,15 @@ def load_windows(
 
 
 def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
-    """How many layers lose attention and FFN, by the settings and the model's own parameter counts."""
+    """How many layers lose attention and FFN, by the settings and the model's parameter counts."""
     budget = budget_of(decoder)
-    ratio = budget.natural_ratio if settings.mha_ffn_ratio == "auto" else settings.mha_ffn_ratio
+    ratio = settings.mha_ffn_ratio
+    ratio = ratio if isinstance(ratio, float) else budget.natural_ratio  # `auto`
     return choose_counts(budget, settings.prune_rate, ratio, settings.mha_remove_layers, settings.ffn_remove_layers)
 
 
 def budget_of(decoder: Decoder) -> Budget:
-    """The budget of a model's whole layers; those that differ in size count with their mean."""
+    """The budget of the whole layers of a model; layers of different sizes count with their mean."""
     sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
     mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
     return Budget(len(sizes), mha, ffn, decoder.total_parameters)

@@ -51,7 +51,7 @@ def show_influence(report: Report, bi_scores: list[float], windows: torch.Tensor
 
 
 def show_counts(report: Report, settings: DepthPruning, budget: Budget, counts: Counts, candidates: list[int]) -> None:
-    """How many sublayers go, and by which of the run's settings."""
+    """How many sublayers are removed, and which settings decided it."""
     given = [settings.mha_remove_layers is not None, settings.ffn_remove_layers is not None]
     ratio = settings.mha_ffn_ratio
     how = "as given" if all(given) else f"nearest to a rate of {settings.prune_rate:g}"

@@ -1,4 +1,4 @@
-"""What it costs to remove something: losses of many models at once, sharing all that they have in common."""
+"""Losses of many trials at once: models that differ in a few sublayers share all that they have in common."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ from lib.models.decoder import Decoder
 from lib.runtime.batching import Batcher, Progress
 from lib.runtime.memory import _free_memory, free_host_memory
 
-Modes = tuple[Mode, ...]  # of the layers from the first on
-_ROOM = 0.25  # of the free memory, for hidden states that the next trials can begin with
+Modes = tuple[Mode, ...]  # of the layers from 0 up
+_ROOM = 0.25  # share of the free memory, for hidden states that later trials can start from
 
 
 class Trial(NamedTuple):
@@ -28,9 +28,9 @@ class Trial(NamedTuple):
 
 
 class _States:
-    """Hidden states (N, T, D) of this process's windows, each under the modes of all layers below some layer.
+    """A cache of hidden states (N, T, D) of this process's windows, by the modes of the layers below them.
 
-    As many as there is room for, on the device where they wait; in host memory the first at least, which spares most.
+    It keeps as many as fit on the device. The first, which saves most, goes to host memory when it does not fit.
     """
 
     def __init__(self, device: torch.device):
@@ -40,7 +40,7 @@ class _States:
         self._filling: dict[Modes, torch.Tensor | None] = {}  # None: there was no room
 
     def begin(self, models: Sequence[Modes], share: slice) -> None:
-        """Before walks of these models; makes room where much is kept that none of them passes through."""
+        """Starts walks of these models. A cache that is half full drops states that none of them passes through."""
         self._filling = {}
         if share != self._share:
             self._share, self._complete = share, {}
@@ -49,20 +49,20 @@ class _States:
             self._complete = {modes: self._complete[modes] for modes in passed}
 
     def end(self) -> None:
-        """After walks of all windows: what was written can be read."""
+        """Ends the walks of all windows; states written in them can be read from now on."""
         self._complete |= {modes: states for modes, states in self._filling.items() if states is not None}
         self._filling = {}
 
     def longest(self, modes: Modes) -> Modes:
-        """The longest beginning of some modes whose states can be read; none when there is none."""
+        """The longest prefix of some modes whose states can be read; empty when there is none."""
         return next((modes[:n] for n in range(len(modes), 0, -1) if modes[:n] in self._complete), ())
 
     def read(self, rows: slice, modes: Modes, device: torch.device) -> torch.Tensor | None:
-        """The states (B, T, D) of some windows, None for no modes."""
+        """The states (B, T, D) of some windows; None for an empty prefix."""
         return self._complete[modes][self._places(rows)].to(device) if modes else None
 
     def write(self, rows: slice, modes: Modes, hidden_states: torch.Tensor) -> None:
-        """Keeps the states (B, T, D) of some windows, if there is room for those of all."""
+        """Keeps the states (B, T, D) of some windows, if those of all windows fit."""
         if not modes or modes in self._complete:
             return
         if modes not in self._filling:
@@ -73,7 +73,7 @@ class _States:
     def _room_for(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         shape, device = (self._share.stop - self._share.start, *hidden_states.shape[1:]), hidden_states.device
         size = math.prod(shape) * hidden_states.element_size()
-        if size == 0:  # no window is this process's, and one that it looks at does not count
+        if size == 0:  # this process has no windows; it runs one only to learn shapes
             return None
         if self._size + size > self._room:
             if self._size or size > free_host_memory() * _ROOM:
@@ -84,11 +84,11 @@ class _States:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return None  # it is only there to save time
+            return None  # the cache only saves time
 
     @property
     def _size(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all cached states."""
         kept = [*self._complete.values(), *self._filling.values()]
         return sum(states.nbytes for states in kept if states is not None)
 
@@ -97,33 +97,33 @@ class _States:
 
 
 class Sweep:
-    """Measures the loss of many models that differ from a base in one layer each, sharing what they have in common.
+    """Measures the loss of many models that differ from a base in one layer each.
 
-    One walk a batch: models whose layers so far are in the same modes go up together, and part where they differ; each
-    ends in the model's own tail. Hidden states at the layers of trials are kept, so that the next trials over the same
-    windows begin at the last layer up to which they are those of an earlier one.
+    Each batch of windows walks up the layers once: models with the same modes so far share the walk, and fork where
+    they differ; each ends in the model's own tail. Hidden states at the layers of trials are cached, so that later
+    trials on the same windows start at the last layer that they have in common with an earlier one.
     """
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher):
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self._kept: _States | None = None
         self._losses: dict[Modes, float] = {}
-        self.asked: set[Modes] = set()  # for the loss of which models, since this was last cleared
-        self.on_measured: Callable[[dict[str, float]], object] = lambda losses: None  # is given all that is known
+        self.asked: set[Modes] = set()  # the models whose loss was asked for, since this was last cleared
+        self.on_measured: Callable[[dict[str, float]], object] = lambda losses: None  # gets all losses known so far
 
     def add_known(self, losses: Mapping[str, float]) -> None:
-        """Takes over what `on_measured` was given before: these are not measured again."""
+        """Adds losses that an earlier `on_measured` got; they are not measured again."""
         for text, loss in losses.items():
             self._losses[tuple(_MODES[letter] for letter in text)] = loss
 
     def forget(self) -> None:
-        """Lets the hidden states go that the next trials could begin with."""
+        """Frees the cached hidden states."""
         self._kept = None
 
     def losses(self, base: Plan, trials: Sequence[Trial], progress: Progress | None = None) -> list[float]:
         """For each trial, the sum over windows of mean token cross-entropy times T (fp32, summed in fp64).
 
-        What was measured before, in whichever search, is not measured again. Raises `RunError` naming the layer when a
+        A model that any search has measured before is not measured again. Raises `RunError` naming the layer when a
         loss is not finite.
         """
         tried = [(*base.modes[: trial.layer], trial.mode, *base.modes[trial.layer + 1 :]) for trial in trials]
@@ -142,7 +142,7 @@ class Sweep:
         return self.losses(plan, [Trial(layer, plan.mode(layer))])[0]
 
     def _measured(self, trials: Mapping[Modes, Trial], progress: Progress | None) -> list[float]:
-        """The losses of models. Several processes share the windows, or, where these are too few, the models."""
+        """The losses of models. Several processes share the windows, or the models when there are too few windows."""
         ranks, models = self.batcher.ranks, list(trials)
         if len(self.windows) >= ranks.count:
             return self._sums(self._measure(trials, self.batcher, progress))
@@ -158,34 +158,35 @@ class Sweep:
 
     def _measure(self, trials: Mapping[Modes, Trial], batcher: Batcher, progress: Progress | None) -> torch.Tensor:
         """The losses (N, trials) of all windows, by walks up the layers."""
-        self._kept = self._kept or _States(self.decoder.waiting_device)
-        self._kept.begin(list(trials), batcher.share(len(self.windows)))
+        self._kept = kept = self._kept or _States(self.decoder.waiting_device)
+        kept.begin(list(trials), batcher.share(len(self.windows)))
 
         def losses_of(rows: slice, tick: Tick) -> torch.Tensor:  # (N, trials)
-            running = self._walk(rows, trials, tick)
+            running = self._walk(rows, trials, kept, tick)
             losses = [self._trial_losses(rows, modes, trial, running.pop(modes)) for modes, trial in trials.items()]
             return torch.stack(losses, dim=1)
 
         size = waiting_bytes(self.decoder, self.windows.shape[1], len(trials) + 2)
         window_losses = map_windows(self.decoder, len(self.windows), batcher, losses_of, size, progress)
-        self._kept.end()
+        kept.end()
         return window_losses
 
-    def _walk(self, rows: slice, trials: Mapping[Modes, Trial], tick: Tick) -> dict[Modes, Activations]:
-        """Takes some windows up the layers; gives each model after the last."""
+    def _walk(self, rows: slice, trials: Mapping[Modes, Trial], kept: _States, tick: Tick) -> dict[Modes, Activations]:
+        """Walks some windows up the layers; returns the activations of each model after the last layer."""
         decoder, windows, forks = self.decoder, self.windows[rows], {trial.layer for trial in trials.values()}
-        begins = {modes: self._kept.longest(modes) for modes in trials}
+        begins = {modes: kept.longest(modes) for modes in trials}
         running: dict[Modes, Activations] = {}  # by the modes of the layers below
         inputs = SharedInputs(decoder, windows)
         for layer in range(min(map(len, begins.values())), decoder.num_layers):
             for begin in begins.values():
                 if len(begin) == layer and begin not in running:
-                    states = self._kept.read(rows, begin, decoder.waiting_device)
+                    states = kept.read(rows, begin, decoder.waiting_device)
                     running[begin] = Activations(decoder, windows, self.batcher, layer, states, inputs)
             if layer in forks:
-                for below, states in running.items():
-                    self._kept.write(rows, below, states.hidden_states)
-            next_of = {below: {} for below in running}  # the modes that follow, in the order of the models
+                for below, walk in running.items():
+                    assert walk.hidden_states is not None
+                    kept.write(rows, below, walk.hidden_states)
+            next_of: dict[Modes, dict[Mode, None]] = {below: {} for below in running}  # in the order of the models
             for modes, begin in begins.items():
                 if len(begin) <= layer:
                     next_of[modes[:layer]][modes[layer]] = None
@@ -199,7 +200,7 @@ class Sweep:
         return running
 
     def _at(self, layer: int, modes: Sequence[Mode]) -> AbstractContextManager[None]:
-        """Inside, the weights of a layer are there for all that walk through it; of a closed one nothing is needed."""
+        """Inside, a layer has its weights, unless every model skips it whole."""
         return self.decoder.at(layer) if any(mode.attention or mode.ffn for mode in modes) else nullcontext()
 
     def _trial_losses(self, rows: slice, modes: Modes, trial: Trial, states: Activations) -> torch.Tensor:
@@ -210,7 +211,7 @@ class Sweep:
 
 
 def _stepped(states: Activations, modes: Sequence[Mode]) -> dict[Mode, Activations]:
-    """What a layer makes of hidden states in each of some modes; the states themselves are moved on in the last."""
+    """The output of a layer in each of some modes; the last mode advances `states` itself."""
     after = {mode: states.fork() for mode in modes[:-1]} | {modes[-1]: states}
     for mode, moved in after.items():
         moved.step(mode)
@@ -221,5 +222,5 @@ _MODES = {"2": Mode(), "a": Mode(ffn=False), "f": Mode(attention=False), "0": Mo
 
 
 def _letter(mode: Mode) -> str:
-    """A layer's mode as a letter: what it still has."""
+    """A layer's mode as a letter."""
     return next(letter for letter, other in _MODES.items() if other == mode)
