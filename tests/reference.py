@@ -47,7 +47,7 @@ def total_loss(model: nn.Module, windows: torch.Tensor) -> float:
     """Sum over windows of mean token cross-entropy times the window's length, one whole forward a window."""
     total = 0.0
     for window in windows:
-        logits = model(input_ids=window[None], use_cache=False).logits.float()
+        logits = model(input_ids=window[None], use_cache=False).logits.double()
         total += torch.nn.functional.cross_entropy(logits[0, :-1], window[1:]).item() * len(window)
     return total
 
@@ -117,7 +117,7 @@ def layer_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
 
 def sensitivities(model: nn.Module, windows: torch.Tensor, gradient_type: str, loss: str) -> list[dict]:
     """G of every linear by autograd through the whole model, one backward a window: [{linear: (out, in)}] by layer."""
-    model = copy.deepcopy(model).float().requires_grad_(True)
+    model = copy.deepcopy(model).double().requires_grad_(True)
     linears = layer_linears(model)
     totals = [{name: torch.zeros_like(linear.weight) for name, linear in layer.items()} for layer in linears]
     for number, window in enumerate(windows):
@@ -139,6 +139,16 @@ def redundancy(sensitivity: dict[str, torch.Tensor]) -> float:
     """R of a layer: sum of |z| over all its sensitivities, z by their mean and unbiased std."""
     flat = torch.cat([values.flatten() for values in sensitivity.values()]).double()
     return ((flat - flat.mean()) / flat.std()).abs().sum().item()
+
+
+def densities(sensitivities: list[dict], sparsity: float, alpha: float) -> list[float]:
+    """ALP's density of every layer, for layers of one size, where none has to be clipped."""
+    redundancies = [redundancy(layer) for layer in sensitivities]
+    scores = [1 - one / sum(redundancies) for one in redundancies]
+    spread = [(score - min(scores)) / (max(scores) - min(scores)) * 2 * alpha for score in scores]
+    found = [one - sum(spread) / len(spread) + 1 - sparsity for one in spread]
+    assert all(0 < density <= 1 for density in found)
+    return found
 
 
 @torch.no_grad()
@@ -194,9 +204,14 @@ def smallest_of_each_row(weight, scores, count):
     return weight
 
 
-def wanda(weight, inputs, sparsity):
+def wanda(weight, inputs, sparsity, pattern=None):
     norms = (inputs.double() ** 2).sum(dim=1).mean(dim=0).sqrt()
-    return smallest_of_each_row(weight, weight.abs() * norms, int(weight.shape[1] * sparsity))
+    scores = weight.abs() * norms
+    if pattern is None:
+        return smallest_of_each_row(weight, scores, int(weight.shape[1] * sparsity))
+    n, m = pattern
+    places = scores.view(-1, m).argsort(dim=1, stable=True).argsort(dim=1)
+    return weight.masked_fill((places < n).view_as(weight), 0)
 
 
 def ria(weight, inputs, sparsity, a=0.5):
