@@ -27,23 +27,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lib.allocators import importance, spread_densities
-from lib.batching import Batcher
-from lib.bi import block_influence
-from lib.data import calibration_windows, evaluation_windows, load_corpus, sampled_windows
-from lib.evaluate import perplexity
-from lib.gradients import connection_sensitivity
-from lib.linears import input_groups
-from lib.loading import load_model, load_tokenizer
-from lib.methods import parse_method, parse_pattern
-from lib.model import Decoder
-from lib.names import ModelSource
-from lib.plan import Plan
-from lib.prune import prune_layers
-from lib.pruners import Magnitude, Ria, SparseGpt, Wanda
-from lib.search import choose_candidates, greedy_search
-from lib.stream import plan_window_losses
-from lib.sweep import Sweep
+from lib.config.methods import parse_method, parse_pattern
+from lib.config.plan import Plan
+from lib.config.sources import ModelSource
+from lib.data.corpora import load_corpus
+from lib.data.windows import calibration_windows, evaluation_windows, sampled_windows
+from lib.depth.block_influence import block_influence
+from lib.depth.greedy import choose_candidates, greedy_search
+from lib.depth.trial_losses import Sweep
+from lib.engine.window_losses import plan_window_losses
+from lib.evaluation.perplexity import perplexity
+from lib.models.decoder import Decoder
+from lib.models.linears import input_groups
+from lib.models.loading import load_model, load_tokenizer
+from lib.runtime.batching import Batcher
+from lib.sensitivity.gradients import connection_sensitivity, importance
+from lib.sparsity.densities import spread_densities
+from lib.sparsity.layerwise import prune_layers
+from lib.sparsity.pruners import Magnitude, Ria, SparseGpt, Wanda
 from tests import reference
 from tests.command import run, run_alp
 from tests.golden import make
