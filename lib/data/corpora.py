@@ -64,7 +64,7 @@ def _load_local(source: str, path: Path, purpose: str) -> Corpus:
         files = _choose_files(source, files, purpose)
     if any(file.stat().st_size == 0 for file in files):
         raise InputError(f"dataset {source}: {next(file for file in files if file.stat().st_size == 0)} is empty")
-    kinds = {_kind(file) for file in files}
+    kinds = {kind for file in files if (kind := _kind(file))}
     if len(kinds) > 1:
         raise InputError(f"dataset {source}: files of several types ({', '.join(sorted(kinds))}); give one of them")
     if kinds == {"txt"}:

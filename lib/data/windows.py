@@ -41,15 +41,16 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
                 found = tokenize(corpus.documents[index] or "", tokenizer)
                 longest = max(longest, len(found))
                 tokens[index] = found if len(found) > seqlen else None
-            if tokens[index] is not None:
+            document = tokens[index]
+            if document is not None:
                 break
             if len(tokens) == count and not any(found is not None for found in tokens.values()):
                 raise InputError(
                     f"dataset {corpus.name}: no document has more than {seqlen} tokens, the longest {longest}; "
                     "give longer text, or smaller windows"
                 )
-        start = draw.randint(0, len(tokens[index]) - seqlen - 1)
-        windows.append(tokens[index][start : start + seqlen])
+        start = draw.randint(0, len(document) - seqlen - 1)
+        windows.append(document[start : start + seqlen])
     return torch.stack(windows)
 
 

@@ -35,7 +35,8 @@ def docstrings(source: bytes) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    found, stack = [], [tree]
+    found: list[str] = []
+    stack: list[ast.Module | ast.ClassDef | ast.FunctionDef] = [tree]
     while stack:
         node = stack.pop()
         text = ast.get_docstring(node)

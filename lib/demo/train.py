@@ -174,7 +174,7 @@ def main() -> None:
         train(model, [own, foreign], held_out, args)
     except KeyboardInterrupt:
         print("stopped: the model is saved as it is")
-    model.to(torch.bfloat16).save_pretrained(args.output)
+    model.bfloat16().save_pretrained(args.output)
     model.config.dtype = torch.float32  # stored in half the bytes, loaded for CPUs
     model.config.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -40,7 +40,7 @@ class Activations:
         """
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self.layer, self.first = layer, first
-        self.hidden_states = hidden_states
+        self.hidden_states = torch.empty(0) if hidden_states is None else hidden_states
         self._is_own = False  # else somebody shares them, and they must not be written to
         self.inputs = inputs or SharedInputs(decoder, windows)
         if hidden_states is None and len(windows):
@@ -58,7 +58,7 @@ class Activations:
         if rows.stop - rows.start == count:
             self.hidden_states = hidden_states.to(device)
         else:
-            if self.hidden_states is None:
+            if len(self.hidden_states) == 0:
                 self.hidden_states = hidden_states.new_empty(count, *hidden_states.shape[1:], device=device)
             elif not self._is_own:
                 self.hidden_states = self.hidden_states.clone()

@@ -1,6 +1,7 @@
 """The structure of a decoder, found on the model itself: layers, their sublayers, and parameter counts."""
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +18,9 @@ from lib.models.modeling_pruned import (
     find_name,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Architecture:
     """A causal language model as a list of decoder layers, each with one attention and one FFN.
@@ -25,7 +29,7 @@ class Architecture:
     anything is pruned here; a model that was pruned before lacks some. Raises `InputError` for other structures.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: "PreTrainedModel"):
         self.model = model
         self.family = type(model).__name__
         self.config = model.config.get_text_config(decoder=True)
@@ -87,13 +91,13 @@ class Architecture:
         counts = []
         for index, layer in enumerate(self.layers):
             originals = self._originals[index]
-            sublayers = [
+            attention, ffn = (
                 sum(_count(originals[name]) for name in self.sublayers[index][kind])
                 for kind in (SKIP_ATTENTION, SKIP_FFN)
-            ]
+            )
             skipped = {id(module) for module in originals.values()}
             rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
-            counts.append((*sublayers, rest))
+            counts.append((attention, ffn, rest))
         return counts
 
     def sublayer_parameters(self, index: int) -> tuple[int, int]:

@@ -7,9 +7,9 @@ and one FFN, and tries that on the model itself; anything else is refused with t
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, is_out_of_memory
@@ -20,6 +20,9 @@ from lib.models.modeling_pruned import (
     skip_modules,
 )
 from lib.models.offload import OffloadedLayer, offloaded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class StopForward(Exception):
@@ -44,7 +47,7 @@ class Decoder(Architecture):
     weights may be elsewhere while it does not run, see `lib.models.offload`: `at` brings them.
     """
 
-    def __init__(self, model: nn.Module, has_weights: bool = True):
+    def __init__(self, model: "PreTrainedModel", has_weights: bool = True):
         super().__init__(model)
         self.has_weights = has_weights
         self._modes = [Mode()] * len(self.layers)
@@ -95,7 +98,9 @@ class Decoder(Architecture):
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
 
     @property
     def token_bytes(self) -> int:
@@ -121,12 +126,13 @@ class Decoder(Architecture):
 
     def at(self, index: int) -> AbstractContextManager[None]:
         """Inside, a layer's weights are where they are computed with. May be nested."""
-        return self._offloaded[index].here() if self._offloaded[index] else nullcontext()
+        layer = self._offloaded[index]
+        return layer.here() if layer else nullcontext()
 
     def keep(self, index: int) -> None:
         """To be called, inside `at`, after a layer's weights were changed in place."""
-        if self._offloaded[index]:
-            self._offloaded[index].keep()
+        if layer := self._offloaded[index]:
+            layer.keep()
 
     # Switching sublayers
 
@@ -169,7 +175,8 @@ class Decoder(Architecture):
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
         """The first layer's input (B, T, D) for token ids (B, T), and what every layer gets besides it."""
-        inputs, first = LayerInputs(), []
+        inputs = LayerInputs()
+        first: list[torch.Tensor] = []
 
         def look_on(hidden_states, *args, **kwargs):
             if not first:

@@ -5,15 +5,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_config(source: ModelSource):
@@ -40,7 +43,7 @@ def load_tokenizer(source: ModelSource):
     return tokenizer
 
 
-def load_model(source: ModelSource) -> nn.Module:
+def load_model(source: ModelSource) -> "PreTrainedModel":
     """A causal language model in eval mode, without gradients.
 
     A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
@@ -53,7 +56,8 @@ def load_model(source: ModelSource) -> nn.Module:
     stock = _stock_of_pruned(config)
     outline = load_outline(config, source.trust_remote_code)
     place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
-    device_map, folder = source.device_map, None
+    device_map: str | dict[str, str] | None = source.device_map
+    folder = None
     if place == "none" and device_map is None and device.type == "cuda":
         device_map = {"": str(device)}  # straight there: host memory may not hold it
     if place == "disk":
@@ -61,8 +65,9 @@ def load_model(source: ModelSource) -> nn.Module:
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
         folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights that are no safetensors
+    loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # no stubs for `output_loading_info`
     with _loading_errors(source.name):
-        model, loaded = (pruned_class(stock) if stock else AutoModelForCausalLM).from_pretrained(
+        model, loaded = loader.from_pretrained(
             locate_model(source.name),
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
@@ -80,7 +85,7 @@ def load_model(source: ModelSource) -> nn.Module:
         )
     if stock:
         model = _as_pruned_here(model, stock)
-    if place == "disk":
+    if folder:
         offload.offload_to_disk(model, device)
         offload.delete_with(model, folder)
     elif place == "cpu":
@@ -96,7 +101,7 @@ def _dtype_of(source: ModelSource, config) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:
+def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | None":
     """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +136,7 @@ def _stock_of_pruned(config) -> type | None:
     return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None
 
 
-def _as_pruned_here(model: nn.Module, stock: type) -> nn.Module:
+def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
     """A loaded pruned model as what pruning makes of one in memory: the stock class with sublayers taken out."""
     model.__class__ = stock
     if hasattr(model.config, "auto_map"):

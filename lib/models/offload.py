@@ -5,9 +5,10 @@ what pruning made of them from files of changes, so that host memory need not ho
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -16,15 +17,25 @@ from lib.models.modeling_pruned import LAYERS_NAMES, find_name
 from lib.models.weight_deltas import Changes
 from lib.runtime.memory import free_host_memory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _FITS = 0.8  # a model may take so much of the free memory
+
+
+class Weights(Protocol):
+    """Tensors by their path within a layer."""
+
+    def __getitem__(self, path: str, /) -> torch.Tensor: ...
 
 
 class OffloadedLayer:
     """The weights of one decoder layer, which are on the device only inside `here`."""
 
-    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Mapping[str, torch.Tensor]):
+    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Weights):
         """`weights` has the tensors, by path within the layer, wherever they wait; `index` is the layer's number."""
-        self.index, self.device, self.changes = index, device, []
+        self.index, self.device = index, device
+        self.changes: list[Changes] = []
         self._weights, self._uses = weights, 0
         self._places = {
             f"{path}.{name}".lstrip("."): (module, name)
@@ -33,7 +44,8 @@ class OffloadedLayer:
             if module._parameters[name] is not None
         }
         self._waiting = {path: module._parameters[name] for path, (module, name) in self._places.items()}
-        layer._hf_hook = self  # where `save_pretrained` asks for the `weights_map` of what is not there
+        # `save_pretrained` reads offloaded weights from this attribute's `weights_map`.
+        layer._hf_hook = self  # type: ignore[assignment]  # torch's stubs allow only tensors and modules
 
     @property
     def is_on_disk(self) -> bool:
@@ -88,7 +100,7 @@ def offloaded(layer: nn.Module) -> OffloadedLayer | None:
 
 
 @contextmanager
-def fetched_by_forward(layers: Sequence[nn.Module]) -> Iterator[None]:
+def fetched_by_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, each layer's own forward brings its weights, so that whole forwards of the model run, slowly."""
     stack: list = []
 
@@ -113,7 +125,7 @@ def fetched_by_forward(layers: Sequence[nn.Module]) -> Iterator[None]:
 # How a model is offloaded ---------------------------------------------------------------------------------------------
 
 
-def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: torch.device) -> str:
+def choose(asked: str, outline: "PreTrainedModel | None", dtype: torch.dtype, device: torch.device) -> str:
     """`none`, `cpu` or `disk`: as asked for, or for `auto` the first for which memory is free.
 
     `outline` is the model without weights; without one nothing is known of its size, so it is `none`.
@@ -131,13 +143,13 @@ def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: to
     return "none" if size < _FITS * host else "disk"
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers of a model."""
     decoder = model.get_decoder()
     return getattr(decoder, find_name(decoder, LAYERS_NAMES))
 
 
-def disk_map(outline: nn.Module, device: torch.device) -> dict[str, str]:
+def disk_map(outline: "PreTrainedModel", device: torch.device) -> dict[str, str]:
     """The device map of transformers that leaves a model's decoder layers on disk and puts all else on the device."""
     layers, found = layers_of(outline), {}
 
@@ -155,19 +167,19 @@ def disk_map(outline: nn.Module, device: torch.device) -> dict[str, str]:
     return found
 
 
-def offload_to_host(model: nn.Module, device: torch.device) -> None:
+def offload_to_host(model: "PreTrainedModel", device: torch.device) -> None:
     """Lets the layers of a model that is in host memory come to the device one by one; all else goes there."""
     layers, parent = layers_of(model), model.get_decoder()
     name = find_name(parent, LAYERS_NAMES)
     setattr(parent, name, nn.ModuleList())  # aside, while the rest moves
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # the decorator of `PreTrainedModel.to` loses its signature
     setattr(parent, name, layers)
     for index, layer in enumerate(layers):
         _move_buffers(layer, device)
         OffloadedLayer(layer, index, device, dict(layer.named_parameters()))
 
 
-def offload_to_disk(model: nn.Module, device: torch.device) -> None:
+def offload_to_disk(model: "PreTrainedModel", device: torch.device) -> None:
     """Takes the layers of a model that transformers loaded by `disk_map` over from its hooks."""
     from accelerate.hooks import remove_hook_from_module
 
@@ -203,7 +215,7 @@ def _move_buffers(layer: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def follow(layers: Sequence[nn.Module], changes: Sequence[Changes]) -> None:
+def follow(layers: Iterable[nn.Module], changes: Sequence[Changes]) -> None:
     """Lets layers that are read from disk have these changes, one set upon the other, from now on."""
     for layer in layers:
         if (found := offloaded(layer)) and found.is_on_disk:

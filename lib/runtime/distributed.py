@@ -91,7 +91,9 @@ class Ranks:
         """What a function gives in the first process, for all: of a file, say, that others may change meanwhile."""
         if not self.are_several:
             return function()
-        return json.loads(self.tell(json.dumps(function()) if self.is_first else None, 0))
+        told = self.tell(json.dumps(function()) if self.is_first else None, 0)
+        assert told is not None
+        return json.loads(told)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
