@@ -1,4 +1,4 @@
-"""A causal language model as a stack of decoder layers: loading, offloading, its linears, what travels with it.
+"""Causal language models as stacks of decoder layers: loading, offloading, linears, code saved with pruned models.
 
 Imports `config`, `runtime`, `storage` and `errors`.
 """

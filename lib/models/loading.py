@@ -1,4 +1,4 @@
-"""Loading configs, tokenizers and models from a hub id or a local folder, with errors of one line."""
+"""Loads configs, tokenizers and models from a hub id or a local folder, with one-line errors."""
 
 import re
 import tempfile
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_config(source: ModelSource):
-    """The text model's configuration. Raises `InputError` where it cannot be loaded, or is that of another format."""
+    """The text model's config. Raises `InputError` if it cannot be loaded or has the format nemotron-nas."""
     config = _load_config(source)
     if getattr(config, "model_type", None) == "nemotron-nas":
         raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
@@ -28,7 +28,7 @@ def load_config(source: ModelSource):
 
 
 def load_tokenizer(source: ModelSource):
-    """The model's tokenizer."""
+    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has unsafe names of chat templates."""
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
@@ -46,8 +46,8 @@ def load_tokenizer(source: ModelSource):
 def load_model(source: ModelSource) -> "PreTrainedModel":
     """A causal language model in eval mode, without gradients.
 
-    A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
-    model that does not fit the device is offloaded, see `offload`. Raises `InputError` when it cannot be loaded.
+    A checkpoint with removed sublayers is loaded into the stock class without them, and needs no code of its own. A
+    model that does not fit the device is offloaded, see `offload`. Raises `InputError` if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,13 +59,13 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     device_map: str | dict[str, str] | None = source.device_map
     folder = None
     if place == "none" and device_map is None and device.type == "cuda":
-        device_map = {"": str(device)}  # straight there: host memory may not hold it
+        device_map = {"": str(device)}  # directly: host memory may not hold the model
     if place == "disk":
         if outline is None:
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
-        folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights that are no safetensors
-    loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # no stubs for `output_loading_info`
+        folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights not stored as safetensors
+    loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # Any: stubs ignore `output_loading_info`
     with _loading_errors(source.name):
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
@@ -96,13 +96,13 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
 
 
 def _dtype_of(source: ModelSource, config) -> torch.dtype:
-    """In what dtype the weights will be."""
+    """The dtype that the weights will have."""
     found = getattr(config, "dtype", None) if source.dtype == "auto" else getattr(torch, source.dtype)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | None":
-    """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
+    """The model of a config without weights, on the meta device, or None if it cannot be built."""
     from transformers import AutoModelForCausalLM
 
     stock = _stock_of_pruned(config)
@@ -111,7 +111,7 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
             if stock:
                 return _as_pruned_here(pruned_class(stock)(config), stock)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # code that came with a model may do anything; the loaded model is checked in any case
+    except Exception:  # a model's own code can raise anything; the loaded model is checked in any case
         return None
 
 
@@ -125,7 +125,7 @@ def _load_config(source: ModelSource):
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
+    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other."""
     import transformers
 
     given = getattr(config, "architectures", None)
@@ -137,14 +137,14 @@ def _stock_of_pruned(config) -> type | None:
 
 
 def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
-    """A loaded pruned model as what pruning makes of one in memory: the stock class with sublayers taken out."""
+    """Turns a loaded pruned model into what pruning in memory makes: the stock class with sublayers replaced."""
     model.__class__ = stock
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map
     return model
 
 
-_UNTRUSTED = {  # words in an error: what it comes down to, where the library's own advice is not ours
+_UNTRUSTED = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
 }
@@ -152,10 +152,10 @@ _UNTRUSTED = {  # words in an error: what it comes down to, where the library's 
 
 @contextmanager
 def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
-    """Turns the errors of transformers and the hub into one line that says what to do."""
+    """Turns errors of transformers and the hub into one line that says what to do."""
     try:
         yield
-    except Exception as error:  # libraries raise all kinds for what is wrong with a folder
+    except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
