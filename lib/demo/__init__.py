@@ -1,4 +1,4 @@
-"""The bundled demo: a small trained Llama (`model/`), the text it is used on (`text.py`), the script that made it."""
+"""The bundled demo: a small trained Llama (`model/`), its text (`text.py`), its training script (`train.py`)."""
 
 from pathlib import Path
 
