@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Architecture:
     """A causal language model as a list of decoder layers, each with one attention and one FFN.
 
-    Works on the meta device too. `given_modes` says which sublayers each layer has when the model is given; a model
-    pruned before lacks some. Raises `InputError` for other structures.
+    Works on the meta device too. `given_modes` says which sublayers each layer has before this run prunes any; a
+    model pruned earlier lacks some. Raises `InputError` for other structures.
     """
 
     def __init__(self, model: "PreTrainedModel"):
@@ -60,7 +60,7 @@ class Architecture:
         return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
 
     def _find_mode(self, index: int) -> Mode:
-        """The sublayers that a layer has when the model is given."""
+        """The sublayers that a layer has before this run prunes any."""
         modules = self._originals[index].values()
         return Mode(
             attention=not any(isinstance(module, SkippedAttention) for module in modules),

@@ -42,9 +42,11 @@ class Decoder(Architecture):
 
     The model's own forward is never reimplemented. The embedding and the layers' arguments are captured from a forward
     pass whose layers return their input. The tail runs in a forward pass whose layers return given hidden states.
-    A model without weights (on the meta device) can be counted but not run. A model pruned before has fewer sublayers
-    in some layers, see `given_modes`. A layer's weights may be elsewhere while it does not run, see
-    `lib.models.offload`; `at` fetches them. Raises `InputError` for a model that does not fit.
+    Raises `InputError` for a model that does not fit.
+
+    A model without weights (on the meta device) can be counted but not run. A model pruned earlier lacks sublayers in
+    some layers, see `given_modes`. A layer may be offloaded while it does not run, see `lib.models.offload`; `at`
+    fetches its weights.
     """
 
     def __init__(self, model: "PreTrainedModel", has_weights: bool = True):

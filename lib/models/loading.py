@@ -28,7 +28,7 @@ def load_config(source: ModelSource):
 
 
 def load_tokenizer(source: ModelSource):
-    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has unsafe names of chat templates."""
+    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has a chat template with an unsafe name."""
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
@@ -65,8 +65,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
         folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights not stored as safetensors
-    loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # Any: stubs ignore `output_loading_info`
     with _loading_errors(source.name):
+        loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),

@@ -88,7 +88,7 @@ class Ranks:
         return json.loads(bytes(letters.cpu().tolist()))
 
     def agree(self, function: Callable[[], Json]) -> Json:
-        """The function's result in the first process, for all processes: for a file that may change meanwhile, say."""
+        """The first process's result of a function, in every process; for reading a file that may change, say."""
         if not self.are_several:
             return function()
         told = self.tell(json.dumps(function()) if self.is_first else None, 0)

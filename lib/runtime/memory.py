@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory so that later allocations reuse it without new page faults.
 
     Applies to the whole process, to CPU tensors of up to 32 MiB. Free memory at the end of the heap beyond 128 MiB is
-    still returned to the system. Does nothing without glibc. By default, a pass through the layers spends up to a tenth
-    of its time in the kernel.
+    still returned to the system. Does nothing without glibc. With its defaults, a pass through the layers
+    spends up to a tenth of its time in the kernel.
     """
     if library := _glibc():
         library.mallopt(_TRIM_THRESHOLD, _KEPT_AT_MOST)
