@@ -1,30 +1,30 @@
-"""The two ways in which a run ends early; the scripts turn them into one line on stderr and an exit status."""
+"""The two errors that end a run early. The scripts print them as one line on stderr and set the exit status."""
 
 import errno
 
 
 class InputError(Exception):
-    """Something given by the user cannot be used (exit status 2). The message names it and says how to mend it."""
+    """User input that cannot be used (exit status 2). The message names it and says how to fix it."""
 
 
 class RunError(Exception):
-    """The run cannot go on (exit status 1). The message says why, and where in the model it happened."""
+    """The run cannot continue (exit status 1). The message says why, and where in the model it happened."""
 
 
-START_OVER = "begin anew with --overwrite, and without --resume"  # what to do about work that is broken
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of operating system errors
+START_OVER = "begin anew with --overwrite, and without --resume"  # advice for broken files of an earlier run
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno values
 _OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises when a device or the host has no memory left. Needs no torch."""
+    """True for the errors that torch raises when device or host memory runs out. Does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One line for an error that a user can do something about, or that they made; None for a fault of the program."""
+    """One line for an error that the user caused or can fix; None for a bug in the program."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     if isinstance(error, OSError) and error.errno in FULL_DISK:

@@ -1,4 +1,4 @@
-"""Text to windows of tokens: corpora by name or path, the papers' sampling, evaluation windows.
+"""Text as windows of tokens: corpora by name or path, the papers' sampling, evaluation windows.
 
 May import `config`, `demo` and `errors`.
 """

@@ -1,8 +1,8 @@
-"""Names and paths of text -> windows of tokens, (N, T).
+"""Loads the documents of a text source, given by name or path.
 
-A source is told by what it contains, not by its path: C4 by the file names and columns of the public repository,
-WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its column, anything else by file type. The
-sampling is that of the reference code.
+A source is recognized by its content, not by its path: C4 by the file names and columns of the public repository,
+WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its column, anything else by file type.
+Documents are selected and joined as in the reference code.
 """
 
 import glob
@@ -20,14 +20,14 @@ C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-valida
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _C4_COLUMNS = {"text", "timestamp", "url"}
 _C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
-_METADATA = ("dataset_info.json", "dataset_infos.json")  # stand in copies of public repositories
+_METADATA = ("dataset_info.json", "dataset_infos.json")  # found in copies of public repositories
 _SPLITS = ("train", "test", "validation", "valid", "val")
 _ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of text, and how an evaluation joins and cuts them."""
+    """Documents of text, with the separator and the maximum number of windows for evaluation."""
 
     name: str
     documents: Sequence[str]
@@ -35,15 +35,14 @@ class Corpus:
     max_windows: int | None = None
 
 
-# Finding the documents ------------------------------------------------------------------------------------------------
+# Loading documents ----------------------------------------------------------------------------------------------------
 
 
 def load_corpus(source: str, purpose: str) -> Corpus:
     """The text behind a name or path, for `purpose` "train" (calibration) or "test" (evaluation).
 
-    `source` is `demo`, `c4`, `wikitext2`, a hub id (`id:config` for one of its configurations), a `.txt`, `.json`,
-    `.jsonl` (both also `.gz`) or `.parquet` file, or a folder of such files.
-    Raises `InputError` when there is no such text.
+    `source` is `demo`, `c4`, `wikitext2`, a hub id (`id:config` selects a configuration), a `.txt`, `.json`, `.jsonl`
+    (both also `.gz`) or `.parquet` file, or a folder of such files. Raises `InputError` if there is no such text.
     """
     if source == "demo":
         from lib.demo.text import documents
@@ -64,7 +63,7 @@ def _load_local(source: str, path: Path, purpose: str) -> Corpus:
         files = _choose_files(source, files, purpose)
     if any(file.stat().st_size == 0 for file in files):
         raise InputError(f"dataset {source}: {next(file for file in files if file.stat().st_size == 0)} is empty")
-    kinds = {_kind(file) for file in files}
+    kinds = {kind for file in files if (kind := _kind(file))}
     if len(kinds) > 1:
         raise InputError(f"dataset {source}: files of several types ({', '.join(sorted(kinds))}); give one of them")
     if kinds == {"txt"}:
@@ -75,7 +74,7 @@ def _load_local(source: str, path: Path, purpose: str) -> Corpus:
     import datasets
 
     with _input_errors(source, "cannot be read"):
-        names = [glob.escape(str(file)) for file in files]  # which it takes for patterns
+        names = [glob.escape(str(file)) for file in files]  # `data_files` are glob patterns
         rows = datasets.load_dataset(kinds.pop(), data_files=names, split="train")
     return _corpus_of_rows(source, rows, purpose)
 
@@ -95,7 +94,7 @@ def _load_hub(source: str, purpose: str) -> Corpus:
 
 
 def _hub_split(repository: str, options: dict, purpose: str) -> str:
-    """The split of a hub data set that serves the purpose: `train`, or the first of test, validation, train."""
+    """The split of a hub dataset for the purpose: `train`, or the first of test, validation, train that exists."""
     if purpose == "train" or "data_files" in options:
         return purpose
     import datasets
@@ -106,7 +105,7 @@ def _hub_split(repository: str, options: dict, purpose: str) -> str:
 
 @contextmanager
 def _input_errors(source: str, problem: str) -> Iterator[None]:
-    """Turns whatever a loading library raises into one line; its own text, cut to its first line, stands behind."""
+    """Turns any error of a loading library into one line, which quotes the first line of the original."""
     try:
         yield
     except Exception as error:
@@ -115,7 +114,7 @@ def _input_errors(source: str, problem: str) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str | None:
-    """`txt`, `json` or `parquet`, by the end of the file's name; None for other files."""
+    """`txt`, `json` or `parquet`, by the suffix of the file's name; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".txt"]:
         return "txt"
@@ -125,7 +124,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    """The text files below a folder; of a copy of a public repository, those of the configuration that is used."""
+    """The text files below a folder; in a copy of C4 or WikiText, only those of the configuration in use."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _METADATA and _kind(path))
     c4 = [path for path in files if path.name in {Path(name).name for name in C4_FILES.values()}]
     if c4:
@@ -134,9 +133,9 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _choose_files(source: str, files: list[Path], purpose: str) -> list[Path]:
-    """The files whose names say that they are for the purpose; all of them when no name says anything.
+    """The files named for a split of this purpose, or all files if some name mentions no split.
 
-    Raises `InputError` when all names speak of the other purpose: to use that text, its files are named.
+    Raises `InputError` if every file is named for another purpose. To use such text, name its files.
     """
     by_split = {split: [f for f in files if split in re.split(r"[^a-z]+", f.name.lower())] for split in _SPLITS}
     for split in _SPLITS[:1] if purpose == "train" else _SPLITS[1:]:
@@ -149,7 +148,7 @@ def _choose_files(source: str, files: list[Path], purpose: str) -> list[Path]:
 
 
 def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
-    """A corpus of a table's text column: C4, WikiText or plain documents, by columns and content."""
+    """The corpus in a table's text column: C4, WikiText, PTB or plain documents, by columns and content."""
     if len(rows) == 0:
         raise InputError(f"dataset {source}: it has no rows")
     strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRING_TYPES]
@@ -158,7 +157,7 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
         found = ", ".join(rows.column_names)
         raise InputError(f"dataset {source}: no text column among {found}; one must hold strings, and be named `text`")
     is_c4 = set(rows.column_names) == _C4_COLUMNS
-    rows = rows.select_columns(column)  # others may name files, images say, that reading a row would open
+    rows = rows.select_columns(column)  # others may refer to files, such as images, that reading a row would open
     if is_c4:
         documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
@@ -171,17 +170,17 @@ def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
 
 
 def _is_ptb(text: str) -> bool:
-    """True for the Penn Treebank as it is customary: a sentence a line between spaces, small letters, N and <unk>."""
+    """True for the usual Penn Treebank text: one sentence per line between spaces, lower case, N and <unk>."""
     head = text[:_PTB_HEAD]
     lines = head.splitlines()[: -1 if len(text) > _PTB_HEAD else None]
     return " <unk> " in head and all(re.fullmatch(r" ([^\sA-Z]+ |N )+", line) for line in lines)
 
 
 def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
-    """One document of all sentences, joined by a space: what the GPTQ code calls ptb-new."""
+    """One document of all sentences, joined by spaces: the GPTQ code calls it ptb-new."""
     return Corpus(source, [" ".join(sentence.strip() for sentence in sentences if sentence)])
 
 
-_PTB_COLUMN = "sentence"  # of its copies as tables
-_PTB_HEAD = 20_000  # characters
+_PTB_COLUMN = "sentence"  # in its copies as tables
+_PTB_HEAD = 20_000  # characters to examine
 _STRING_TYPES = ("string", "large_string", "string_view")

@@ -1,4 +1,4 @@
-"""Documents to windows of tokens, (N, T): the sampling of the reference code."""
+"""Turns documents into windows of tokens (N, T), with the sampling of the reference code."""
 
 import random
 
@@ -10,29 +10,30 @@ from lib.errors import InputError
 
 
 def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows (N, seqlen) for PPLLMs, as in its reference: `shuffle(seed)`, `nsamples` documents, joined by a space.
+    """Calibration windows (N, seqlen) for PPLLMs, sampled as in its reference code.
 
-    The joined text is cut into windows without the remainder, so N follows from the documents' length. A corpus of one
-    document gives its first `nsamples` windows. Raises `InputError` when there is not one full window.
+    The first `nsamples` documents of `shuffle(seed)` are joined by spaces and cut into windows; the remainder is
+    dropped, so N depends on the documents' length. A corpus of one document gives its first `nsamples` windows. Raises
+    `InputError` if there is no full window.
     """
     count = len(corpus.documents)
     if count == 1:
         tokens = tokenize_start(corpus.documents[0], tokenizer, nsamples * seqlen)
         return cut_windows(tokens, seqlen, corpus.name)[:nsamples]
-    order = np.random.default_rng(seed).permutation(count)[:nsamples]  # what datasets.Dataset.shuffle does
+    order = np.random.default_rng(seed).permutation(count)[:nsamples]  # same as datasets.Dataset.shuffle
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
     return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
 
 
 def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows (nsamples, seqlen) for ALP, as in the Wanda and GPTQ code: a random stretch of a random document each.
+    """Calibration windows (nsamples, seqlen) for ALP, sampled as in the Wanda and GPTQ code.
 
-    Documents of `seqlen` tokens or fewer are drawn again. Of a corpus of one document only the start is drawn. Raises
-    `InputError` when no document is long enough.
+    Each is a random span of a random document. A document of `seqlen` tokens or fewer is replaced by another draw. In a
+    corpus of one document, only the start of the span is drawn. Raises `InputError` if no document is long enough.
     """
     draw = random.Random(seed)
     count = len(corpus.documents)
-    tokens: dict[int, torch.Tensor | None] = {}  # by document; None: too short
+    tokens: dict[int, torch.Tensor | None] = {}  # by document; None if too short
     longest, windows = 0, []
     for _ in range(nsamples):
         while True:
@@ -41,22 +42,23 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
                 found = tokenize(corpus.documents[index] or "", tokenizer)
                 longest = max(longest, len(found))
                 tokens[index] = found if len(found) > seqlen else None
-            if tokens[index] is not None:
+            document = tokens[index]
+            if document is not None:
                 break
             if len(tokens) == count and not any(found is not None for found in tokens.values()):
                 raise InputError(
                     f"dataset {corpus.name}: no document has more than {seqlen} tokens, the longest {longest}; "
                     "give longer text, or smaller windows"
                 )
-        start = draw.randint(0, len(tokens[index]) - seqlen - 1)
-        windows.append(tokens[index][start : start + seqlen])
+        start = draw.randint(0, len(document) - seqlen - 1)
+        windows.append(document[start : start + seqlen])
     return torch.stack(windows)
 
 
 def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
-    """Windows (N, seqlen) of all documents, joined as the source's customary evaluation does, from the start.
+    """Evaluation windows (N, seqlen) of all documents, joined as is customary for the source.
 
-    One after the other, or with a `stride` one every so many tokens of the same text, as far as whole windows go.
+    Windows are adjacent, or start every `stride` tokens of the same text. The remainder is dropped.
     """
     text = corpus.separator.join(document or "" for document in corpus.documents)
     windows = cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
@@ -64,14 +66,14 @@ def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | Non
 
 
 def tokenize(text: str, tokenizer) -> torch.Tensor:
-    """Token ids (length,) of a text, with the special tokens that the tokenizer adds by default."""
+    """Token ids (length,) of a text, including special tokens that the tokenizer adds by default."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def tokenize_start(text: str, tokenizer, count: int) -> torch.Tensor:
-    """At least the first `count` tokens of a text, or all: a long text is not tokenized whole for a few windows.
+    """At least the first `count` tokens of a text, or all if there are fewer, without tokenizing a long text whole.
 
-    The text is cut at a space, and the tokens next to the cut, which it may have changed, are left out.
+    The text is cut at a space. The tokens next to the cut are dropped, because the cut may have changed them.
     """
     length = 8 * (count + _NEAR_THE_CUT)
     while (end := text.find(" ", length)) != -1:
@@ -86,7 +88,7 @@ _NEAR_THE_CUT = 64  # tokens
 
 
 def cut_windows(tokens: torch.Tensor, seqlen: int, source: str) -> torch.Tensor:
-    """(length,) -> (length // seqlen, seqlen), the remainder left out. Raises `InputError` when that is nothing."""
+    """(length,) -> (length // seqlen, seqlen), without the remainder. Raises `InputError` if no window is left."""
     count = len(tokens) // seqlen
     if count == 0:
         raise InputError(

@@ -1,8 +1,8 @@
-"""English technical prose that stands on every machine with Python: the documentation shipped inside Python itself.
+"""English technical prose found on every machine with Python: the documentation shipped with Python itself.
 
 A document is one language-reference topic (`pydoc_data.topics`) or all docstrings of one top-level standard-library
-module. Nothing is imported from the modules read: the source is parsed. A tenth of the documents is held out of the
-demo model's training, chosen by a hash of the document's name, so that the split is the same on every Python version.
+module. The modules are parsed, not imported. A tenth of the documents is held out of the demo model's training. They
+are chosen by a hash of the document's name, so that the split is the same on every Python version.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 SPLITS = ("train", "held_out")
-_SHORTEST = 400  # characters; a shorter document is a stub
+_SHORTEST = 400  # characters; shorter documents are stubs
 _NOT_PROSE = {"test", "idlelib", "lib2to3", "turtledemo", "encodings", "ensurepip", "distutils", "pydoc_data", "msilib"}
 
 
@@ -28,14 +28,15 @@ def is_held_out(name: str) -> bool:
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The docstrings of a Python source file, in the order of the file; none if it cannot be parsed."""
+    """The docstrings of a Python source file, in file order; empty if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    found, stack = [], [tree]
+    found: list[str] = []
+    stack: list[ast.Module | ast.ClassDef | ast.FunctionDef] = [tree]
     while stack:
         node = stack.pop()
         text = ast.get_docstring(node)
@@ -47,13 +48,13 @@ def docstrings(source: bytes) -> list[str]:
 
 
 def module_document(paths: list[Path]) -> str:
-    """All docstrings of the given source files, each once, separated by blank lines."""
+    """All docstrings of the given source files, without duplicates, separated by blank lines."""
     unique = dict.fromkeys(text for path in paths for text in docstrings(path.read_bytes()))
     return "\n\n".join(unique)
 
 
 def _standard_library() -> Iterator[tuple[str, list[Path]]]:
-    """Name and source files of each top-level module of the standard library, by name."""
+    """Yields the name and source files of each top-level standard-library module, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     for entry in sorted(root.iterdir(), key=lambda path: path.stem):
         name = entry.stem
@@ -66,9 +67,9 @@ def _standard_library() -> Iterator[tuple[str, list[Path]]]:
 
 
 def documents(split: str) -> list[str]:
-    """The demo text of one split, `train` or `held_out`, topics and modules mixed: in the order of their names' hashes.
+    """The documents of one split, `train` or `held_out`, with topics and modules mixed by the hashes of their names.
 
-    Only the files of the split are read. Raises `ValueError` on another split.
+    Reads only the files of that split. Raises `ValueError` for another split.
     """
     if split not in SPLITS:
         raise ValueError(f"the demo text has the splits {' and '.join(SPLITS)}, not {split!r}")

@@ -30,7 +30,7 @@ CONTEXT = 256
 
 
 def package_documents() -> list[str]:
-    """The docstrings of the installed packages, one document a folder, every paragraph once over all packages."""
+    """The docstrings of the installed packages: one document per folder, without repeated or held-out paragraphs."""
     seen = {paragraph for text in documents("held_out") for paragraph in text.split("\n\n")}
     root, texts = Path(sysconfig.get_path("purelib")), []
     folders = {path.parent for name in PACKAGES for path in (root / name).rglob("*.py") if "tests" not in path.parts}
@@ -45,13 +45,13 @@ def package_documents() -> list[str]:
 
 
 def without_held_out(texts: list[str]) -> list[str]:
-    """The documents without the paragraphs that also stand in the held-out split."""
+    """The documents without the paragraphs that also occur in the held-out split."""
     held_out = {paragraph for text in documents("held_out") for paragraph in text.split("\n\n")}
     return ["\n\n".join(p for p in text.split("\n\n") if p not in held_out) for text in texts]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, which both begins and ends a text and is never added by itself."""
+    """Byte-level BPE. Its one special token both begins and ends a text, and is never added automatically."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,13 +64,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents as one row of token ids, each ended by the end-of-text token."""
+    """All documents as one row of token ids, each followed by the end-of-text token."""
     encoded = tokenizer([text + END for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in ids])
 
 
 def make_model(vocab_size: int, end_id: int) -> LlamaForCausalLM:
-    """The untrained demo model; residual outputs start small, as in GPT-2, so that twelve layers train stably."""
+    """The untrained demo model. Residual outputs start small, as in GPT-2, so that twelve layers train stably."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=160,
@@ -94,7 +94,7 @@ def make_model(vocab_size: int, end_id: int) -> LlamaForCausalLM:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine down to a hundredth of the peak."""
+    """Linear warm-up, then cosine decay to a hundredth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -102,14 +102,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def sample_windows(stream: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, CONTEXT + 1) windows of the stream at random starts."""
+    """Windows (count, CONTEXT + 1) of the stream at random starts."""
     starts = torch.randint(0, len(stream) - CONTEXT - 1, (count, 1))
     return stream[starts + torch.arange(CONTEXT + 1)]
 
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Mean token cross-entropy, in nats, over the held-out stream cut into windows."""
+    """Mean cross-entropy per token, in nats, over the held-out stream cut into windows."""
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(16)]
     return sum(losses) / len(windows)
@@ -122,7 +122,7 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor, vocab_size: 
 
 
 def train(model: LlamaForCausalLM, streams: list[torch.Tensor], held_out: torch.Tensor, args: argparse.Namespace):
-    """AdamW over `args.steps` batches; half of each batch from each stream."""
+    """Trains with AdamW for `args.steps` batches, each drawn in equal parts from the streams."""
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     rest = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -174,8 +174,8 @@ def main() -> None:
         train(model, [own, foreign], held_out, args)
     except KeyboardInterrupt:
         print("stopped: the model is saved as it is")
-    model.to(torch.bfloat16).save_pretrained(args.output)
-    model.config.dtype = torch.float32  # stored in half the bytes, loaded for CPUs
+    model.bfloat16().save_pretrained(args.output)
+    model.config.dtype = torch.float32  # stored in half the bytes, loaded as fp32 for CPUs
     model.config.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

@@ -1,4 +1,4 @@
-"""The calibration engine: hidden states of many windows through the decoder layers, and their losses.
+"""The calibration engine: runs windows of tokens through the decoder layers and computes their losses.
 
 May import `config`, `models`, `runtime` and `errors`.
 """

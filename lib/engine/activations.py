@@ -1,4 +1,4 @@
-"""The calibration engine: feeds hidden states through the decoder layers, layer by layer, and takes their losses."""
+"""Hidden states of calibration windows, moved through the decoder one layer at a time."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,15 +13,15 @@ from lib.runtime.batching import Batcher
 
 _ON = Mode()
 
-See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a batch's input and output of a layer -> a row a window
+See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # layer input and output of a batch -> one row per window
 
 
 class Activations:
-    """The hidden states (N, T, D) of some windows (N, T) before one decoder layer, moved on layer by layer.
+    """Hidden states (N, T, D) of windows (N, T) at the input of one decoder layer, moved up layer by layer.
 
-    They are in the model's dtype, on the device of the embedding, or in host memory where a model's layers come and go.
-    What the model hands to its layers besides (masks, positions, rotary tables) is taken once for each number of
-    windows in a batch, since it is the same for all windows; raises `InputError` for a model where it is not.
+    They have the model's dtype and are on the embedding's device, or in host memory if the model is offloaded. The
+    layers' other inputs (masks, positions, rotary tables) are the same for all windows, so they are computed once per
+    batch size. Raises `InputError` for a model where they depend on the tokens.
     """
 
     def __init__(
@@ -34,14 +34,15 @@ class Activations:
         inputs: "SharedInputs | None" = None,
         first: int = 0,
     ):
-        """Before layer 0, from the embedding; or before another `layer`, with the `hidden_states` that are known.
+        """Starts at layer 0 from the embedding, or at `layer` from the given `hidden_states`.
 
-        `inputs` are those of other walks of the same windows; `first` is the number of the first window, for messages.
+        `inputs` may be shared with other walks over the same windows. `first` is the index of the first window, for
+        error messages.
         """
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self.layer, self.first = layer, first
-        self.hidden_states = hidden_states
-        self._is_own = False  # else somebody shares them, and they must not be written to
+        self.hidden_states = torch.empty(0) if hidden_states is None else hidden_states  # empty until embedded
+        self._is_own = False  # True: not shared with another walk, so they may be written to
         self.inputs = inputs or SharedInputs(decoder, windows)
         if hidden_states is None and len(windows):
             batcher.map(self._embed, len(windows))
@@ -53,12 +54,12 @@ class Activations:
         return torch.zeros(len(hidden_states))
 
     def _put(self, rows: slice, hidden_states: torch.Tensor) -> None:
-        """Replaces those of some windows. All of them are replaced at once without a copy."""
+        """Replaces the hidden states of `rows`, without a copy if these are all windows."""
         device, count = self.decoder.waiting_device, len(self.windows)
         if rows.stop - rows.start == count:
             self.hidden_states = hidden_states.to(device)
         else:
-            if self.hidden_states is None:
+            if len(self.hidden_states) == 0:
                 self.hidden_states = hidden_states.new_empty(count, *hidden_states.shape[1:], device=device)
             elif not self._is_own:
                 self.hidden_states = self.hidden_states.clone()
@@ -66,16 +67,16 @@ class Activations:
         self._is_own = True
 
     def fork(self) -> "Activations":
-        """The same hidden states, to be moved on by themselves."""
+        """An independent walk from the same hidden states, which are copied on write."""
         self._is_own = False
         return Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states, self.inputs)
 
     @torch.no_grad()
     def look(self) -> None:
-        """Runs the layer over all windows and drops what comes out; hooks see what they want to see.
+        """Runs the layer over all windows for its hooks, and discards the output.
 
-        They may leave the layer's forward by `StopForward`. When memory runs out nothing is tried again here, for hooks
-        would see the same windows twice: see `Batcher.whole`.
+        Hooks may end the layer's forward with `StopForward`. A batch that runs out of memory is not retried here,
+        because hooks would see its windows twice: see `Batcher.whole`.
         """
         with self.decoder.at(self.layer):
             for start in range(0, len(self.windows), self.batcher.size):
@@ -84,9 +85,10 @@ class Activations:
 
     @torch.no_grad()
     def step(self, mode: Mode = _ON, see: See | None = None) -> torch.Tensor:
-        """Replaces the hidden states by what the layer makes of them in a mode.
+        """Moves the hidden states through the layer in the given mode.
 
-        Gives what `see` says of each batch's inputs and outputs, both (B, T, D) -> (B, ...), for all windows.
+        Returns `see(inputs, outputs)` of every batch, both (B, T, D) -> (B, ...), concatenated over all windows.
+        Without `see` it returns zeros (N,).
         """
         if len(self.windows) == 0 or see is None and not mode.attention and not mode.ffn:
             self.layer += 1
@@ -97,7 +99,7 @@ class Activations:
             after = self.decoder.run_layer(self.layer, before, self.inputs.of(rows), mode)
             seen = see(before, after) if see else torch.zeros(len(after))
             if after is not before:
-                self._put(rows, after)  # last: a batch that runs out of memory is tried again
+                self._put(rows, after)  # last, because a batch that runs out of memory is retried
             return seen
 
         with self.decoder.at(self.layer):
@@ -106,7 +108,7 @@ class Activations:
         return seen
 
     def advance(self) -> None:
-        """Replaces the hidden states by what the layer makes of them. Raises `RunError` when that is not finite."""
+        """Moves the hidden states through the layer. Raises `RunError` if the output is not finite."""
         is_finite = self.step(see=_are_finite).bool()
         if not is_finite.all():
             window = self.first + int((~is_finite).nonzero()[0])
@@ -116,7 +118,7 @@ class Activations:
             )
 
     def losses(self, scored: int | None = None) -> torch.Tensor:
-        """Mean cross-entropy (N,) of the windows by the model's tail, see `tail_losses`; on the CPU."""
+        """Mean cross-entropy (N,) of each window, in nats, on the CPU; see `tail_losses`."""
 
         def batch_losses(rows: slice) -> torch.Tensor:
             return tail_losses(self.decoder, self.states(rows), self.windows[rows], scored)
@@ -124,7 +126,7 @@ class Activations:
         return self.batcher.map(batch_losses, len(self.windows))
 
     def states(self, rows: slice) -> torch.Tensor:
-        """The hidden states of some windows, on the device."""
+        """Hidden states of `rows`, on the device."""
         return self.hidden_states[rows].to(self.decoder.device)
 
     def _run(self, rows: slice, mode: Mode) -> torch.Tensor:
@@ -132,7 +134,7 @@ class Activations:
 
 
 class SharedInputs:
-    """What layers are handed besides hidden states, for batches of some windows, by the windows in a batch."""
+    """The layers' inputs besides hidden states, cached by the number of windows in a batch."""
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor):
         self._decoder, self._windows = decoder, windows
@@ -143,7 +145,7 @@ class SharedInputs:
         self._found[rows.stop - rows.start] = rows, inputs
 
     def of(self, rows: slice) -> LayerInputs:
-        """For a batch. Raises `InputError` when those of another batch, which it would have, depend on the tokens."""
+        """The inputs for a batch. Raises `InputError` if they depend on the tokens, so batches cannot share them."""
         count = rows.stop - rows.start
         if count not in self._found:
             self.keep(rows, self._decoder.embed(self._windows[rows])[1])
@@ -156,18 +158,15 @@ class SharedInputs:
 
 
 def _are_finite(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """For each window whether the output (B, T, D) is finite: (B,)."""
+    """Whether each window's output is finite: (B, T, D) -> (B,)."""
     is_finite = after.sum(dim=(1, 2), dtype=torch.float32).isfinite()
-    if not is_finite.all():  # or the sum is too large
+    if not is_finite.all():  # or the sum overflowed
         is_finite = after.isfinite().flatten(1).all(dim=1)
     return is_finite
 
 
-# Many windows ---------------------------------------------------------------------------------------------------------
-
-
 def _check_same(decoder: Decoder, one: LayerInputs, other: LayerInputs) -> None:
-    """Raises `InputError` when layers are handed something that depends on the tokens."""
+    """Raises `InputError` if the layers' inputs differ between two windows, so depend on the tokens."""
     for left, right in zip(_tensors([one.args, one.kwargs]), _tensors([other.args, other.kwargs]), strict=True):
         if not torch.equal(left, right):
             raise InputError(f"{decoder.family} does not fit: what its layers are given depends on the tokens")

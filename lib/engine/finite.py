@@ -1,4 +1,4 @@
-"""Where a model stops being finite: the first layer whose output has NaN or infinity."""
+"""Finds the first layer whose output has NaN or infinity."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from lib.models.decoder import Decoder
 def layer_steps(
     decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Walks token ids (B, T) through the layers: yields (layer, its input, its output), both (B, T, D)."""
+    """Runs token ids (B, T) through the layers. Yields (layer, input, output), the latter two (B, T, D)."""
     hidden_states, inputs = decoder.embed(input_ids)
     for layer, mode in enumerate(modes):
         output = decoder.run_layer(layer, hidden_states, inputs, mode)
@@ -29,7 +29,7 @@ def final_hidden_states(decoder: Decoder, input_ids: torch.Tensor, modes: Sequen
 
 
 def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequence[Mode]) -> str:
-    """Says where a batch of windows stops being finite: the first such layer, or the tail."""
+    """Says where NaN or infinity first appears for token ids (B, T): embedding, layer or loss."""
     advice = "try --dtype float32 or bfloat16, and check the checkpoint"
     for layer, hidden_states, output in layer_steps(decoder, input_ids, modes):
         if layer == 0 and not hidden_states.isfinite().all():
@@ -42,7 +42,10 @@ def describe_nonfinite(decoder: Decoder, input_ids: torch.Tensor, modes: Sequenc
 def check_finite(
     decoder: Decoder, found: torch.Tensor, windows: torch.Tensor, modes: Sequence[Mode], what: str = ""
 ) -> None:
-    """Raises `RunError` that says `what` stops being finite where, unless all of `found` (N, ...) of windows is."""
+    """Raises `RunError` unless all of `found` (N, ...), the results for windows (N, T), is finite.
+
+    The message begins with `what` and names the first layer whose output is not finite.
+    """
     is_finite = found.isfinite().flatten(1).all(dim=1) if found.dim() > 1 else found.isfinite()
     if not is_finite.all():
         first = int((~is_finite).nonzero()[0])

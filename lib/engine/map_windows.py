@@ -1,4 +1,4 @@
-"""A function over all windows of all processes, as many at once as memory allows."""
+"""Applies a function to the windows of all processes, as many at once as memory allows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ from lib.models.decoder import Decoder
 from lib.runtime.batching import Batcher, Progress
 from lib.runtime.memory import free_host_memory
 
-_HOST_SHARE = 0.4  # of the free host memory, for hidden states that wait
-Tick = Callable[[], object]  # to be called after every layer
+_HOST_SHARE = 0.4  # of the free host memory, for hidden states between layers
+Tick = Callable[[], object]  # called after every layer
 
 
 def map_windows(
@@ -21,18 +21,18 @@ def map_windows(
     bytes_per_window: int,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """The results of `function` over windows 0..count-1, one row a window, in their order; on the CPU.
+    """Results of `function` over windows 0..count-1, one row per window, in order, on the CPU.
 
-    Each process does its share. `function` gets as many windows at once as it should walk up the layers together: a
-    batch, or, where layers come and go, all for whose hidden states (`bytes_per_window`) there is memory, so that every
-    layer comes once; it has to work in batches itself.
+    Each process handles its share. `function` gets the windows that should move up the layers together, and splits them
+    into batches itself. These are one batch, or, if the model is offloaded, all windows whose hidden states
+    (`bytes_per_window`) fit in host memory, so that each layer is fetched only once for them.
     """
     share = batcher.share(count)
     together = batcher
     if decoder.is_offloaded:
         fitting = int(free_host_memory() * _HOST_SHARE / bytes_per_window)
         together = Batcher(max(1, fitting // batcher.size) * batcher.size)
-    found = share if share.start < share.stop else slice(0, 1)  # of no windows the shape of the result is known too
+    found = share if share.start < share.stop else slice(0, 1)  # an empty share runs one window for the result's shape
 
     def of_rows(rows: slice) -> torch.Tensor:
         with _ticking(progress, rows.stop - rows.start, decoder.num_layers) as tick:
@@ -44,7 +44,10 @@ def map_windows(
 
 @contextmanager
 def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[Tick]:
-    """A function that moves `progress` on by one layer of some windows; after the block all are done, or none."""
+    """Yields a function that advances `progress` by one layer of `windows` windows.
+
+    After the block all of them count as done, or none if it failed.
+    """
     told = 0.0
 
     def tick() -> None:
@@ -56,7 +59,7 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
     try:
         yield tick
     except BaseException:
-        windows = 0  # the same windows are tried again
+        windows = 0  # takes back what was reported: the same windows are retried
         raise
     finally:
         if progress:
@@ -64,5 +67,5 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
 
 
 def waiting_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
-    """Memory of the hidden states of one window, for so many walks at once and one batch's copy."""
+    """Bytes of one window's hidden states, for `streams` simultaneous walks and one batch's copy."""
     return seqlen * decoder.config.hidden_size * next(decoder.model.parameters()).element_size() * (streams + 1)

@@ -1,4 +1,4 @@
-"""Hidden states to losses, by the model's own tail."""
+"""Losses from the last layer's hidden states, computed by the model's own tail."""
 
 import torch
 
@@ -11,18 +11,18 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.view(labels.shape)
 
 
-_LOGITS_AT_ONCE = 2**27  # elements of fp32 logits, 512 MiB
-_LOGITS_AT_ONCE_ON_CPU, _TOKENS_AT_LEAST = 2**21, 256  # more of a large vocabulary do not fit its caches
+_LOGITS_AT_ONCE = 2**27  # fp32 elements, 512 MiB
+_LOGITS_AT_ONCE_ON_CPU, _TOKENS_AT_LEAST = 2**21, 256  # larger pieces overflow the CPU's caches
 
 
 @torch.no_grad()
 def tail_losses(
     decoder: Decoder, hidden_states: torch.Tensor, input_ids: torch.Tensor, scored: int | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of each window, in fp32: (B, T, D) and ids (B, T) -> (B,), over its last `scored` tokens.
+    """Mean cross-entropy in nats of each window's last `scored` tokens: (B, T, D) and ids (B, T) -> fp32 (B,).
 
-    None: over all T-1 that are predicted. The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and
-    the vocabulary are.
+    `None` scores all T-1 predicted tokens. The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and
+    the vocabulary size.
     """
     labels = input_ids[:, 1:].to(hidden_states.device)
     scored = scored or labels.shape[1]
@@ -31,7 +31,7 @@ def tail_losses(
     at_once = max(1, _LOGITS_AT_ONCE // vocabulary)  # tokens
     if hidden_states.device.type == "cpu":
         at_once = min(at_once, max(_TOKENS_AT_LEAST, _LOGITS_AT_ONCE_ON_CPU // vocabulary))
-    rows = max(1, at_once // labels.shape[1])  # whole windows in a piece, or a piece of one window
+    rows = max(1, at_once // labels.shape[1])  # whole windows per piece, or one piece of a window
     piece = min(at_once, labels.shape[1])
     losses = []
     for row_states, row_labels in zip(hidden_states.split(rows), labels.split(rows), strict=True):

@@ -1,4 +1,4 @@
-"""The loss of every window of a text, for a model under a plan."""
+"""Loss of every window, for a model under a pruning plan."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.models.decoder import Decoder
 from lib.runtime.batching import Batcher, Progress
 
-WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), how many of the last are measured -> (N,)
+WindowLosses = Callable[[torch.Tensor, int], torch.Tensor]  # ids (N, T), number of last tokens scored -> (N,)
 
 
 def plan_window_losses(
     decoder: Decoder, plan: Plan, batcher: Batcher, progress: Progress | None = None
 ) -> WindowLosses:
-    """The loss function of the model under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
+    """The model's loss function under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
 
-    Raises `RunError` naming the first layer whose output is not finite, should a loss not be.
+    It raises `RunError` for a loss that is not finite, naming the first layer whose output is not.
     """
 
     def window_losses(windows: torch.Tensor, scored: int) -> torch.Tensor:

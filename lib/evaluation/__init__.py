@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, and accuracy on tasks of lm_eval.
+"""Evaluation of a model: perplexity, and zero-shot accuracy on lm_eval tasks.
 
 May import `config`, `engine` and `errors`.
 """

@@ -1,4 +1,4 @@
-"""Perplexity of anything that gives a loss for a window of tokens."""
+"""Perplexity from a function that returns the loss of each window of tokens."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from lib.errors import RunError
 
 
 class Perplexity(NamedTuple):
-    """A perplexity, and its standard error over the windows that it was measured on."""
+    """A perplexity and its standard error over the evaluated windows."""
 
     value: float
     standard_error: float | None  # None for one window
@@ -23,9 +23,9 @@ class Perplexity(NamedTuple):
 def perplexity(window_losses: WindowLosses, windows: torch.Tensor, stride: int | None = None) -> Perplexity:
     """exp of the mean cross-entropy over windows (N, T), each predicted from its own start.
 
-    As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of a window, then over windows. With a
-    `stride` the windows begin so many tokens after each other, and each but the first is measured on the tokens that
-    the one before has not seen, so that these have T-stride tokens or more before them. Raises `RunError` when it is
+    As in the Wanda and GPTQ evaluations: the mean over the T-1 predicted tokens of each window, then over windows. With
+    a `stride`, windows start that many tokens apart. Each but the first is scored only on the tokens that the previous
+    window does not contain, so these have at least T-stride tokens of context. Raises `RunError` if the perplexity is
     not finite.
     """
     seqlen = windows.shape[1]
@@ -47,7 +47,7 @@ def perplexity(window_losses: WindowLosses, windows: torch.Tensor, stride: int |
 
 
 def as_fields(found: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
-    """The fields of result.json for {text: {stage: perplexity}}."""
+    """Fields of result.json for {text: {stage: perplexity}}."""
     return {
         name: {text: {stage: getattr(one, part) for stage, one in stages.items()} for text, stages in found.items()}
         for name, part in (("perplexity", "value"), ("perplexity_standard_error", "standard_error"))
@@ -55,9 +55,10 @@ def as_fields(found: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
 
 
 def _standard_error(losses: torch.Tensor, scored: torch.Tensor, mean: float) -> float | None:
-    """Of exp(mean), the mean loss (N,) weighted by tokens (N,), for windows drawn independently; None for one window.
+    """Standard error of exp(mean), for independent windows; None for one window, or if not finite.
 
-    The error of a ratio of sums, carried through exp by its slope.
+    `losses` (N,) are the windows' means over `scored` (N,) tokens. The error is that of a ratio of sums, propagated
+    through exp to first order (delta method).
     """
     count = len(losses)
     if count == 1:

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a model in memory, by the Language Model Evaluation Harness (`pip install lm-eval`)."""
+"""Zero-shot accuracy of a model in memory, with the Language Model Evaluation Harness (`pip install lm-eval`)."""
 
 import logging
 import math
@@ -11,12 +11,12 @@ from torch import nn
 from lib.config.sources import expand
 from lib.errors import InputError, RunError, is_out_of_memory
 
-_METRICS = ("acc_norm,none", "acc,none")  # the first that a task has is the one that tables show
+_METRICS = ("acc_norm,none", "acc,none")  # tables show the first that a task has
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks of lm_eval by name, and the folders of those that are given as a YAML file of one's own."""
+    """Names of lm_eval tasks, and the folders of those given as YAML files."""
 
     names: tuple[str, ...]
     folders: tuple[str, ...]
@@ -24,7 +24,7 @@ class Tasks:
 
     @classmethod
     def find(cls, given: Sequence[str]) -> "Tasks":
-        """From names of tasks and paths of YAML files. Raises `InputError` for a file that defines no task."""
+        """From task names and paths of YAML files. Raises `InputError` for a file that defines no task."""
         names, folders = [], []
         for task in given:
             path = expand(task)
@@ -43,10 +43,10 @@ class Tasks:
 
 
 class ZeroShot:
-    """Tasks that are known to be there, their data loaded; measures models on them."""
+    """lm_eval tasks that exist and whose data is loaded; measures models on them."""
 
     def __init__(self, given: Sequence[str]):
-        """Raises `InputError` for a task that lm_eval does not know, or whose data cannot be loaded."""
+        """Raises `InputError` for a task that lm_eval does not know or whose data cannot be loaded."""
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager
 
@@ -60,10 +60,10 @@ class ZeroShot:
         self.names = [name for given_name in self.tasks.names for name in self._load(given_name)]
 
     def _load(self, name: str) -> list[str]:
-        """The tasks or groups that a name stands for, once their data is there: itself, or all with that tag."""
+        """Loads a task, group or tag. Returns the task or group itself, or all tasks with that tag."""
         try:
             loaded = self._manager.load([name])
-        except Exception as error:  # whatever a task's own code and data raise
+        except Exception as error:  # a task's own code and data can raise anything
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from error
         return [name] if name in loaded["tasks"] or name in loaded["groups"] else list(loaded["tasks"])
@@ -71,8 +71,8 @@ class ZeroShot:
     def accuracy(self, model: nn.Module, tokenizer, batch_size: int) -> dict:
         """{"tasks": {name: {metric: value}}, "shown": {name: percent}, "mean": percent}.
 
-        Shown is the length-normalized accuracy where a task has it, else the accuracy; the mean is over those tasks,
-        None without any. Raises `RunError` for whatever a task's own code raises.
+        `shown` is the length-normalized accuracy if a task has it, else the accuracy. `mean` is the average of these,
+        or None if there are none. Raises `RunError` for errors in a task's own code.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -99,4 +99,4 @@ class ZeroShot:
 
 def _numbers(metrics: dict) -> dict[str, float]:
     found = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
-    return {key: value for key, value in found.items() if math.isfinite(value)}  # JSON has no others
+    return {key: value for key, value in found.items() if math.isfinite(value)}  # JSON has no NaN or infinity

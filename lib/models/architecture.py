@@ -1,6 +1,7 @@
-"""The structure of a decoder, found on the model itself: layers, their sublayers, and parameter counts."""
+"""The structure of a decoder, found on the model itself: layers, sublayers and parameter counts."""
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,15 +18,18 @@ from lib.models.modeling_pruned import (
     find_name,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Architecture:
     """A causal language model as a list of decoder layers, each with one attention and one FFN.
 
-    Needs no weights: a model on the meta device will do. `given_modes` says which sublayers each layer has before
-    anything is pruned here; a model that was pruned before lacks some. Raises `InputError` for other structures.
+    Works on the meta device too. `given_modes` says which sublayers each layer has before this run prunes any; a
+    model pruned earlier lacks some. Raises `InputError` for other structures.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: "PreTrainedModel"):
         self.model = model
         self.family = type(model).__name__
         self.config = model.config.get_text_config(decoder=True)
@@ -48,7 +52,7 @@ class Architecture:
         return layers
 
     def _find_sublayers(self, index: int, layer: nn.Module) -> dict[str, list[str]]:
-        """{attention, mlp} -> the attributes of a layer that make up that sublayer."""
+        """{attention, mlp} -> names of the layer's attributes that form that sublayer."""
         attention, ffn = find_name(layer, ATTENTION_NAMES), find_name(layer, FFN_NAMES)
         if attention is None or ffn is None:
             missing = "attention" if attention is None else "FFN"
@@ -56,7 +60,7 @@ class Architecture:
         return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
 
     def _find_mode(self, index: int) -> Mode:
-        """What a layer has of its two sublayers before anything is pruned here."""
+        """The sublayers that a layer has before this run prunes any."""
         modules = self._originals[index].values()
         return Mode(
             attention=not any(isinstance(module, SkippedAttention) for module in modules),
@@ -73,36 +77,36 @@ class Architecture:
         return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
 
     def complete(self, plan: Plan) -> Plan:
-        """The plan with what the model lacked from the start."""
+        """The plan plus the sublayers that the model lacked from the start."""
         modes = list(enumerate(self.given_modes))
         mha = [index for index, mode in modes if not mode.attention and index not in plan.mha_removed]
         ffn = [index for index, mode in modes if not mode.ffn and index not in plan.ffn_removed]
         return Plan(plan.num_layers, (*plan.mha_removed, *mha), tuple(sorted((*plan.ffn_removed, *ffn))))
 
-    # Parameters
+    # Counting parameters
 
     @cached_property
     def _layer_parameters(self) -> list[tuple[int, int, int]]:
-        """Parameters of every layer's attention, of its FFN, and of what else is in it."""
+        """Parameters of each layer's attention, of its FFN, and of everything else in it."""
         counts = []
         for index, layer in enumerate(self.layers):
             originals = self._originals[index]
-            sublayers = [
+            attention, ffn = (
                 sum(_count(originals[name]) for name in self.sublayers[index][kind])
                 for kind in (SKIP_ATTENTION, SKIP_FFN)
-            ]
+            )
             skipped = {id(module) for module in originals.values()}
             rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
-            counts.append((*sublayers, rest))
+            counts.append((attention, ffn, rest))
         return counts
 
     def sublayer_parameters(self, index: int) -> tuple[int, int]:
-        """Parameters of one layer's attention and of its FFN, biases, inner norms and all experts included."""
+        """Parameters of a layer's attention and of its FFN, including biases, inner norms and all experts."""
         return self._layer_parameters[index][:2]
 
     @cached_property
     def total_parameters(self) -> int:
-        """All parameters, tied ones once, of the model as it was given."""
+        """Parameters of the model as it was given, tied ones counted once."""
         switched_off = {
             id(p) for modules in self._originals for module in modules.values() for p in module.parameters()
         }
@@ -110,7 +114,7 @@ class Architecture:
         return sum(here.values()) + sum(sum(self.sublayer_parameters(index)) for index in range(self.num_layers))
 
     def removed_parameters(self, plan: Plan) -> int:
-        """Parameters that the plan takes out: sublayers, and for layers that go whole what else is in them."""
+        """Parameters that the plan removes: its sublayers, and everything else in layers removed whole."""
         removed, gone = 0, self.complete(plan).whole_layers
         for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
             mode = plan.mode(index)
@@ -119,5 +123,4 @@ class Architecture:
 
 
 def _count(module: nn.Module) -> int:
-    """The number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

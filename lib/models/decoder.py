@@ -1,15 +1,15 @@
-"""A causal language model seen as a stack of decoder layers, whose sublayers can be switched off.
+"""A causal language model as a stack of decoder layers whose sublayers can be switched off.
 
-The architecture is found by structure: `Decoder` accepts every model whose layers are residual blocks of one attention
-and one FFN, and tries that on the model itself; anything else is refused with the reason.
+The architecture is recognized by its structure. `Decoder` accepts every model whose layers are residual blocks of one
+attention and one FFN, and checks this by running the model. It rejects all others with the reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, is_out_of_memory
@@ -21,14 +21,17 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import OffloadedLayer, offloaded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class StopForward(Exception):
-    """Ends a forward of the model where what was wanted of it has been seen; never leaves `lib`."""
+    """Ends a forward pass early, once the values of interest are captured. Always caught within `lib`."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the model hands to each of its decoder layers besides the hidden states: masks, positions, rotary tables."""
+    """Inputs of each decoder layer besides the hidden states: masks, positions, rotary tables."""
 
     args: list[tuple] = field(default_factory=list)
     kwargs: list[dict] = field(default_factory=list)
@@ -37,14 +40,16 @@ class LayerInputs:
 class Decoder(Architecture):
     """A causal language model as embedding, layers of attention and FFN, and tail (norm, head, softcap).
 
-    Nothing of the model's own forward is written again: the embedding and the layers' arguments come from a forward
-    whose layers only look on, the tail from one whose layers hand over given hidden states. Raises `InputError` for
-    a model that does not fit. A model without weights (on the meta device) can be counted but not run. A model that
-    has lost sublayers before is one with less in some of its layers: `given_modes` says what each still has. A layer's
-    weights may be elsewhere while it does not run, see `lib.models.offload`: `at` brings them.
+    The model's own forward is never reimplemented. The embedding and the layers' arguments are captured from a forward
+    pass whose layers return their input. The tail runs in a forward pass whose layers return given hidden states.
+    Raises `InputError` for a model that does not fit.
+
+    A model without weights (on the meta device) can be counted but not run. A model pruned earlier lacks sublayers in
+    some layers, see `given_modes`. A layer may be offloaded while it does not run, see `lib.models.offload`; `at`
+    fetches its weights.
     """
 
-    def __init__(self, model: nn.Module, has_weights: bool = True):
+    def __init__(self, model: "PreTrainedModel", has_weights: bool = True):
         super().__init__(model)
         self.has_weights = has_weights
         self._modes = [Mode()] * len(self.layers)
@@ -55,7 +60,7 @@ class Decoder(Architecture):
 
     @torch.no_grad()
     def _layers_return_tuples(self) -> bool:
-        """What layers give, seen on a forward of two tokens that ends after the first."""
+        """Found in a forward pass of two tokens that stops after the first layer."""
         forward, outputs = self.layers[0].forward, []
 
         def look(*args, **kwargs):
@@ -68,9 +73,9 @@ class Decoder(Architecture):
 
     @torch.no_grad()
     def _check_residual(self) -> None:
-        """A layer with both sublayers off must give back its input, or removing sublayers means something else.
+        """Checks that a layer with both sublayers off returns its input; else removing them would mean something else.
 
-        Tried on two tokens, once for every class of layer.
+        Runs two tokens, once for every class of layer. Raises `InputError` for a class that fails.
         """
         hidden_states, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
         first_of_class = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
@@ -94,44 +99,47 @@ class Decoder(Architecture):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        """The device of the input embedding, where token ids go."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
 
     @property
     def token_bytes(self) -> int:
-        """About the memory that a token takes while it passes a layer: eight of its states, and four of the widest."""
+        """Approximate memory of a token in a layer: eight hidden states, and four vectors of the widest weight."""
         weights = (parameter for parameter in self.layers.parameters() if parameter.is_floating_point())
         widths = (max(weight.shape[:2], default=1) for weight in weights)
         return (8 * self.config.hidden_size + 4 * max(widths, default=1)) * self.model.dtype.itemsize
 
     @property
     def is_offloaded(self) -> bool:
-        """True when layers' weights come to the device only while they are worked with."""
+        """True if the layers' weights are on the device only while they are in use."""
         return any(self._offloaded)
 
     @property
     def is_on_disk(self) -> bool:
-        """True when layers are read from disk, so that changes of their weights must be written there."""
+        """True if layers are read from disk, so that changes to their weights must be written there."""
         return any(layer.is_on_disk for layer in self._offloaded if layer)
 
     @property
     def waiting_device(self) -> torch.device:
-        """Where hidden states of many windows wait: host memory, where that is how a large model fits."""
+        """Where hidden states of many windows are kept between layers: host memory if the model is offloaded."""
         return torch.device("cpu") if self.is_offloaded else self.device
 
     def at(self, index: int) -> AbstractContextManager[None]:
-        """Inside, a layer's weights are where they are computed with. May be nested."""
-        return self._offloaded[index].here() if self._offloaded[index] else nullcontext()
+        """Inside the block, a layer's weights are on the device that computes with them. May be nested."""
+        layer = self._offloaded[index]
+        return layer.here() if layer else nullcontext()
 
     def keep(self, index: int) -> None:
-        """To be called, inside `at`, after a layer's weights were changed in place."""
-        if self._offloaded[index]:
-            self._offloaded[index].keep()
+        """Must be called, inside `at`, after a layer's weights were changed in place."""
+        if layer := self._offloaded[index]:
+            layer.keep()
 
     # Switching sublayers
 
     def set_mode(self, index: int, mode: Mode) -> None:
-        """Puts one layer into a mode: removed sublayers are replaced by modules that give zeros."""
+        """Puts one layer into a mode: sublayers that are off are replaced by modules that return zeros."""
         if mode == self._modes[index]:
             return
         layer = self.layers[index]
@@ -150,11 +158,11 @@ class Decoder(Architecture):
 
     @contextmanager
     def _layers_do(self, functions: Sequence[Callable]) -> Iterator[None]:
-        """Inside, a call of layer i runs `functions[i](hidden_states, *args, **kwargs)` in place of its forward."""
+        """Inside the block, layer i runs `functions[i](hidden_states, *args, **kwargs)` instead of its forward."""
         kept = [vars(layer).get("forward") for layer in self.layers]
         try:
             for layer, function in zip(self.layers, functions, strict=True):
-                vars(layer)["forward"] = function  # as an assignment, which takes a module ten times as long
+                vars(layer)["forward"] = function  # `setattr` on a module takes ten times as long
             yield
         finally:
             for layer, forward in zip(self.layers, kept, strict=True):
@@ -168,8 +176,9 @@ class Decoder(Architecture):
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
-        """The first layer's input (B, T, D) for token ids (B, T), and what every layer gets besides it."""
-        inputs, first = LayerInputs(), []
+        """The first layer's input (B, T, D) for token ids (B, T), and the other inputs of every layer."""
+        inputs = LayerInputs()
+        first: list[torch.Tensor] = []
 
         def look_on(hidden_states, *args, **kwargs):
             if not first:
@@ -188,9 +197,9 @@ class Decoder(Architecture):
         raise InputError(f"{self.family} does not fit: its forward does not call each decoder layer once")
 
     def run_layer(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs, mode: Mode) -> torch.Tensor:
-        """The output (B, T, D) of one layer in a mode, for inputs from `embed` of the same (B, T).
+        """The output (B, T, D) of one layer in a mode, with the inputs from `embed` for the same (B, T).
 
-        Autograd follows it, as it follows `logits`, where it is on and something asks for gradients.
+        Differentiable, like `logits`.
         """
         if not mode.attention and not mode.ffn:
             return hidden_states
@@ -202,7 +211,7 @@ class Decoder(Architecture):
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The model's tail: the last layer's output (B, T, D) -> logits (B, T, V), in the model's dtype.
 
-        T may be any number of tokens up to the context, since the tail looks at one token at a time.
+        T may be any number of tokens up to the context, since the tail treats each token separately.
         """
 
         def hand_over(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""What every run checks and takes from its model's config before work starts."""
+"""Checks of windows against the model, before a run starts."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ LONGEST_DEFAULT_WINDOW = 2048
 
 
 def window_length(name: str, config, given: int | None, flag: str = "--seqlen") -> int:
-    """Tokens in a window: as given, or the model's context up to 2048. Raises `InputError` for what cannot be."""
+    """Sequence length: as given, else the model's context up to 2048. Raises `InputError` if it does not fit."""
     context = getattr(config, "max_position_embeddings", None) or given or LONGEST_DEFAULT_WINDOW
     seqlen = given or min(LONGEST_DEFAULT_WINDOW, context)
     if seqlen > context:
@@ -20,13 +20,13 @@ def window_length(name: str, config, given: int | None, flag: str = "--seqlen") 
 
 
 def check_stride(stride: int | None, seqlen: int) -> None:
-    """Raises `InputError` for windows that would leave tokens out between them."""
+    """Raises `InputError` if windows would skip tokens between them."""
     if stride is not None and stride > seqlen:
         raise InputError(f"--eval_stride {stride}: is more than the {seqlen} tokens of a window; lower it")
 
 
 def check_tokens(name: str, windows: torch.Tensor, vocab_size: int) -> None:
-    """Raises `InputError` for token ids (N, T) that the model's embedding does not have."""
+    """Raises `InputError` for token ids (N, T) outside the model's vocabulary."""
     if windows.max() >= vocab_size:
         raise InputError(
             f"model {name}: its tokenizer gives token {int(windows.max())}, but the model has only {vocab_size}; "

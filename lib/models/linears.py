@@ -1,4 +1,4 @@
-"""The linear layers whose weights are pruned, and which of them share an input."""
+"""The linear layers whose weights are pruned, grouped by their input."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _ON = Mode()
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of one layer that are given the same tensor, such as q, k and v; their names within the layer."""
+    """Linears of one layer with the same input tensor, such as q, k and v; `names` are relative to the layer."""
 
     names: tuple[str, ...]
     linears: tuple[nn.Linear, ...]
@@ -31,10 +31,10 @@ class InputGroup:
 
 
 def find_linears(decoder: Decoder) -> list[dict[str, nn.Linear]]:
-    """For each decoder layer {name: linear}: all its weight matrices.
+    """{name: linear} of each decoder layer, covering all its weight matrices.
 
-    Raises `InputError` when a layer has weights that are not those of an `nn.Linear` in floating point: to leave them
-    dense without a word would be worse. A model without weights (on the meta device) can be looked at too.
+    Raises `InputError` if a layer has weight matrices outside a floating-point `nn.Linear`, because they would silently
+    stay dense. Works on the meta device too.
     """
     return [_linears_of(decoder, index, layer) for index, layer in enumerate(decoder.layers)]
 
@@ -59,7 +59,7 @@ def _linears_of(decoder: Decoder, index: int, layer: nn.Module) -> dict[str, nn.
 
 
 def check_columns(linears: Sequence[dict[str, nn.Linear]], size: int, what: str) -> None:
-    """Raises `InputError` unless `size` columns at a time fit every linear."""
+    """Raises `InputError` unless every linear's number of columns is a multiple of `size`."""
     for index, layer in enumerate(linears):
         for name, linear in layer.items():
             if linear.in_features % size:
@@ -68,9 +68,9 @@ def check_columns(linears: Sequence[dict[str, nn.Linear]], size: int, what: str)
 
 
 def check_not_offloaded(decoder: Decoder, linears: Sequence[dict[str, nn.Linear]]) -> None:
-    """Raises `InputError` when a device map left weights where they cannot be changed."""
+    """Raises `InputError` if a device map put weights where they cannot be changed."""
     if decoder.is_offloaded:
-        return  # by --offload, which brings them
+        return  # by --offload, which fetches them
     for index, layer in enumerate(linears):
         if any(linear.weight.is_meta for linear in layer.values()):
             raise InputError(
@@ -81,10 +81,10 @@ def check_not_offloaded(decoder: Decoder, linears: Sequence[dict[str, nn.Linear]
 
 @torch.no_grad()
 def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
-    """The linears of every layer by the tensor they are given, in the order in which the layer's forward calls them.
+    """The linears of each layer, grouped by input tensor, in the order in which the layer's forward calls them.
 
-    Found by running two tokens. Raises `InputError` for a linear that the forward does not call once, as of experts
-    that take only some tokens.
+    Found by running two tokens. Raises `InputError` for a linear that the forward does not call exactly once, such as
+    those of experts that get only some tokens.
     """
     hidden_states, inputs = decoder.embed(torch.zeros(1, 2, dtype=torch.long))
     groups = []
@@ -113,7 +113,7 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
 
 @contextmanager
 def inputs_seen(linears: dict[str, nn.Linear], function: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Inside, `function(name, input)` is called before each of the linears runs."""
+    """Inside the block, `function(name, input)` is called before each linear runs."""
     hooks = [
         linear.register_forward_pre_hook(lambda module, args, name=name: function(name, args[0]))
         for name, linear in linears.items()
@@ -126,5 +126,5 @@ def inputs_seen(linears: dict[str, nn.Linear], function: Callable[[str, torch.Te
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True for two views of the same numbers; both must be alive."""
+    """True for two views of the same memory. Both must be alive: freed memory is reused."""
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

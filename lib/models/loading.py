@@ -1,13 +1,13 @@
-"""Loading configs, tokenizers and models from a hub id or a local folder, with errors of one line."""
+"""Loads configs, tokenizers and models from a hub id or a local folder, with one-line errors."""
 
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
@@ -15,9 +15,12 @@ from lib.models import offload
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_config(source: ModelSource):
-    """The text model's configuration. Raises `InputError` where it cannot be loaded, or is that of another format."""
+    """The text model's config. Raises `InputError` if it cannot be loaded or has the format nemotron-nas."""
     config = _load_config(source)
     if getattr(config, "model_type", None) == "nemotron-nas":
         raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
@@ -25,7 +28,7 @@ def load_config(source: ModelSource):
 
 
 def load_tokenizer(source: ModelSource):
-    """The model's tokenizer."""
+    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has a chat template with an unsafe name."""
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
@@ -40,11 +43,11 @@ def load_tokenizer(source: ModelSource):
     return tokenizer
 
 
-def load_model(source: ModelSource) -> nn.Module:
+def load_model(source: ModelSource) -> "PreTrainedModel":
     """A causal language model in eval mode, without gradients.
 
-    A checkpoint that has lost sublayers comes as the stock class with them left out, and needs no code of its own. A
-    model that does not fit the device is offloaded, see `offload`. Raises `InputError` when it cannot be loaded.
+    A checkpoint with removed sublayers is loaded into the stock class without them, and needs no code of its own. A
+    model that does not fit the device is offloaded, see `offload`. Raises `InputError` if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -53,16 +56,18 @@ def load_model(source: ModelSource) -> nn.Module:
     stock = _stock_of_pruned(config)
     outline = load_outline(config, source.trust_remote_code)
     place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
-    device_map, folder = source.device_map, None
+    device_map: str | dict[str, str] | None = source.device_map
+    folder = None
     if place == "none" and device_map is None and device.type == "cuda":
-        device_map = {"": str(device)}  # straight there: host memory may not hold it
+        device_map = {"": str(device)}  # directly: host memory may not hold the model
     if place == "disk":
         if outline is None:
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
-        folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights that are no safetensors
+        folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights not stored as safetensors
     with _loading_errors(source.name):
-        model, loaded = (pruned_class(stock) if stock else AutoModelForCausalLM).from_pretrained(
+        loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
+        model, loaded = loader.from_pretrained(
             locate_model(source.name),
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
@@ -80,7 +85,7 @@ def load_model(source: ModelSource) -> nn.Module:
         )
     if stock:
         model = _as_pruned_here(model, stock)
-    if place == "disk":
+    if folder:
         offload.offload_to_disk(model, device)
         offload.delete_with(model, folder)
     elif place == "cpu":
@@ -91,13 +96,13 @@ def load_model(source: ModelSource) -> nn.Module:
 
 
 def _dtype_of(source: ModelSource, config) -> torch.dtype:
-    """In what dtype the weights will be."""
+    """The dtype that the weights will have."""
     found = getattr(config, "dtype", None) if source.dtype == "auto" else getattr(torch, source.dtype)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:
-    """The model of a config without its weights, to look at before they are read; None where that cannot be built."""
+def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | None":
+    """The model of a config without weights, on the meta device, or None if it cannot be built."""
     from transformers import AutoModelForCausalLM
 
     stock = _stock_of_pruned(config)
@@ -106,7 +111,7 @@ def load_outline(config, trust_remote_code: bool = False) -> nn.Module | None:
             if stock:
                 return _as_pruned_here(pruned_class(stock)(config), stock)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # code that came with a model may do anything; the loaded model is checked in any case
+    except Exception:  # a model's own code can raise anything; the loaded model is checked in any case
         return None
 
 
@@ -120,7 +125,7 @@ def _load_config(source: ModelSource):
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint that lacks sublayers, as `lib.export` writes it; None for any other."""
+    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other."""
     import transformers
 
     given = getattr(config, "architectures", None)
@@ -131,15 +136,15 @@ def _stock_of_pruned(config) -> type | None:
     return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None
 
 
-def _as_pruned_here(model: nn.Module, stock: type) -> nn.Module:
-    """A loaded pruned model as what pruning makes of one in memory: the stock class with sublayers taken out."""
+def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
+    """Turns a loaded pruned model into what pruning in memory makes: the stock class with sublayers replaced."""
     model.__class__ = stock
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map
     return model
 
 
-_UNTRUSTED = {  # words in an error: what it comes down to, where the library's own advice is not ours
+_UNTRUSTED = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
 }
@@ -147,10 +152,10 @@ _UNTRUSTED = {  # words in an error: what it comes down to, where the library's 
 
 @contextmanager
 def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
-    """Turns the errors of transformers and the hub into one line that says what to do."""
+    """Turns errors of transformers and the hub into one line that says what to do."""
     try:
         yield
-    except Exception as error:  # libraries raise all kinds for what is wrong with a folder
+    except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

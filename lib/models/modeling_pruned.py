@@ -1,7 +1,7 @@
-"""Decoder layers without attention or FFN, as `config.per_layer_config` lists them under `skip`.
+"""Decoder layers without attention or FFN, as listed under `skip` in `config.per_layer_config`.
 
-This file travels with every pruned checkpoint that needs it, so it imports nothing but torch. The pruned model in
-memory uses the same classes. A residual block whose sublayer gives zeros passes its input on unchanged.
+This file is copied into every pruned checkpoint that needs it, so it imports only torch. Pruned models in memory use
+the same classes. A residual block whose sublayer returns zeros passes its input on unchanged.
 """
 
 import functools
@@ -13,37 +13,37 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "fc1+fc2")
 LAYERS_NAMES = ("layers", "h")
 PREFIX = "Pruned"  # before the name of a stock class
-SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # the words of transformers' per_layer_config
+SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # values of `skip` in transformers' per_layer_config
 
 
 class SkippedAttention(nn.Module):
-    """Stands where an attention module was: zeros in the shape of the hidden states, and no attention weights."""
+    """Replaces an attention module: returns zeros in the shape of the hidden states, and no attention weights."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return torch.zeros_like(hidden_states), None
 
 
 class SkippedFFN(nn.Module):
-    """Stands where an FFN (or its last linear) was: zeros in the shape of the input."""
+    """Replaces an FFN, or its last linear: returns zeros in the shape of its input."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return torch.zeros_like(hidden_states)
 
 
 class PassThrough(nn.Module):
-    """Stands where the first linear of an FFN of two linears was: the activation's work is then thrown away."""
+    """Replaces the first linear of an FFN of two linears; `SkippedFFN` then discards the activation's output."""
 
     def forward(self, hidden_states):
         return hidden_states
 
 
 def find_name(module, names):
-    """The first of the attribute names that the module has; `a+b` asks for both. None if there is none."""
+    """The first of the attribute names that the module has, or None; `a+b` requires both."""
     return next((name for name in names if all(hasattr(module, part) for part in name.split("+"))), None)
 
 
 def skip_modules(layer, kind):
-    """{attribute: module} to put into a decoder layer so that its attention or its FFN contributes nothing."""
+    """{attribute: module} to set on a decoder layer so that its attention or its FFN contributes nothing."""
     if kind == SKIP_ATTENTION:
         return {find_name(layer, ATTENTION_NAMES): SkippedAttention()}
     *first, last = find_name(layer, FFN_NAMES).split("+")
@@ -51,10 +51,11 @@ def skip_modules(layer, kind):
 
 
 def number_layers(layers, layer_types):
-    """Gives every layer its position, and every attention its slot in the key-value cache.
+    """Sets every layer's position, and every attention's slot in the key-value cache.
 
-    Caches read their length from the first slot of each layer type, and of slot 0. So attentions take the slots of
-    their own type in order; layers without attention have the type of the first attention and leave the last ones.
+    Caches read their length from the first slot of each layer type, and from slot 0. So attentions take the slots of
+    their own type in order. Layers without attention have the type of the first attention, and its last slots stay
+    empty.
     """
     types = list(layer_types or ["all"] * len(layers))
     slots = {kind: iter([slot for slot, other in enumerate(types) if other == kind]) for kind in set(types)}
@@ -70,7 +71,7 @@ def number_layers(layers, layer_types):
 
 
 def skip_lists(config):
-    """[skipped sublayers of layer 0, of layer 1, ...] of a config, on transformers that know the key or do not."""
+    """[skipped sublayers of layer 0, of layer 1, ...], with or without transformers' support for the config key."""
     given = getattr(config, "per_layer_config", {})
     if isinstance(given, dict):
         return [
@@ -80,7 +81,7 @@ def skip_lists(config):
 
 
 def skip_sublayers(model):
-    """Takes the sublayers that the model's config lists out of its decoder layers."""
+    """Removes the sublayers that the model's config lists from its decoder layers."""
     decoder = model.get_decoder()
     layers = getattr(decoder, find_name(decoder, LAYERS_NAMES))
     config = model.config.get_text_config(decoder=True)
@@ -93,7 +94,7 @@ def skip_sublayers(model):
 
 @functools.cache
 def pruned_class(stock):
-    """The subclass of a stock model class that leaves out the sublayers which its config lists."""
+    """The subclass of a stock model class without the sublayers that its config lists."""
 
     def build(self, config, *args, **kwargs):
         stock.__init__(self, config, *args, **kwargs)

@@ -1,13 +1,14 @@
-"""Models larger than the device, or than the host's memory: decoder layers whose weights come only while they run.
+"""Models larger than the device or the host's memory: the weights of a decoder layer are fetched while it runs.
 
-`cpu`: the weights wait in host memory. `disk`: they are read from the checkpoint's own safetensors files each time, and
-what pruning made of them from files of changes, so that host memory need not hold the model either.
+`cpu`: the weights are kept in host memory. `disk`: they are read from the checkpoint's own safetensors files each time,
+and the changes made by pruning from separate files, so that host memory need not hold the model either.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -16,15 +17,25 @@ from lib.models.modeling_pruned import LAYERS_NAMES, find_name
 from lib.models.weight_deltas import Changes
 from lib.runtime.memory import free_host_memory
 
-_FITS = 0.8  # a model may take so much of the free memory
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FITS = 0.8  # share of the free memory that a model may take
+
+
+class Weights(Protocol):
+    """Tensors by their path within a layer."""
+
+    def __getitem__(self, path: str, /) -> torch.Tensor: ...
 
 
 class OffloadedLayer:
-    """The weights of one decoder layer, which are on the device only inside `here`."""
+    """The weights of one decoder layer, on the device only inside `here`."""
 
-    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Mapping[str, torch.Tensor]):
-        """`weights` has the tensors, by path within the layer, wherever they wait; `index` is the layer's number."""
-        self.index, self.device, self.changes = index, device, []
+    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Weights):
+        """`weights` holds the offloaded tensors, by path within the layer; `index` is the layer's position."""
+        self.index, self.device = index, device
+        self.changes: list[Changes] = []
         self._weights, self._uses = weights, 0
         self._places = {
             f"{path}.{name}".lstrip("."): (module, name)
@@ -33,7 +44,8 @@ class OffloadedLayer:
             if module._parameters[name] is not None
         }
         self._waiting = {path: module._parameters[name] for path, (module, name) in self._places.items()}
-        layer._hf_hook = self  # where `save_pretrained` asks for the `weights_map` of what is not there
+        # `save_pretrained` reads offloaded weights from this attribute's `weights_map`.
+        layer._hf_hook = self  # type: ignore[assignment]  # torch's stubs allow only tensors and modules
 
     @property
     def is_on_disk(self) -> bool:
@@ -44,7 +56,7 @@ class OffloadedLayer:
         return self
 
     def __getitem__(self, path: str) -> torch.Tensor:
-        """A weight of the layer as it is now, wherever it waits."""
+        """An offloaded weight of the layer, with the changes applied."""
         weight = self._weights[path]
         for changes in self.changes:
             weight = changes.apply(self.index, path, weight)
@@ -52,7 +64,7 @@ class OffloadedLayer:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """Inside, the layer has its weights on the device."""
+        """Inside the block, the layer has its weights on the device. May be nested."""
         if self._uses == 0:
             self._fetch()
         self._uses += 1
@@ -64,7 +76,7 @@ class OffloadedLayer:
                 self._release()
 
     def _fetch(self) -> None:
-        # Copies: what is mapped from a file is read here, and never written through.
+        # Copies, so that memory-mapped files are read here and never written to.
         weights = {path: self[path].to(self.device, copy=True) for path in self._places}
         for path, (module, name) in self._places.items():
             module._parameters[name] = nn.Parameter(weights.pop(path), requires_grad=False)
@@ -75,21 +87,21 @@ class OffloadedLayer:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Takes the weights that the layer has now over to where they wait; on disk its changes are written already."""
+        """Copies the layer's current weights to host memory. On disk, its changes are written already."""
         if not self.is_on_disk and self._uses:
             for path, (module, name) in self._places.items():
                 self._waiting[path].copy_(module._parameters[name])
 
 
 def offloaded(layer: nn.Module) -> OffloadedLayer | None:
-    """The weights of a layer that come and go; None for a layer that simply has them."""
+    """The offloaded weights of a layer, or None for a layer that is not offloaded."""
     found = getattr(layer, "_hf_hook", None)
     return found if isinstance(found, OffloadedLayer) else None
 
 
 @contextmanager
-def fetched_by_forward(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, each layer's own forward brings its weights, so that whole forwards of the model run, slowly."""
+def fetched_by_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, each layer's forward fetches its weights, so that the model's own forward works, slowly."""
     stack: list = []
 
     def fetch(layer, args):
@@ -110,20 +122,20 @@ def fetched_by_forward(layers: Sequence[nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
-# How a model is offloaded ---------------------------------------------------------------------------------------------
+# Offloading a model ---------------------------------------------------------------------------------------------------
 
 
-def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: torch.device) -> str:
-    """`none`, `cpu` or `disk`: as asked for, or for `auto` the first for which memory is free.
+def choose(asked: str, outline: "PreTrainedModel | None", dtype: torch.dtype, device: torch.device) -> str:
+    """`none`, `cpu` or `disk`: as asked, or for `auto` the first that fits into free memory.
 
-    `outline` is the model without weights; without one nothing is known of its size, so it is `none`.
+    `outline` is the model without weights. If it is None, the size is unknown, and `auto` means `none`.
     """
     if asked != "auto" or outline is None:
         return asked if asked != "auto" else "none"
     size = sum(parameter.numel() for parameter in outline.parameters()) * dtype.itemsize
     host = free_host_memory()
     if device.type not in ("cpu", "cuda"):
-        return "none"  # nothing is known of its memory
+        return "none"  # its free memory is unknown
     if device.type == "cuda":
         if size < _FITS * torch.cuda.mem_get_info(device)[0]:
             return "none"
@@ -131,14 +143,14 @@ def choose(asked: str, outline: nn.Module | None, dtype: torch.dtype, device: to
     return "none" if size < _FITS * host else "disk"
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers of a model."""
     decoder = model.get_decoder()
     return getattr(decoder, find_name(decoder, LAYERS_NAMES))
 
 
-def disk_map(outline: nn.Module, device: torch.device) -> dict[str, str]:
-    """The device map of transformers that leaves a model's decoder layers on disk and puts all else on the device."""
+def disk_map(outline: "PreTrainedModel", device: torch.device) -> dict[str, str]:
+    """A device map for transformers that leaves the decoder layers on disk and puts everything else on the device."""
     layers, found = layers_of(outline), {}
 
     def place(module: nn.Module, path: str) -> None:
@@ -155,20 +167,20 @@ def disk_map(outline: nn.Module, device: torch.device) -> dict[str, str]:
     return found
 
 
-def offload_to_host(model: nn.Module, device: torch.device) -> None:
-    """Lets the layers of a model that is in host memory come to the device one by one; all else goes there."""
+def offload_to_host(model: "PreTrainedModel", device: torch.device) -> None:
+    """Offloads the decoder layers of a model in host memory, and moves everything else to the device."""
     layers, parent = layers_of(model), model.get_decoder()
     name = find_name(parent, LAYERS_NAMES)
-    setattr(parent, name, nn.ModuleList())  # aside, while the rest moves
-    model.to(device)
+    setattr(parent, name, nn.ModuleList())  # set aside while the rest moves
+    model.to(device)  # type: ignore[arg-type]  # the decorator of `PreTrainedModel.to` loses its signature
     setattr(parent, name, layers)
     for index, layer in enumerate(layers):
         _move_buffers(layer, device)
         OffloadedLayer(layer, index, device, dict(layer.named_parameters()))
 
 
-def offload_to_disk(model: nn.Module, device: torch.device) -> None:
-    """Takes the layers of a model that transformers loaded by `disk_map` over from its hooks."""
+def offload_to_disk(model: "PreTrainedModel", device: torch.device) -> None:
+    """Replaces the hooks of a model that transformers loaded with `disk_map` by our own offloading."""
     from accelerate.hooks import remove_hook_from_module
 
     for index, layer in enumerate(layers_of(model)):
@@ -189,7 +201,7 @@ def offload_to_disk(model: nn.Module, device: torch.device) -> None:
 
 
 class _OnDisk(dict):
-    """{path: (mapping that reads from files, name there)}, read when asked for."""
+    """{path: (mapping that reads from files, name there)}; a lookup reads the weight."""
 
     def __getitem__(self, path: str) -> torch.Tensor:
         weights, name = super().__getitem__(path)
@@ -203,13 +215,13 @@ def _move_buffers(layer: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def follow(layers: Sequence[nn.Module], changes: Sequence[Changes]) -> None:
-    """Lets layers that are read from disk have these changes, one set upon the other, from now on."""
+def follow(layers: Iterable[nn.Module], changes: Sequence[Changes]) -> None:
+    """From now on, layers read from disk get these changes, applied in order."""
     for layer in layers:
         if (found := offloaded(layer)) and found.is_on_disk:
             found.changes = list(changes)
 
 
 def delete_with(model: nn.Module, folder: TemporaryDirectory) -> None:
-    """Deletes a temporary folder when the model is gone."""
+    """Deletes a temporary folder when the model is garbage-collected."""
     weakref.finalize(model, folder.cleanup)

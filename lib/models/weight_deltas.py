@@ -1,6 +1,6 @@
-"""What pruning made of the weights of layers: one file for each finished layer, beside a model that stays as it was.
+"""Changes that pruning made to a model's weights: one file per finished layer, while the model stays unmodified.
 
-A weight that only lost elements is kept as one bit an element, any other as it is now.
+A weight that only lost elements is stored as one bit per element, any other in full.
 """
 
 from collections.abc import Mapping
@@ -14,34 +14,34 @@ from safetensors.torch import save_file
 from lib.errors import START_OVER, InputError
 from lib.storage.atomic import whole_file
 
-_ZEROS, _WEIGHT = "zeros.", "weight."  # before the path of a weight within its layer
+_ZEROS, _WEIGHT = "zeros.", "weight."  # prefixes of a weight's path within its layer
 _FILE = "layer-{:05d}.safetensors"
 
-Difference = tuple[str, torch.Tensor]  # how a weight is kept, and what of it
+Difference = tuple[str, torch.Tensor]  # a prefix: how the weight is stored; and the stored tensor
 
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
-    """What makes `new` of `old`, both (out, in), to the bit: where zeros came, or `new` itself; on the CPU."""
+    """The bit-exact change from `old` to `new`, both (out, in): a bitmap of new zeros, or `new` itself; on the CPU."""
     zeros = (new == 0) & ~new.signbit()
-    bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # in which -0.0 is not 0.0
+    bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # where -0.0 differs from 0.0
     if torch.equal(new.view(bits), old.masked_fill(zeros, 0).view(bits)):
         return _ZEROS, torch.from_numpy(np.packbits(zeros.cpu().numpy().reshape(-1)))
     return _WEIGHT, new.detach().to("cpu", copy=True)
 
 
 def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """The weight with zeros where the bits say."""
+    """The weight with zeros where the packed bits are set."""
     zeros = np.unpackbits(bits.numpy(), count=old.numel()).astype(bool).reshape(old.shape)
     return old.masked_fill(torch.from_numpy(zeros).to(old.device), 0)
 
 
 class Changes:
-    """The changed weights of a model's layers, in a folder; what is there was finished by some run before."""
+    """The changed weights of a model's layers, in a folder, including those that an earlier run finished."""
 
     def __init__(self, folder: Path):
-        """Raises `InputError` for a file that is broken."""
+        """Raises `InputError` for a broken file."""
         self.folder = folder
-        self._changed: dict[int, dict[str, str]] = {}  # by layer, by the path of a weight: how it is kept
+        self._changed: dict[int, dict[str, str]] = {}  # layer -> path of a weight -> its prefix
         for path in sorted(folder.glob("layer-*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -56,18 +56,18 @@ class Changes:
         return layer in self._changed
 
     def write(self, layer: int, differences: Mapping[str, Difference]) -> None:
-        """Keeps what became of a layer's weights: {path within the layer: `difference`}. Whole or not at all."""
+        """Writes the changes of a layer, {path within the layer: `difference`}, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / _FILE.format(layer)) as draft:
             save_file({kind + path: tensor for path, (kind, tensor) in differences.items()}, draft)
         self.add(layer, differences)
 
     def add(self, layer: int, differences: Mapping[str, Difference]) -> None:
-        """Knows of a layer that another process has written."""
+        """Registers a layer that another process has written."""
         self._changed[layer] = {path: kind for path, (kind, _) in differences.items()}
 
     def apply(self, layer: int, path: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of a layer as it was changed, or as it is given."""
+        """A weight of a layer with its change applied, or as given if it has none."""
         kind = self._changed.get(layer, {}).get(path)
         if kind is None:
             return weight

@@ -1,4 +1,4 @@
-"""Runs a function over calibration windows in batches, halving the batch when memory runs out."""
+"""Runs functions over windows in batches, and halves the batch size when memory runs out."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,13 +10,13 @@ from lib.runtime.distributed import ALONE, Ranks
 from lib.runtime.memory import free_cuda_memory, free_memory
 
 Result = TypeVar("Result")
-Progress = Callable[[float], object]  # is told how many windows were done
+Progress = Callable[[float], object]  # called with the number of windows just done
 
 
 def automatic_batch_size(device: torch.device, seqlen: int, token_bytes: int) -> int:
-    """Windows in a first batch: 1k tokens on a CPU, where more are no faster; on an accelerator 32k that fit.
+    """Windows in the first batch: 1k tokens on a CPU, where larger batches are no faster, or 32k on an accelerator.
 
-    `token_bytes` is what a token takes of the memory while it passes a layer; half of what is free may be taken.
+    On CUDA a batch may take half of the free memory, at `token_bytes` per token.
     """
     tokens = 1024 if device.type == "cpu" else 32768
     if device.type == "cuda":
@@ -25,29 +25,29 @@ def automatic_batch_size(device: torch.device, seqlen: int, token_bytes: int) ->
 
 
 class Batcher:
-    """Maps functions over windows; remembers the batch size that fits, for all the passes of a run.
+    """Maps functions over windows, and remembers the batch size that fits for all passes of a run.
 
-    It works on the windows of this process; `ranks` are all the processes that share a run's windows.
+    It handles the windows of this process; `ranks` are all processes that share a run's windows.
     """
 
     def __init__(self, size: int, ranks: Ranks = ALONE):
         self.size = size
         self.ranks = ranks
-        self._first_size = size  # the same in all processes, whatever memory runs out where
+        self._first_size = size  # the same in all processes, even after one ran out of memory
 
     def share(self, count: int) -> slice:
-        """The windows of this process, of `count`."""
+        """This process's slice of `count` windows."""
         return self.ranks.share(count, self._first_size)
 
     def map(
         self, function: Callable[[slice], torch.Tensor], count: int, progress: Progress | None = None
     ) -> torch.Tensor:
-        """The results of `function` over windows 0..count-1, concatenated on the CPU.
+        """Results of `function` over windows 0..count-1, concatenated on the CPU.
 
-        `function` gets a slice of window indices and returns one row per window, so its results must not depend on
-        how the windows are cut into batches. When it runs out of memory the batch is halved and the slice tried again;
-        with a batch of one the error is raised. It may itself map over the windows of its slice: when that fails with
-        one window, the slice is halved, and the batches within begin with its size.
+        `function` takes a slice of window indices and returns one row per window. Its results must not depend on how
+        the windows are batched. When it runs out of memory, the batch size is halved and the slice retried; with a
+        batch of one window, the error is raised. `function` may itself map over the windows of its slice. When that
+        fails with one window, the slice is halved, and the inner batches start at its size.
         """
         results, start = [], 0
         while start < count:
@@ -68,9 +68,10 @@ class Batcher:
         return torch.cat(results)
 
     def whole(self, function: Callable[[], Result], count: int) -> Result:
-        """The result of a function that goes over all `count` windows by itself, `size` at a time, from the start.
+        """Result of a function that goes over all `count` windows itself, `size` at a time.
 
-        When it runs out of memory the batch is halved and it begins anew; with a batch of one the error is raised.
+        When it runs out of memory, the batch size is halved and it starts over; with a batch of one window, the error
+        is raised.
         """
         while True:
             try:

@@ -8,9 +8,9 @@ from lib.errors import InputError
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of a name; `auto` is CUDA or else the CPU. Raises `InputError` when it is not available.
+    """The torch device of a name; `auto` is CUDA if available, else the CPU.
 
-    A process that a launcher started beside others takes the GPU of its own local rank.
+    A process started by a launcher takes the GPU of its local rank. Raises `InputError` if the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

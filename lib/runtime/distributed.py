@@ -1,7 +1,7 @@
-"""The processes of one run, started by `torchrun` or `accelerate launch`: who does what, and how results are joined.
+"""The processes of one run, started by `torchrun` or `accelerate launch`: sharing work and combining results.
 
-Every process runs the same program on a model of its own and takes a share of the windows. What a step needs of all
-windows is put together before anyone goes on, so all processes take the same decisions; the first one writes.
+Every process runs the same program on its own copy of the model, with a share of the windows. Results over all windows
+are combined before any process continues, so all take the same decisions. Only the first process writes.
 """
 
 import atexit
@@ -20,11 +20,11 @@ Json = TypeVar("Json")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run; by default the only one."""
+    """This process among all processes of a run; by default it is the only one."""
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")  # where tensors have to be to be sent
+    device: torch.device = torch.device("cpu")  # where tensors must be to be sent
 
     @property
     def is_first(self) -> bool:
@@ -36,9 +36,9 @@ class Ranks:
         return self.count > 1
 
     def share(self, total: int, unit: int) -> slice:
-        """The windows of this process, of `total`: cut at multiples of `unit`, so that batches are as in one process.
+        """This process's slice of `total` windows, cut at multiples of `unit` to keep the batches of a single process.
 
-        With fewer units than processes it is cut anywhere; a share can be empty.
+        With fewer units than processes, it is cut anywhere. A share can be empty.
         """
         if -(-total // unit) < self.count:
             unit = 1
@@ -47,7 +47,7 @@ class Ranks:
         return slice(start, stop)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All processes' rows (n, ...), n of each its own, one after the other in the order of ranks, on the CPU."""
+        """The rows (n, ...) of all processes, concatenated in rank order, on the CPU; n may differ between them."""
         if not self.are_several:
             return rows
         counts = torch.zeros(self.count, dtype=torch.long, device=self.device)
@@ -60,7 +60,7 @@ class Ranks:
         return torch.cat([part[:count].cpu() for part, count in zip(parts, counts.tolist(), strict=True)])
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Replaces the tensor by the sum of those of all processes, the same bits in each."""
+        """Replaces the tensor with its sum over all processes, bit-identical in each."""
         if self.are_several:
             there = tensor.to(self.device)
             dist.all_reduce(there)
@@ -68,15 +68,15 @@ class Ranks:
                 tensor.copy_(there)
 
     def send(self, tensor: torch.Tensor, owner: int) -> None:
-        """Replaces the tensor by that of the process `owner`."""
+        """Replaces the tensor with that of the process `owner`."""
         if self.are_several:
             there = tensor.to(self.device).contiguous()
-            dist.broadcast(there.view(torch.uint8), owner)  # as bytes: backends do not know every dtype
+            dist.broadcast(there.view(torch.uint8), owner)  # as bytes, because backends do not support every dtype
             if there is not tensor:
                 tensor.copy_(there)
 
     def tell(self, text: str | None, owner: int) -> str | None:
-        """The text of the process `owner`."""
+        """The `text` of the process `owner`, in every process."""
         if not self.are_several:
             return text
         content = json.dumps(text).encode()
@@ -88,13 +88,15 @@ class Ranks:
         return json.loads(bytes(letters.cpu().tolist()))
 
     def agree(self, function: Callable[[], Json]) -> Json:
-        """What a function gives in the first process, for all: of a file, say, that others may change meanwhile."""
+        """The first process's result of a function, in every process; for reading a file that may change, say."""
         if not self.are_several:
             return function()
-        return json.loads(self.tell(json.dumps(function()) if self.is_first else None, 0))
+        told = self.tell(json.dumps(function()) if self.is_first else None, 0)
+        assert told is not None
+        return json.loads(told)
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Blocks until all processes have called it."""
         self.add(torch.zeros(1))
 
 
@@ -102,12 +104,12 @@ ALONE = Ranks()
 
 
 def join(device: torch.device) -> Ranks:
-    """Meets the other processes of this run, if a launcher started several; `device` is where this one computes."""
+    """Connects to the other processes of this run, if a launcher started several. `device` is that of this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import PartialState
 
-    # One may work for long while the others wait, and the launcher ends all when one dies.
+    # Long timeout: one process may work for hours while the others wait. If one dies, the launcher ends all.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     atexit.register(state.destroy_process_group)  # its threads must not outlive the interpreter
     return Ranks(state.process_index, state.num_processes, device)

@@ -1,4 +1,4 @@
-"""What every run sets in its process before it starts."""
+"""Process-wide settings of every run."""
 
 import logging
 import sys
@@ -7,11 +7,11 @@ from lib.runtime.memory import keep_freed_memory
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own progress bars and hints out of what a run prints, but for bars on a terminal."""
+    """Silences the libraries' hints and progress bars, except transformers' bars on a terminal."""
     import datasets
     import transformers
 
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # offloaded weights are ours to mind
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # we manage offloaded weights ourselves
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
@@ -20,6 +20,6 @@ def quiet_libraries() -> None:
 
 
 def set_up() -> None:
-    """What every run of a script begins with."""
+    """Prepares the process; every script calls it first."""
     quiet_libraries()
     keep_freed_memory()
