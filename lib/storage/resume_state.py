@@ -1,7 +1,7 @@
 """Resume state: the finished parts of a run, kept in its output folder until the run ends. Does not import torch.
 
-`state.json` maps names to finished results. Large results are files beside it, written atomically and named by their
-content.
+`state.json` maps names to finished results. Large results are files beside it, written atomically and named by what
+they hold.
 """
 
 import fcntl
