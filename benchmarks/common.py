@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a shape with random weights, and times side by side."""
+"""Shared by the benchmarks: random models of a given shape, and measurements of time and memory."""
 
 import argparse
 import platform
@@ -11,7 +11,7 @@ import transformers
 
 from lib.runtime.memory import free_memory
 
-VOCABULARY = 2048  # tokens, of models whose head does not matter
+VOCABULARY = 2048  # tokens; for models whose head does not matter
 
 
 def random_llama(
@@ -23,7 +23,7 @@ def random_llama(
     heads: int = 8,
     dtype=torch.float32,
 ) -> torch.nn.Module:
-    """A Llama with random weights on the accelerator, if there is one."""
+    """A Llama with random weights, on the accelerator if there is one."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocab,
@@ -40,7 +40,7 @@ def random_llama(
 
 
 def add_shape_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Flags of whole numbers, such as a model's and the windows' sizes, with their defaults."""
+    """Adds integer flags with defaults, such as the sizes of a model and its windows."""
     for flag, value in defaults.items():
         parser.add_argument(f"--{flag}", type=int, default=value, help=f"default: {value}")
 
@@ -50,7 +50,7 @@ def device() -> str:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, the accelerator's work included."""
+    """Wall-clock seconds of one call, with the accelerator's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -61,9 +61,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def measure(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of one call, and the MiB that it held at most beyond what was held before.
+    """Seconds of one call, and its peak memory in MiB beyond what was in use before.
 
-    Of this process, or of the accelerator's allocator.
+    Memory is that of the accelerator's allocator, or without one that of this process.
     """
     free_memory()
     if torch.cuda.is_available():
@@ -71,7 +71,7 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
         before = torch.cuda.memory_allocated()
         taken = seconds(function)
         most = torch.cuda.max_memory_allocated()
-        free_memory()  # other processes are next
+        free_memory()  # for the processes that run next
         return taken, (most - before) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
@@ -81,18 +81,18 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that a call held at most beyond what was held before."""
+    """Peak memory of a call in MiB, beyond what was in use before."""
     return measure(function)[1]
 
 
 def _status(field: str) -> float:
-    """MiB of a field of this process's status."""
+    """A field of /proc/self/status, in MiB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
 def side_by_side(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Times of several functions, run in turn after one warm-up round: {name: seconds of each run}."""
+    """Times several functions in turn, after one warm-up round: {name: seconds of each run}."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(runs + 1):
         for name, function in functions.items():
@@ -103,12 +103,12 @@ def side_by_side(functions: dict[str, Callable[[], object]], runs: int) -> dict[
 
 
 def spread(values: list[float], unit: str = "") -> str:
-    """`median (least - most)`."""
+    """`median (min - max)`."""
     return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} - {max(values):.2f})"
 
 
 def machine() -> str:
-    """One line that says what the figures were measured on."""
+    """One line on the device and the library versions."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device()} ({name}), {torch.get_num_threads()} threads, {versions}"

@@ -1,13 +1,13 @@
-"""What pruning buys: size, memory and speed of a dense model and of pruned ones, in every format and runtime here.
+"""What pruning buys: size, memory and speed of a dense model and its pruned versions, in every format and runtime.
 
     python -m benchmarks.deployment                        # a random Llama of 16 layers 768/2048, a quarter removed
     python -m benchmarks.deployment --layers 32 --hidden 4096 --ffn 11008 --vocab 32000          # on a GPU
 
-A quarter of the parameters goes with whole sublayers, as PP-LLMs counts them; or half of the weights becomes zeros.
-Prefill (the prompt) and decode (token by token after it) are timed in turn for all models of a runtime in one process;
-ratios are to the dense model of the same runtime and precision. Peak memory is that of a process of its own, beyond
-what it held before it loaded the model; on an accelerator it is the allocator's. llama.cpp, on the CPU, is measured
-where llama-cpp-python and gguf are installed.
+Pruning removes a quarter of the parameters as sublayers, counted as in PP-LLMs, or sets half of the weights to zero.
+Prefill (the prompt) and decode (token by token) are timed in turn for all models of a runtime, in one process. Ratios
+are to the dense model in the same runtime and precision. Peak memory is measured in a separate process, beyond what it
+used before loading; on an accelerator it is the allocator's. llama.cpp runs on the CPU, if llama-cpp-python and gguf
+are installed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ KERNELS = "half of the weights zero, 2:4 in torch's kernels"
 
 @dataclass(frozen=True)
 class Variant:
-    """A saved model, and the runtime that runs it."""
+    """A saved model and its runtime."""
 
     name: str
     runtime: str
@@ -59,7 +59,7 @@ class Variant:
 
 
 def build(folder: Path, args: argparse.Namespace) -> list[Variant]:
-    """Saves the dense model and all that is made of it; the dense one of a runtime comes first."""
+    """Saves the dense model and its pruned versions; the dense one of each runtime comes first."""
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
     make = partial(random_llama, args.layers, args.hidden, args.ffn, args.vocab, dtype=dtype)
     dense = make()
@@ -77,14 +77,14 @@ def build(folder: Path, args: argparse.Namespace) -> list[Variant]:
     name = "half of the weights zero"
     save_pruned(Decoder(with_zeros(make())), Plan(args.layers), None, folder / name)
     variants.append(Variant(name, "transformers", folder / name, total))
-    if device() == "cuda":  # the same kernels as alp_prune.py --semi_structured
+    if device() == "cuda":  # with the kernels of alp_prune.py --semi_structured
         save_pruned(Decoder(with_zeros(make(), parse_pattern("2:4"))), Plan(args.layers), None, folder / KERNELS)
         variants.append(Variant(KERNELS, "transformers", folder / KERNELS, total))
     return variants + (build_gguf(folder, dense, plan, total) if has_llama_cpp() else [])
 
 
 def plan_for(decoder: Decoder, rate: float) -> Plan:
-    """As many sublayers as PP-LLMs takes at a rate, of layers after the middle; random layers are as good as others."""
+    """Removes as many sublayers as PP-LLMs at that rate, from the layers before the last; weights are random anyway."""
     counts, layers = choose_counts(budget_of(decoder), rate), decoder.num_layers
     chosen = range(layers - 1 - counts.ffn, layers - 1)
     return Plan(layers, tuple(chosen[: counts.mha]), tuple(chosen))
@@ -92,7 +92,7 @@ def plan_for(decoder: Decoder, rate: float) -> Plan:
 
 @torch.no_grad()
 def with_zeros(model: torch.nn.Module, pattern: Pattern = UNSTRUCTURED) -> torch.nn.Module:
-    """The model with the smaller half of its weights set to zero."""
+    """The model with half of its weights set to zero, by magnitude."""
     pruner = Magnitude(pattern)
     for layer in find_linears(Decoder(model)):
         for linear in layer.values():
@@ -105,7 +105,7 @@ def has_llama_cpp() -> bool:
 
 
 def build_gguf(folder: Path, dense: torch.nn.Module, plan: Plan, total: int) -> list[Variant]:
-    """GGUF files of the dense model, and what a plan makes of them."""
+    """GGUF files of the dense model, and the same files pruned by the plan."""
     from lib.export.gguf import apply_plan
     from tests.gguf_writer import write_gguf
 
@@ -124,13 +124,13 @@ def build_gguf(folder: Path, dense: torch.nn.Module, plan: Plan, total: int) -> 
 
 
 class InTransformers:
-    """A folder run by transformers, on the accelerator if there is one."""
+    """A model folder in transformers, on the accelerator if there is one."""
 
     def __init__(self, path: Path, prompt: int, decoded: int):
         self.model = load_model(ModelSource(str(path)))
         if path.name == KERNELS:
             linears = [linear for layer in find_linears(Decoder(self.model)) for linear in layer.values()]
-            self.kernels = ExitStack()  # they stay in use as long as this runner is
+            self.kernels = ExitStack()  # in use as long as this runner exists
             self.kernels.enter_context(compressed(linears))
         self.ids = torch.randint(3, 100, (1, prompt), device=device())
         self.decoded = decoded
@@ -152,7 +152,7 @@ class InTransformers:
 
 
 class InLlamaCpp:
-    """A GGUF file run by llama.cpp on the CPU."""
+    """A GGUF file in llama.cpp, on the CPU."""
 
     def __init__(self, path: Path, prompt: int, decoded: int):
         from llama_cpp import Llama
@@ -185,12 +185,12 @@ def runner(variant: Variant, args: argparse.Namespace):
 
 
 def measure_speed(variants: list[Variant], args: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of prefill and of decode by variant, taken in turn after one round to warm up."""
+    """{variant: (seconds of each prefill, seconds of each decode)}, measured in turn after one warm-up round."""
     runners = {variant.name: runner(variant, args) for variant in variants}
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runners}
     names = list(runners)
     for number in range(args.runs + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # none is always first
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # so that no variant is always first
             each = runners[name]
             prefill, decode = seconds(each.prefill), each.decode()
             if number:
@@ -206,7 +206,7 @@ def run_once(variant: Variant, args: argparse.Namespace) -> None:
 
 
 def memory_of(variant: Variant, args: argparse.Namespace) -> float:
-    """MiB at the peak of a load, a prefill and a decode in a process of its own."""
+    """Peak memory in MiB of loading, one prefill and one decode, in a separate process."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_put_memory, args=(variant, args, results))
@@ -239,7 +239,7 @@ def main() -> None:
 
 
 def report(variants: list[Variant], args: argparse.Namespace) -> None:
-    """Prints a table of one runtime's variants, the first of them dense."""
+    """Prints the table of one runtime; its first variant is the dense model."""
     memory = {variant.name: memory_of(variant, args) for variant in variants}
     speed = measure_speed(variants, args)
     dense = speed[variants[0].name]

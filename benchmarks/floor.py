@@ -1,4 +1,4 @@
-"""What the work cannot do without, and how fast this machine could do it: the floor beside a measured time."""
+"""Lower bounds on run time: the work that cannot be avoided, at the best speed this machine reaches."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lib.depth.trial_losses import Modes
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of matrix products, and bytes to and from memory."""
+    """Floating-point operations of matrix products, and bytes read from and written to memory."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -26,14 +26,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What this machine reaches in a dtype: operations per second in a product, bytes per second in a copy."""
+    """The speeds of this machine in a dtype: operations per second in a product, bytes per second in a copy."""
 
     flops: float
     bytes: float
 
     @classmethod
     def measure(cls, dtype: torch.dtype) -> "Speeds":
-        """The fastest of some large square products, and of some copies of what no cache holds."""
+        """Takes the fastest of several large square products, and of several copies that exceed every cache."""
         size, times = (8192, 10) if device() == "cuda" else (2048, 1)
         left, right = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
         here, there = (torch.ones(2**28, dtype=torch.uint8, device=device()) for _ in range(2))
@@ -48,7 +48,7 @@ class Speeds:
         return cls(2 * size**3 / product, 2 * here.nbytes / copy)
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at least."""
+        """The least seconds that the work can take."""
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
     def __str__(self) -> str:
@@ -57,7 +57,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, by what its parts need for so many tokens: each product once, its weights, inputs and outputs once."""
+    """The shape of a Llama; its methods give the work of each part for a number of tokens.
+
+    Each product counts once, and so do its weights, inputs and outputs.
+    """
 
     layers: int
     hidden: int
@@ -88,24 +91,24 @@ class Shape:
         return self.attention(tokens) + self.feed_forward(tokens)
 
     def model(self, tokens: int) -> Work:
-        """All layers, without the head."""
+        """The work of all layers, without the head."""
         return self.layer(tokens) * self.layers
 
     def head(self, tokens: int) -> Work:
         return Work(2 * tokens * self.hidden * self.vocab, self.itemsize * self.hidden * (self.vocab + tokens))
 
     def observe_and_advance(self, tokens: int) -> Work:
-        """Two passes through each layer: the first ends before the last linear, the last layer needs no second."""
+        """Two passes through each layer; the first stops before the last linear, and the last layer needs only one."""
         return self.model(tokens) * 2 + (self.down(tokens) * self.layers + self.layer(tokens)) * -1
 
     def hessians(self, tokens: int) -> Work:
-        """One for each distinct input (of q, k, v; of o; of gate and up; of down), half of it by symmetry."""
+        """One Hessian per distinct input (of q, k and v; of o; of gate and up; of down), half of it by symmetry."""
         ins = (self.hidden, self.hidden, self.hidden, self.ffn)
         one_layer = [Work(tokens * width**2, self.itemsize * tokens * width + 4 * width**2) for width in ins]
         return sum(one_layer, Work()) * self.layers
 
     def search(self, tokens: int, models: set[Modes]) -> Work:
-        """Each layer once under all the modes of layers below it that some model has, and a head for each model."""
+        """Each layer once for every distinct prefix of modes that leads to it, and the head once per model."""
         walks = {modes[:end] for modes in models for end in range(1, len(modes) + 1)}
         last = [walk[-1] for walk in walks]
         attention = self.attention(tokens) * sum(mode.attention for mode in last)
@@ -113,5 +116,8 @@ class Shape:
 
 
 def hessian_speeds(speeds: Speeds, speeds32: Speeds) -> Speeds:
-    """Those of a model's dtype on an accelerator; a CPU has no products of half precision with sums in fp32."""
+    """The speeds for Hessians: the model's dtype on an accelerator; fp32 on a CPU.
+
+    A CPU has no half-precision products that accumulate in fp32.
+    """
     return speeds if device() == "cuda" else speeds32

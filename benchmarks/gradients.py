@@ -1,10 +1,11 @@
-"""Connection sensitivity: layer by layer beside autograd through the whole model, time and peak memory as layers grow.
+"""Connection sensitivity: layer by layer compared with autograd through the whole model, for growing depth.
 
     python -m benchmarks.gradients                          # 4 to 32 layers of 512/1376, 10 windows of 64 tokens
     python -m benchmarks.gradients --plot docs/gradients.png
 
-Times are taken side by side in one process. Peak memory is that of a process of its own for each side and size, less
-what it held with the model loaded; on an accelerator it is the allocator's. Both sides give the same redundancies.
+Both sides are timed in turn in one process. Peak memory is measured in a separate process for each side and depth,
+beyond what it used with the model loaded; on an accelerator it is the allocator's. Prints how far the redundancies of
+the two sides differ.
 """
 
 import argparse
@@ -23,7 +24,7 @@ WINDOWS, SEQLEN = 10, 64
 
 
 def whole_model(model: torch.nn.Module, windows: torch.Tensor) -> list[float]:
-    """The reference's way: a backward through the whole model for each window, and squares of all gradients kept."""
+    """The method of the reference code: sums squared gradients over backward passes, one window at a time."""
     model.requires_grad_(True)
     linears = find_linears(Decoder(model))
     totals = [{name: torch.zeros_like(linear.weight) for name, linear in layer.items()} for layer in linears]
@@ -53,15 +54,15 @@ def problem(layers: int, args: argparse.Namespace) -> tuple[torch.nn.Module, tor
 
 
 def put_memory(side: str, layers: int, args: argparse.Namespace, results) -> None:
-    """Puts MiB beyond the loaded model, and of the model's weights, into `results`."""
+    """Puts (peak MiB beyond the loaded model, MiB of its weights) into `results`."""
     model, windows = problem(layers, args)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    layer_by_layer(model, windows[:1, :8])  # loads the libraries' code
+    layer_by_layer(model, windows[:1, :8])  # warm-up: loads library code
     results.put((peak_memory(partial(SIDES[side], model, windows)), weights))
 
 
 def compare(model: torch.nn.Module, windows: torch.Tensor, runs: int) -> tuple[dict, dict]:
-    """Seconds of each run, and redundancies, by side."""
+    """{side: seconds of each run} and {side: redundancies}."""
     found: dict[str, list[float]] = {}
 
     def run(side: str) -> None:

@@ -1,4 +1,4 @@
-"""The greedy search: the shared-prefix sweep beside the obvious way, toggling layers and running the whole model.
+"""The greedy search: the shared-prefix sweep compared with toggling layers and running the whole model.
 
     python -m benchmarks.greedy_search                  # the comparison: a narrow 32-layer Llama, candidates 20-29
     python -m benchmarks.greedy_search --growth out.png # time against layers, width, candidates and windows
@@ -26,7 +26,7 @@ from lib.runtime.memory import keep_freed_memory
 def toggling_search(
     decoder: Decoder, windows: torch.Tensor, candidates: list[int], rounds: int, batch_size: int
 ) -> list[int]:
-    """The reference's way: for every candidate of every round, switch it off and run the model over all windows."""
+    """The method of the reference code: for each candidate of each round, run the whole model on all windows."""
     chosen: list[int] = []
     for _ in range(rounds):
         losses = {}
@@ -46,14 +46,14 @@ def toggling_search(
 def sweep_search(
     decoder: Decoder, windows: torch.Tensor, candidates: list[int], rounds: int, batch_size: int
 ) -> tuple[list[int], set[Modes]]:
-    """The layers that are chosen, and the models whose losses it took."""
+    """The chosen layers, and the models (as modes of their layers) whose losses the search measured."""
     sweep = Sweep(decoder, windows, Batcher(batch_size))
     plan, _ = greedy_search(sweep, candidates, rounds)
     return list(plan.mha_removed), sweep.asked
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the ratio of the two ways, run by run, and the floor."""
+    """Prints the times of both methods, their ratio, and the floor."""
     speeds, shape = Speeds.measure(torch.float32), Shape.of(args, torch.float32)
     decoder = Decoder(random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen))
     windows = torch.randint(0, VOCABULARY, (args.windows, args.seqlen))
@@ -93,7 +93,7 @@ BASE = {"layers": 32, "width": 128, "candidates": 8, "windows": 4}
 
 
 def growth(args: argparse.Namespace) -> None:
-    """Times one round while one quantity grows and the others stay; draws it."""
+    """Times one round for growing values of each quantity, with the others fixed, and draws the result."""
     measured = {quantity: [] for quantity in GROWTH}
     for quantity, values in GROWTH.items():
         for value in values:

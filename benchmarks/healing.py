@@ -1,11 +1,11 @@
-"""What a short LoRA run gives back of the perplexity that pruning cost; needs peft.
+"""How much of the lost perplexity a short LoRA training recovers after pruning. Requires peft.
 
     python ppllms.py --save_model OUT && python -m benchmarks.healing OUT
     python -m benchmarks.healing llama-2-7b-pruned --dataset c4 --eval_dataset wikitext2 --seqlen 2048 --batch_size 4
 
-The folder is a pruned model as `ppllms.py --save_model` leaves it (format hf), used like any model of transformers:
-peft puts adapters of rank 16 on all its linears and trains nothing else, with AdamW on the text that calibration uses.
-Perplexity is taken on the evaluation text that `ppllms.py` measures.
+The folder holds a pruned model saved by `ppllms.py --save_model` (format hf), used like any transformers model. peft
+adds adapters of rank 16 to all its linears; AdamW trains only these, on the calibration text. Perplexity is measured
+on the evaluation text, as in `ppllms.py`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def perplexity_of(model: torch.nn.Module, windows: torch.Tensor) -> float:
 
 
 def train(model: torch.nn.Module, windows: torch.Tensor, args: argparse.Namespace) -> None:
-    """Trains what asks for gradients on random windows (N, T), the rate falling to nothing as a cosine."""
+    """Trains the parameters that require gradients on random windows (N, T), with cosine decay of the learning rate."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)

@@ -1,12 +1,12 @@
-"""Every part of the work on one model: seconds, tokens per second, the floor and its share, peak memory.
+"""Each step of the work on one model: seconds, tokens per second, the floor and its share, peak memory.
 
     python -m benchmarks.large                # on a GPU the Llama-2 7B shape in bf16; else a small one
-    python -m benchmarks.large --layers 4     # fewer layers, for less memory; the others of a deep model cost the same
+    python -m benchmarks.large --layers 4     # fewer layers, for less memory; all layers cost the same
 
-Weights are random, which changes neither time nor memory. The floor counts the products of the decoder's linears, of
-attention, of the head, and of SparseGPT's Hessians, each once, at the speed of a large square product in the model's
-dtype, measured here; or the bytes of weights, inputs and outputs, at that of a copy, where that is longer. Gradients
-are taken in fp32, after one pass in the model's dtype.
+Weights are random, which changes neither time nor memory. The floor is the larger of two times: the matrix products
+(linears, attention, head, Hessians of SparseGPT), each once, at the speed of a large square product in the model's
+dtype; and the bytes of weights, inputs and outputs at the speed of a copy. Both speeds are measured here. Gradients
+are computed in fp32, after one pass in the model's dtype.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lib.sensitivity.gradients import connection_sensitivity
 from lib.sparsity.layerwise import prune_layers
 from lib.sparsity.pruners import Pruner, SparseGpt, Wanda
 
-SHAPES = {  # layers, hidden, ffn, vocabulary, heads, windows, seqlen, windows of a search and of an evaluation
+SHAPES = {  # the defaults of FLAGS, by device
     "cuda": (32, 4096, 11008, 32000, 32, 128, 2048, 30, 166),
     "cpu": (8, 512, 1376, 2048, 8, 8, 512, 4, 8),
 }
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def parts(decoder: Decoder, args: argparse.Namespace, asked: set[Modes]) -> dict[str, tuple[Callable[[], object], int]]:
-    """{part of the work: (what runs it, the tokens it goes over)}; `asked` is set to the models of the last search."""
+    """{step: (function that runs it, tokens it processes)}; each search sets `asked` to the models it measured."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int, seqlen: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ def parts(decoder: Decoder, args: argparse.Namespace, asked: set[Modes]) -> dict
     candidates = list(range(max(0, last - CANDIDATES), last))
     all_rounds = min(ROUNDS, len(candidates))
 
-    def prune(pruner: Pruner) -> None:  # what is pruned already takes as long again
+    def prune(pruner: Pruner) -> None:  # pruning an already pruned model takes as long
         prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size))
 
     def search(rounds: int) -> None:
@@ -110,9 +110,9 @@ def parts(decoder: Decoder, args: argparse.Namespace, asked: set[Modes]) -> dict
 def floor_of(
     part: str, args: argparse.Namespace, tokens: int, asked: set[Modes], speeds: Speeds, speeds32: Speeds
 ) -> float:
-    """Seconds that a part of the work takes at least, `asked` being the models of a search."""
+    """The least seconds that a step can take; `asked` are the models that a search measured."""
     shape = Shape.of(args, getattr(torch, args.dtype))
-    if part == "gradients":  # forward; then in fp32 each layer forward again, and twice as much backward
+    if part == "gradients":  # a forward pass; then in fp32 each layer's forward again, and its backward at twice that
         short = replace(shape, seqlen=GRADIENT_SEQLEN)
         again = replace(short, itemsize=torch.float32.itemsize).model(tokens) * 3
         return speeds.floor(short.model(tokens)) + speeds32.floor(again)

@@ -1,11 +1,11 @@
-"""Peak memory and seconds of runs on a model that is resident, and on one whose layers come and go.
+"""Peak memory and seconds of runs on a resident model, and on one with offloaded layers.
 
     python -m benchmarks.offload                      # a random Llama of 1.6 GB
-    python -m benchmarks.offload --limit 900          # in a control group of so many MiB (as root)
+    python -m benchmarks.offload --limit 900          # in a control group limited to 900 MiB (as root)
 
-Each run is a process of its own: Block Influence, a greedy search, pruning by Wanda, perplexity and saving, by the
-command lines of the scripts. Memory is what the process has of its own (anonymous), the most that it was at any time;
-the pages of files that are mapped come on top, as far as the system has room for them.
+Each run is a command of the scripts in its own process: depth pruning (Block Influence, greedy search) or Wanda, then
+perplexity and saving. Memory is the peak of the process's anonymous memory. Mapped pages of files come on top, as far
+as the system has room for them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder) / "model", args.layers, args.hidden)
-        text = Path(folder) / "text.txt"  # little, for one evaluation
+        text = Path(folder) / "text.txt"  # short, for a quick evaluation
         text.write_text(("The layer was removed, and nothing changed. " * 40 + "\n") * args.windows)
         print(
             f"random Llama, {args.layers} layers, hidden {args.hidden}: {size / 2**20:,.0f} MiB of weights, fp32, CPU"
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> int:
-    """Writes a random Llama with the demo's tokenizer; the bytes of its weights."""
+    """Writes a random Llama with the demo's tokenizer; returns the bytes of its weights."""
     tokenizer = load_tokenizer(ModelSource("demo"))
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -72,7 +72,7 @@ def make_model(folder: Path, layers: int, hidden: int) -> int:
 
 
 def tell(tool: str, mode: str, args: argparse.Namespace, folder: Path, text: Path) -> None:
-    """Runs one script in one mode, and prints what it took."""
+    """Runs one script with one offload mode; prints peak memory, seconds and perplexity."""
     name, output = f"{tool}-{mode}", folder / f"{tool}-{mode}"
     flags = DEPTH if tool == "ppllms.py" else SPARSITY
     flags = [str(text) if flag == "demo" else flag for flag in flags]
@@ -92,7 +92,7 @@ def tell(tool: str, mode: str, args: argparse.Namespace, folder: Path, text: Pat
 
 
 def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
-    """Exit status of a process, the most memory of its own that it had, and its last line on stderr."""
+    """Exit status of a process, its peak anonymous memory in bytes, and its last line on stderr."""
     group = control_group(limit) if limit else None
     process = subprocess.Popen(
         command,
@@ -123,7 +123,7 @@ def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
 
 
 def control_group(limit: int) -> Path:
-    """A new control group whose processes may take `limit` MiB of memory, page cache included."""
+    """Creates a control group with a memory limit in MiB, page cache included."""
     root, name = Path("/sys/fs/cgroup"), "memory.max"
     if (root / "memory").is_dir():  # version 1
         root, name = root / "memory", "memory.limit_in_bytes"

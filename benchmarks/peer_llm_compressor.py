@@ -1,4 +1,4 @@
-"""The side of `benchmarks.weight_pruning` that runs in an environment which has llm-compressor."""
+"""A peer of `benchmarks.weight_pruning`: llm-compressor, in an environment of its own."""
 
 import torch
 
@@ -6,8 +6,8 @@ from benchmarks.peers import serve
 
 
 def prune(model: torch.nn.Module, tokenizer, windows: torch.Tensor, method: str, sparsity: float) -> None:
-    """As by default: one window at a time, layer by layer."""
-    from llmcompressor import oneshot  # prints, so not before `serve` has turned that away
+    """Prunes with the defaults: one window at a time, layer by layer."""
+    from llmcompressor import oneshot  # prints on import, so only after `serve` has redirected stdout
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
     modifier = {"Wanda": WandaPruningModifier, "SparseGPT": SparseGPTModifier}[method]

@@ -1,6 +1,6 @@
-"""The side of `benchmarks.weight_pruning` that is an obvious implementation of the loops of the published code.
+"""A peer of `benchmarks.weight_pruning`: a straightforward version of the loops in the published code.
 
-One window at a time, one statistic for each linear, full sorts, and a step for each column.
+One window at a time, one statistic per linear, full sorts, and one step per column.
 """
 
 import sys
@@ -15,7 +15,7 @@ from lib.runtime.memory import keep_freed_memory
 
 
 class WandaLoop:
-    """Wanda of one linear: a running mean of squared norms, and a stable sort."""
+    """Wanda for one linear: a running mean of squared norms, and a stable sort."""
 
     def __init__(self, linear: nn.Linear):
         self.linear, self.samples = linear, 0
@@ -37,7 +37,7 @@ class WandaLoop:
 
 
 class SparseGptLoop:
-    """SparseGPT of one linear: a running Hessian, two factorizations and an inverse, and a step for each column."""
+    """SparseGPT for one linear: a running Hessian, two factorizations and an inverse, and one step per column."""
 
     def __init__(self, linear: nn.Linear):
         self.linear, self.samples = linear, 0
@@ -81,7 +81,7 @@ class SparseGptLoop:
 
 @torch.no_grad()
 def reference_loops(decoder: Decoder, windows: torch.Tensor, loop: type, sparsity: float) -> None:
-    """One window at a time through each layer, twice; one statistic for each linear."""
+    """Runs each layer twice on one window at a time: to collect statistics, then to get the pruned layer's output."""
     states, inputs = zip(*(decoder.embed(window[None]) for window in windows), strict=True)
     states = list(states)
     for index, layer in enumerate(decoder.layers):
@@ -98,7 +98,7 @@ def reference_loops(decoder: Decoder, windows: torch.Tensor, loop: type, sparsit
         states = [decoder.run_layer(index, state, given, Mode()) for state, given in zip(states, inputs, strict=True)]
 
 
-KEEP = "--keep_freed_memory"  # as our runs do
+KEEP = "--keep_freed_memory"  # the allocator setting of our runs
 LOOPS = {"Wanda": WandaLoop, "SparseGPT": SparseGptLoop}
 
 

@@ -1,6 +1,6 @@
-"""Other tools that prune the same model, each in a process of its own that waits while we work: both ends of the talk.
+"""Peers: other tools that prune the same model, each in its own process that waits for commands. Both ends of the pipe.
 
-A process of its own has the library versions of the tool, and the C library's settings as they come.
+A separate process has the library versions of the tool and glibc's default settings.
 """
 
 import importlib
@@ -17,20 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import device, measure
 
-Masks = dict[str, torch.Tensor]  # by the name of a linear within the decoder's layers, such as "0.mlp.up_proj"
-Prune = Callable[..., object]  # model, tokenizer, windows (N, T), method, sparsity
+Masks = dict[str, torch.Tensor]  # {name of a linear within the layers, such as "0.mlp.up_proj": True where pruned}
+Prune = Callable[..., object]  # (model, tokenizer, windows (N, T), method, sparsity)
 
 
 def give(folder: Path, model: transformers.PreTrainedModel, windows: torch.Tensor, tokenizer) -> None:
-    """Puts what the peers work on into a folder."""
+    """Writes the model, tokenizer and windows for the peers into a folder."""
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")  # some want one, and do not use it
+    tokenizer.save_pretrained(folder / "model")  # some require one without using it
     save_file({"windows": windows}, folder / "windows.safetensors")
 
 
 class Peer:
-    """The other process, which prunes when it is told to."""
+    """The parent's end: starts the other process and tells it what to prune."""
 
     def __init__(self, python: str, module: str, folder: Path, *flags: str):
         self._masks, self._told = (folder / f"{module}{''.join(flags)}.{end}" for end in ("masks", "log"))
@@ -46,14 +46,14 @@ class Peer:
         self.versions = self._answer()
 
     def prune(self, method: str, sparsity: float) -> tuple[float, float]:
-        """Seconds, and MiB beyond the model, of one run."""
-        with suppress(BrokenPipeError):  # told below
+        """Seconds and MiB beyond the model of one run."""
+        with suppress(BrokenPipeError):  # `_answer` reports it
             print(method, sparsity, file=self._process.stdin, flush=True)
         taken, memory = self._answer().split()
         return float(taken), float(memory)
 
     def masks(self) -> Masks:
-        """What the last run pruned."""
+        """The masks of the last run."""
         return {name: mask.bool() for name, mask in load_file(self._masks).items()}
 
     def end(self) -> None:
@@ -69,12 +69,12 @@ class Peer:
 
 
 def serve(prune: Prune, modules: Sequence[str]) -> None:
-    """Loads the model in the folder of the command line, and prunes it anew as often as stdin says.
+    """The child's end: loads the model, then prunes it from its dense weights once for each line of stdin.
 
-    `modules` are those whose versions matter.
+    Reports the versions of `modules`.
     """
     folder, masks, answers = Path(sys.argv[1]), sys.argv[2], os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the tool prints is no answer
+    os.dup2(2, 1)  # sends what the tool prints to stderr, away from the answers
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in modules]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").to(device())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")

@@ -1,8 +1,9 @@
-"""Seconds of a depth pruning run in one process and in two, each with one thread, in turn.
+"""Depth pruning in one process and in two, each with one thread: seconds of ranking, search and evaluation.
 
     python -m benchmarks.processes [--runs 5]
 
-A random Llama and random text; what `ppllms.py` itself says that ranking, search and evaluation took. The same choices.
+The model is a random Llama, the text synthetic. The times are those that `ppllms.py` reports. All runs must choose the
+same layers.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def run(folder: Path, text: Path, windows: int, processes: int, number: int) -> dict:
-    """The result of one run."""
+    """Runs `ppllms.py` once; returns its result.json."""
     output = folder / f"run-{processes}-{number}"
     launcher = [*LAUNCHER, str(processes)] if processes > 1 else []
     flags = ["--model_name", folder / "model", "--dataset", text, "--eval_datasets", text, "--nsamples", windows]

@@ -1,13 +1,13 @@
-"""Wanda and SparseGPT: our engine beside the reference loops, llm-compressor, two bare passes, and the floor.
+"""Wanda and SparseGPT: our engine compared with the reference loops, llm-compressor, two bare passes, and the floor.
 
     python -m benchmarks.weight_pruning                 # 8 layers of 512/1376 (27.4M parameters), 32 x 512 tokens
     python -m benchmarks.weight_pruning --dtype bfloat16 --layers 4
     python -m venv PEER && PEER/bin/pip install llmcompressor
     python -m benchmarks.weight_pruning --llm_compressor PEER/bin/python
 
-The sides take turns, on copies of one model. The other tools run in processes of their own, one window at a time; the
-loops in one as it comes, and in one that has freed memory kept, as ours has. Times are with the set-up, without
-loading. Memory is beyond the model's weights.
+The sides take turns on copies of one model. Each peer runs in its own process, one window at a time. The reference
+loops run twice: with glibc's default settings, and with freed memory kept for reuse, as in our runs. Times include
+set-up, but not loading. Memory is beyond the model's weights.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OURS, BARE = "ours", "two bare passes"
 
 
 class Engine:
-    """Ours, on one model and its windows."""
+    """Our engine on one model and its windows (N, T)."""
 
     def __init__(self, model: torch.nn.Module, windows: torch.Tensor, batch_size: int | None):
         self._model, self._windows, decoder = model, windows, Decoder(model)
@@ -50,7 +50,7 @@ class Engine:
         self._dense = {name: linear.weight.cpu().clone() for name, linear in self._linears.items()}
 
     def prune(self, pruner: Pruner, sparsity: float, parts: dict[str, float]) -> tuple[float, float]:
-        """Seconds, and MiB beyond the model, of one run; the seconds of its `parts` are written."""
+        """Seconds and MiB beyond the model of one run; adds the seconds of each part to `parts`."""
         for name, linear in self._linears.items():
             linear.weight.copy_(self._dense[name])
 
@@ -62,7 +62,7 @@ class Engine:
         return measure(run)
 
     def pass_twice(self) -> tuple[float, float]:
-        """Seconds, and MiB, of two passes of all windows through every layer, and nothing else."""
+        """Seconds and MiB of two passes of all windows through every layer, without any pruning."""
 
         def run() -> None:
             decoder = Decoder(self._model)
@@ -78,7 +78,7 @@ class Engine:
 
 
 def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, args: argparse.Namespace) -> None:
-    """Runs one method on all sides in turn, and prints what it took and how far the masks agree."""
+    """Runs one method on all sides in turn; prints times, memory and the agreement of the masks."""
     parts: list[dict[str, float]] = []
 
     def ours() -> tuple[float, float]:
@@ -92,7 +92,7 @@ def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, a
     for number in range(args.runs + 1):
         for side, run in sides.items():
             taken, most = run()
-            if number:  # the first is not counted
+            if number:  # the first round is a warm-up
                 times[side].append(taken)
                 memory[side] = max(memory[side], most)
     print(f"{method}: floor {floor:.2f} s, {floor / statistics.median(times[OURS]):.0%} of ours")
@@ -108,6 +108,7 @@ def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, a
 
 
 def share_equal(one: Masks, other: Masks) -> float:
+    """The share of mask elements that are equal."""
     equal = sum(int((one[name] == other[name].to(one[name].device)).sum()) for name in one)
     return equal / sum(mask.numel() for mask in one.values())
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=PRUNERS, default=list(PRUNERS))
     parser.add_argument("--llm_compressor", metavar="PYTHON", help="of an environment that has llmcompressor")
     args = parser.parse_args()
-    keep_freed_memory()  # as in a run of ours
+    keep_freed_memory()  # as our runs do
     dtype = getattr(torch, args.dtype)
     model = random_llama(args.layers, args.hidden, args.ffn, context=args.seqlen, heads=args.heads, dtype=dtype)
     windows = torch.randint(0, VOCABULARY, (args.windows, args.seqlen))

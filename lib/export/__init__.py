@@ -1,4 +1,4 @@
-"""Saved models: Hugging Face checkpoints, vLLM's nemotron-nas, GGUF files for llama.cpp.
+"""Saved models: Hugging Face checkpoints, nemotron-nas folders for vLLM, GGUF files for llama.cpp.
 
 May import `config`, `models`, `storage` and `errors`.
 """

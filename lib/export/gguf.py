@@ -1,17 +1,16 @@
-"""Prunes GGUF files: layers lose attention or FFN; the other weights, quantized or not, stay as they are, byte by byte.
+"""Prunes GGUF files: removes attention or FFN from layers and copies all other weights, quantized or not, bit for bit.
 
-Stock llama.cpp runs such a file as its architecture `deci`, a llama whose head counts and FFN width differ by layer.
-What the new file looks like follows from that architecture's code (src/models/deci.cpp, `load_hparams` in
+Stock llama.cpp runs the result as its architecture `deci`, a Llama whose head counts and FFN width differ by layer.
+The layout of the new file follows that architecture's code (src/models/deci.cpp, and `load_hparams` in
 src/llama-model.cpp):
 
 - A layer without attention has 0 heads, no attention tensors and no norm before them.
-- An FFN may not be 0 wide, as the graph would then skip the layer's attention too. One that is removed leaves an FFN
-  of width 1 whose weights are zero.
-- Head size and rotary size are read only where layer 0 has heads, and hold for all layers. A first layer without
-  attention therefore has one head whose weights are zero; it adds zeros to the hidden states.
+- An FFN of width 0 would make the graph skip the layer's attention too. A removed FFN is therefore written with width
+  1 and zero weights.
+- The head size and rotary size of all layers are read from layer 0, and only if it has heads. A first layer without
+  attention is therefore written with one head whose weights are zero; it adds zeros to the hidden states.
 
-Files are read and written by llama.cpp's own package `gguf`, which is optional. What it would not give back as it was
-is refused.
+The optional package `gguf` of llama.cpp reads and writes the files. A file that it could not reproduce is refused.
 """
 
 import re
@@ -31,7 +30,7 @@ PRUNABLE, PRUNED = ("llama", "deci"), "deci"
 _PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 ATTENTION = {"attn_norm.weight", *(f"{name}.{kind}" for name in _PROJECTIONS for kind in ("weight", "bias"))}
 FFN = {f"{name}.{kind}" for name in ("ffn_gate", "ffn_up", "ffn_down") for kind in ("weight", "bias")}
-FFN_NORM = "ffn_norm.weight"  # stays where the FFN goes: llama.cpp asks for it
+FFN_NORM = "ffn_norm.weight"  # kept when the FFN is removed: llama.cpp requires it
 OUTSIDE = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
 OUTSIDE |= {"rope_factors_long.weight", "rope_factors_short.weight"}
 
@@ -43,7 +42,7 @@ _MASKED = "save the pruned model with --save_format masked and convert that"
 
 @dataclass(frozen=True)
 class Block:
-    """Attention heads and FFN width of one layer; 0 where the sublayer is not there."""
+    """Attention heads and FFN width of one layer; 0 for a missing sublayer."""
 
     heads: int
     kv_heads: int
@@ -55,9 +54,9 @@ class Block:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file that can be pruned: its `gguf.GGUFReader`, keys and tensors by name, and what they say of its layers.
+    """A GGUF file that can be pruned: its `gguf.GGUFReader`, keys and tensors by name, and the sizes of its layers.
 
-    Of a key there is its value, the type of that and, of a list, the type of its items.
+    `keys` maps a name to (value, type), or (value, type, item type) for a list.
     """
 
     reader: Any
@@ -71,7 +70,7 @@ class GgufModel:
 
 @dataclass(frozen=True)
 class GgufSize:
-    """Layers of a file, its model's parameters, and its bytes."""
+    """Layers and parameters of the model in a file, and the size of the file."""
 
     layers: int
     parameters: int
@@ -80,20 +79,21 @@ class GgufSize:
 
 @dataclass(frozen=True)
 class GgufPruning:
-    """What pruning made of a file of some architecture."""
+    """The architecture of the source file, and the sizes before and after pruning."""
 
     architecture: str
     before: GgufSize
     after: GgufSize
 
 
-# From the file to a smaller one ---------------------------------------------------------------------------------------
+# Pruning --------------------------------------------------------------------------------------------------------------
 
 
 def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) -> GgufModel:
-    """The file to prune, after all checks that need no plan; reads its header and writes nothing.
+    """Reads the file to prune and makes all checks that need no plan; writes nothing.
 
-    Raises `InputError` for a file that cannot be pruned, one of another number of layers, and a target that is taken.
+    Raises `InputError` for a file that cannot be pruned or has another number of layers, and for an existing target
+    unless `overwrite`.
     """
     model = read_gguf(source)
     if len(model.blocks) != num_layers:
@@ -109,10 +109,10 @@ def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) 
 
 
 def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) -> GgufPruning:
-    """Writes the source without the sublayers that the plan removes, whole or not at all; the plan counts its blocks.
+    """Writes the source without the sublayers that the plan removes, atomically.
 
-    A source that has lost sublayers before may lose more. Raises `InputError` where `check` does, and for a plan that
-    leaves no attention or removes what is gone already.
+    The layer numbers of the plan are the block numbers of the source. The source may have been pruned before. Raises
+    `InputError` as `check` does, and for a plan that leaves no attention or removes a sublayer that is already gone.
     """
     model = check(source, target, plan.num_layers, overwrite)
     for what, removed, sizes in (
@@ -141,19 +141,19 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
 
 
 def _count_parameters(model: GgufModel, layout: list) -> int:
-    """The numbers in the tensors of a layout, less rotary tables and the zeros that stand in for what is gone."""
+    """The number of elements in the tensors of a layout, without rotary tables and stand-in zeros."""
     kept = [origin for _, origin in layout if isinstance(origin, str) and not origin.startswith("rope_")]
     return sum(int(model.tensors[name].n_elements) for name in kept)
 
 
 def prune_blocks(blocks: Sequence[Block], plan: Plan) -> dict[int, Block]:
-    """What is left of the blocks that keep something, by their numbers in the source."""
+    """{block number in the source: what the plan leaves of the block}, without empty blocks."""
     left = [block.keep(mode.attention, mode.ffn) for block, mode in zip(blocks, plan.modes, strict=True)]
     return {index: block for index, block in enumerate(left) if block.heads or block.width}
 
 
 def add_stand_ins(left: Iterable[Block]) -> list[Block]:
-    """The blocks as llama.cpp is told of them: with one head, or a width of 1, where zeros stand in for a sublayer."""
+    """The blocks as written to the file: one head, or a width of 1, where zeros stand in for a removed sublayer."""
     blocks = [Block(block.heads, block.kv_heads, block.width or 1) for block in left]
     return [blocks[0] if blocks[0].heads else Block(1, 1, blocks[0].width), *blocks[1:]]
 
@@ -161,17 +161,19 @@ def add_stand_ins(left: Iterable[Block]) -> list[Block]:
 def arrange(
     names: Iterable[str], left: Mapping[int, Block], hidden_size: int, head_size: int
 ) -> list[tuple[str, str | tuple[int, ...]]]:
-    """The tensors of the new file in order: the name, and the tensor of the source or the shape of zeros that it is.
+    """The tensors of the new file in order: (name, name of the source tensor), or (name, shape) of zeros.
 
-    Shapes are those of GGUF, row length first. The order depends on what is left and not on when it was removed, so
-    pruning twice gives the file of pruning once.
+    Shapes are in GGUF order, row length first. The order of the tensors depends only on which sublayers are left, so
+    pruning in two steps gives the same file as pruning in one.
     """
     numbers = {old: new for new, old in enumerate(left)}
-    layout, begun = [], set()
+    layout: list[tuple[str, str | tuple[int, ...]]] = []
+    begun = set()
     for name in names:
         index, part = split_name(name)
         if index is None:
             layout.append((name, name))
+            continue
         if index not in left:
             continue
         block, prefix = left[index], f"blk.{numbers[index]}."
@@ -185,29 +187,29 @@ def arrange(
 
 
 def _zeros(block: Block, is_first: bool, hidden_size: int, head_size: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that stand in for what a layer has lost, with their shapes; see `add_stand_ins`."""
-    zeros = {}
+    """{name: shape} of the zero tensors that stand in for removed sublayers; see `add_stand_ins`."""
+    zeros: dict[str, tuple[int, ...]] = {}
     if is_first and not block.heads:
         zeros["attn_norm.weight"] = (hidden_size,)
-        zeros |= dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_v.weight"), (hidden_size, head_size))
+        zeros |= {f"{name}.weight": (hidden_size, head_size) for name in ("attn_q", "attn_k", "attn_v")}
         zeros["attn_output.weight"] = (head_size, hidden_size)
     if not block.width:
-        zeros |= dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), (hidden_size, 1))
+        zeros |= {f"{name}.weight": (hidden_size, 1) for name in ("ffn_gate", "ffn_up")}
         zeros["ffn_down.weight"] = (1, hidden_size)
     return zeros
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """blk.3.attn_q.weight -> (3, attn_q.weight); other names have no block."""
+    """blk.3.attn_q.weight -> (3, attn_q.weight); output.weight -> (None, output.weight)."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
 
-# What a file says of its layers ---------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """A GGUF file, its weights left on the disk. Raises `InputError` for a file that cannot be pruned."""
+    """Opens a GGUF file, with its weights memory-mapped. Raises `InputError` for a file that cannot be pruned."""
     reader, keys = _open(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = _value(path, keys, _ARCHITECTURE, kind=str)
@@ -228,7 +230,7 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple]]:
-    """The reader of a file, and the keys that it found there; see `GgufModel`."""
+    """The reader of a file and its keys, as in `GgufModel`."""
     if not path.is_file():
         raise _refuse(path, "is not a file; give a GGUF file of the model")
     try:
@@ -237,7 +239,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple]]:
         raise InputError("--gguf: the gguf package is not installed; pip install gguf") from error
     try:
         reader = GGUFReader(path)
-        fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]  # those are counts
+        fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]  # file header
         keys = {field.name: (field.contents(), *field.types) for field in fields}
     except OSError as error:
         raise _refuse(path, f"cannot be read ({error.strerror})") from error
@@ -269,11 +271,12 @@ def _read_blocks(path: Path, keys: dict[str, tuple], architecture: str) -> list[
 
 
 def _check_names(path: Path, keys: dict, tensors: Iterable[str], architecture: str, blocks: Sequence[Block]) -> None:
-    """Refuses tensors and keys that would have to be pruned in a way not known here."""
+    """Raises `InputError` for tensors and keys that this module does not know how to prune."""
     seen = set()
+    known: set[str]
     for name in tensors:
         index, part = split_name(name)
-        known = OUTSIDE if index is None else {*ATTENTION, *FFN, FFN_NORM} if index < len(blocks) else ()
+        known = OUTSIDE if index is None else {*ATTENTION, *FFN, FFN_NORM} if index < len(blocks) else set()
         if part not in known:
             raise _refuse(path, f"tensor {name} belongs to no attention or FFN known here; {_MASKED}")
         seen.add(index)
@@ -288,7 +291,7 @@ def _check_names(path: Path, keys: dict, tensors: Iterable[str], architecture: s
 
 
 def _without_zeros(tensors: Mapping[str, Any], index: int, block: Block) -> Block:
-    """The block without the sublayers that an earlier pruning left as zeros."""
+    """The block without the sublayers that an earlier pruning replaced by zeros."""
 
     def gives_zeros(projection: str) -> bool:
         names = [f"blk.{index}.{projection}.{kind}" for kind in ("weight", "bias")]
@@ -299,7 +302,7 @@ def _without_zeros(tensors: Mapping[str, Any], index: int, block: Block) -> Bloc
 
 
 def _value(path: Path, keys: dict[str, tuple], name: str, default: object = None, kind: type | tuple = int):
-    """The value of a key; `InputError` where it is of another kind, or the file has none and there is no default."""
+    """The value of a key, or the default. Raises `InputError` for a value of another kind, or a missing one."""
     value, *_ = keys.get(name, (default,))
     if not isinstance(value, kind):
         raise _refuse(path, f"has no key {name}, or one of a wrong type; give the GGUF file of a model")
@@ -314,7 +317,7 @@ def _refuse(path: Path, reason: str) -> InputError:
 
 
 def _write(draft: Path, model: GgufModel, blocks: Sequence[Block], layout: list) -> None:
-    """Writes keys and tensors in the byte order of the source."""
+    """Writes the new file, in the byte order of the source."""
     import numpy
     from gguf import GGUFWriter
 
@@ -337,7 +340,7 @@ def _write(draft: Path, model: GgufModel, blocks: Sequence[Block], layout: list)
 
 
 def _new_keys(model: GgufModel, blocks: Sequence[Block]) -> dict[str, tuple]:
-    """The keys of the new file, in the order of the source, but for the architecture, which the writer puts first."""
+    """The keys of the new file in the order of the source, without the architecture, which the writer adds first."""
     from gguf import GGUFValueType
 
     number, numbers = (GGUFValueType.UINT32,), (GGUFValueType.ARRAY, GGUFValueType.INT32)
@@ -351,7 +354,7 @@ def _new_keys(model: GgufModel, blocks: Sequence[Block]) -> dict[str, tuple]:
         f"{PRUNED}.{_WIDTH}": ([block.width for block in blocks], *numbers),
         f"{PRUNED}.{_HEADS}": ([block.heads for block in blocks], *numbers),
         f"{PRUNED}.{_KV_HEADS}": ([block.kv_heads for block in blocks], *numbers),
-        # Else llama.cpp divides the hidden size by the heads of the first block, which may be another block now.
+        # Without them, llama.cpp divides the hidden size by the heads of the first block, which may have changed.
         f"{PRUNED}.{_KEY_LENGTH}": (model.head_size, *number),
         f"{PRUNED}.{_VALUE_LENGTH}": (model.head_size, *number),
     }

@@ -1,9 +1,9 @@
-"""Writes pruned checkpoints that stock tools load: whole or not at all, and checked against the model in memory first.
+"""Saves pruned checkpoints that stock tools load. Writes are atomic; formats are checked against the model in memory.
 
-`hf`      removed sublayers are absent, whole layers deleted. If only whole layers went it is a stock checkpoint;
-          otherwise the folder carries `modeling_pruned.py`, loaded with `trust_remote_code=True`.
-`masked`  the stock architecture at full size, with zeros where removed sublayers gave their output.
-`nemotron-nas`  Llama-shaped models as vLLM's `DeciLMForCausalLM`; see `lib.export.nemotron_nas`.
+`hf`            without the removed sublayers and layers. If only whole layers were removed, a stock checkpoint;
+                otherwise the folder carries `modeling_pruned.py` and loads with `trust_remote_code=True`.
+`masked`        the stock architecture at full size, with zeros in the output projections of removed sublayers.
+`nemotron-nas`  Llama-like models as vLLM's `DeciLMForCausalLM`; see `lib.export.nemotron_nas`.
 """
 
 import copy
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
@@ -39,7 +40,7 @@ OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "den
 
 
 def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -> None:
-    """Raises `InputError` for a model that a format cannot hold, whatever the plan will be or under the plan given."""
+    """Raises `InputError` when a format cannot hold the model, under the given plan or, without one, under any plan."""
     model, name = decoder.model, decoder.family
     if save_format == "hf" and not type(model).__module__.startswith("transformers."):
         raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
@@ -52,7 +53,7 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
     if save_format == "masked" and len(decoder.whole_layers) < decoder.num_layers:
         raise InputError("--save_format masked: the model has lost sublayers before, not masked; use --save_format hf")
     if save_format == "nemotron-nas":
-        # Without a plan yet: PP-LLMs leaves layers alone that are not whole.
+        # Without a plan: a search by PP-LLMs does not touch layers that have lost a sublayer.
         nemotron_nas.check_plan(decoder.complete(plan or Plan(decoder.num_layers)))
         if decoder.has_weights:
             nemotron_nas.check_model(model)
@@ -72,10 +73,10 @@ def save_pruned(
     overwrite: bool = False,
     max_shard_size: str | None = None,
 ) -> None:
-    """Saves the model under a plan, with its tokenizer and generation config, and leaves it pruned in memory.
+    """Prunes the model in memory by a plan and saves it with its tokenizer and generation config.
 
-    Afterwards the model in memory is the one saved, and `decoder` must not be used again. Raises `InputError` for a
-    folder that cannot be written and `RunError` for a model that a format cannot hold.
+    `decoder` must not be used afterwards. Raises `InputError` for a folder that cannot be written, and `RunError` for a
+    model that the format cannot hold.
     """
     with whole_folder(folder, overwrite, "--save_model") as draft:
         with TemporaryDirectory(prefix=".changes-", dir=draft) as changes:
@@ -87,17 +88,17 @@ def save_pruned(
 
 
 def save_weights(
-    model: nn.Module, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
+    model: PreTrainedModel, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
 ) -> None:
-    """Saves a model whose weights were changed in place as what it was loaded from, with its tokenizer."""
+    """Saves a model whose weights were changed in place, in the form it was loaded from, with its tokenizer."""
     with whole_folder(folder, overwrite, "--save_model") as draft:
         _write(model, tokenizer, draft, max_shard_size, "hf")
 
 
-def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
+def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
     """Writes a model that is pruned in memory, and its tokenizer.
 
-    Unless a size is given, shards are those of transformers, or small where no more than one is to be in memory.
+    The default shard size is that of transformers, but smaller for layers on disk: one shard at a time is in memory.
     """
     is_on_disk = any((layer := offloaded(one)) and layer.is_on_disk for one in layers_of(model))
     max_shard_size = max_shard_size or ("500MB" if is_on_disk else "5GB")
@@ -106,25 +107,26 @@ def _write(model: nn.Module, tokenizer, folder: Path, max_shard_size: str | None
     if save_format == "nemotron-nas":
         nemotron_nas.save(model, folder, max_shard_size)
         return
-    # Subclasses do not share the renaming of weights that transformers does for some stock classes on loading.
+    # transformers renames the weights of some stock classes when it loads them, but not those of their subclasses.
     is_stock = not _lacks_sublayers(model)
-    with warnings.catch_warnings():  # that weights which are offloaded are read shard by shard
+    with warnings.catch_warnings():  # about offloaded weights, which are read shard by shard
         warnings.simplefilter("ignore", UserWarning)
         model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=is_stock)
     _finish_folder(model, folder)
 
 
 def how_to_load(folder: Path) -> str:
-    """The call that loads a saved model in transformers."""
+    """The transformers call that loads a saved model."""
     needs_code = any(folder.glob("modeling_*.py"))
     return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if needs_code else ""})'
 
 
 @torch.no_grad()
 def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None) -> None:
-    """Switches all sublayers on, and sets to zero the output projections of those that the plan removes.
+    """Switches all sublayers on and zeroes the output projections of those that the plan removes.
 
-    Of a model whose layers are read from disk, in `changes`. Raises `RunError` for weights that a device map offloaded.
+    For a model whose layers are read from disk, the zeros go to `changes`. Raises `RunError` for weights that a device
+    map offloaded.
     """
     follow(decoder.layers, [changes] if changes else [])
     for index in range(decoder.num_layers):
@@ -147,7 +149,7 @@ def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None)
 
 
 def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, torch.Tensor]:
-    """{path within the layer: parameter} of what a sublayer gives its output by."""
+    """{path within the layer: parameter} of a sublayer's output projection, or of all of it if none is known."""
     parameters = {
         f"{name}.{inner}": parameter
         for name in decoder.sublayers[index][kind]
@@ -158,9 +160,9 @@ def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, tor
 
 
 def compact(decoder: Decoder, plan: Plan) -> None:
-    """Takes removed sublayers and whole layers out of the model and rewrites its config, in place.
+    """Deletes removed sublayers and layers from the model and rewrites its config, in place.
 
-    Raises `RunError` when a model built from the new config would differ from it.
+    Raises `RunError` when a model built from the new config differs from the model in memory.
     """
     plan = decoder.complete(plan)
     model, kept = decoder.model, plan.kept_layers
@@ -174,17 +176,17 @@ def compact(decoder: Decoder, plan: Plan) -> None:
     _check_rebuilt(model)
 
 
-def _rewrite_config(config, kept: list[int], modes: list[Mode]) -> None:
-    """Makes the config that of the layers that are kept, in their modes."""
+def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]) -> None:
+    """Makes the config describe the kept layers in their modes."""
     num_layers = config.num_hidden_layers
-    if any(skip_lists(config)):  # of the model before this plan
+    if any(skip_lists(config)):  # of an earlier pruning
         config.per_layer_config = {}
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types:  # a layer without attention takes the type of the first attention: see number_layers
+    if layer_types:  # a layer without attention gets the type of the first attention: see number_layers
         first = next(kind for kind, mode in zip(layer_types, modes, strict=True) if mode.attention)
         config.layer_types = [t if m.attention else first for t, m in zip(layer_types, modes, strict=True)]
     skipped = {
@@ -195,8 +197,11 @@ def _rewrite_config(config, kept: list[int], modes: list[Mode]) -> None:
         config.per_layer_config = {index: {"skip": kinds} for index, kinds in skipped.items() if kinds}
 
 
-def _check_rebuilt(model: nn.Module) -> None:
-    """Builds the model from its config without weights, and compares what its layers hold with those in memory."""
+def _check_rebuilt(model: PreTrainedModel) -> None:
+    """Builds the model from its config on the meta device and compares its layers with those in memory.
+
+    Raises `RunError` when they differ.
+    """
     with torch.device("meta"):
         rebuilt = type(model)(copy.deepcopy(model.config))
     skip_sublayers(rebuilt)
@@ -209,8 +214,8 @@ def _check_rebuilt(model: nn.Module) -> None:
             )
 
 
-def _describe(model: nn.Module) -> dict[str, object]:
-    """Shapes of all parameters and the plain values of all modules of the decoder layers, by dotted name."""
+def _describe(model: PreTrainedModel) -> dict[str, object]:
+    """Parameter shapes, and plain attributes of modules, in the decoder layers, by dotted name."""
     layers = layers_of(model)
     described: dict[str, object] = {name: tuple(p.shape) for name, p in layers.named_parameters()}
     for path, module in layers.named_modules():
@@ -220,13 +225,13 @@ def _describe(model: nn.Module) -> dict[str, object]:
     return described
 
 
-def _lacks_sublayers(model: nn.Module) -> bool:
-    """True when a layer of the model has lost a sublayer, by its config."""
+def _lacks_sublayers(model: PreTrainedModel) -> bool:
+    """True when the config lists removed sublayers."""
     return any(skip_lists(model.config.get_text_config(decoder=True)))
 
 
-def _finish_folder(model: nn.Module, folder: Path) -> None:
-    """Makes a saved checkpoint say how it loads: by itself, or by a modeling file that is added when sublayers lack."""
+def _finish_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Finishes config.json of a saved checkpoint, and adds the modeling code that loads removed sublayers."""
     stock, path = type(model).__name__, folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if _lacks_sublayers(model):
@@ -237,5 +242,5 @@ def _finish_folder(model: nn.Module, folder: Path) -> None:
         config["architectures"] = [pruned]
         config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.{pruned}"}
     else:
-        config.pop("per_layer_config", None)  # of a model pruned before, whose last partial layers went now
+        config.pop("per_layer_config", None)  # of an earlier pruning, whose partial layers are all deleted now
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,18 +1,18 @@
-"""Saves pruned models of Llama's shape for vLLM, as its `DeciLMForCausalLM` (model type nemotron-nas).
+"""Saves pruned Llama-like models for vLLM, as its `DeciLMForCausalLM` (model type nemotron-nas).
 
-Rules from vllm/model_executor/models/nemotron_nas.py: `block_configs` says what each layer holds; a sublayer that is
-gone leaves neither weights nor norm; everything else is a Llama. vLLM reads the blocks as attributes, so the folder
-carries a config class (`--trust-remote-code`), and a model class with which transformers loads it too.
+The format follows vllm/model_executor/models/nemotron_nas.py: `block_configs` describes each layer, a removed sublayer
+has neither weights nor a norm, and everything else is a Llama. vLLM reads the blocks as attributes, so the folder
+carries a config class (`--trust-remote-code`). A model class lets transformers load it too.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -38,13 +38,12 @@ _NEEDED = (
 )
 _OPTIONAL = ("head_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Rotary embeddings that vLLM and transformers compute alike at every length, with all that they are told.
+# Rotary embeddings that vLLM and transformers compute alike at every length, with all their parameters.
 _ROTARY = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-
 
 _WITH_PLAN = " (after a search: with --apply_plan result.json, which searches no more)"
 
@@ -52,14 +51,14 @@ _WITH_PLAN = " (after a search: with --apply_plan result.json, which searches no
 
 
 def check_plan(plan: Plan) -> None:
-    """Raises `InputError` for a plan that leaves the first layer that stays without attention."""
+    """Raises `InputError` for a plan under which the first remaining layer has no attention."""
     first = plan.kept_layers[0]
     if not plan.mode(first).attention:
         raise _refusal(f"vLLM needs attention in the first layer that stays, and layer {first} has lost it", _WITH_PLAN)
 
 
-def check_config(config) -> None:
-    """Raises `InputError` for a config unlike a Llama's, or one that asks for what only long inputs would show."""
+def check_config(config: PreTrainedConfig) -> None:
+    """Raises `InputError` for a config unlike a Llama's, or with attention windows or another rotary embedding."""
     missing = next((name for name in _NEEDED if getattr(config, name, None) is None), None)
     if missing:
         raise _refusal(f"the model must be like a Llama, and {type(config).__name__} has no {missing}")
@@ -70,23 +69,25 @@ def check_config(config) -> None:
     if windows:
         raise _refusal(f"every token must see all before it, and the config has {', '.join(sorted(windows))}")
     rotary = _rotary(config)
-    if rotary.keys() != {"rope_type"} | _ROTARY.get(rotary.get("rope_type"), set()):
+    if rotary.keys() != {"rope_type"} | _ROTARY.get(rotary.get("rope_type", ""), set()):
         raise _refusal(f"the rotary embedding must be plain {', '.join(_ROTARY)}, and the config has {rotary}")
 
 
 @torch.no_grad()
-def check_model(model: nn.Module) -> None:
-    """Raises `InputError` unless the model, whole or compacted, is a Llama in all but name.
+def check_model(model: PreTrainedModel) -> None:
+    """Raises `InputError` unless the model, dense or compacted, is a Llama in all but name.
 
-    What short inputs cannot show is asked of the config: windows, and rotary embeddings that change with the length.
-    The rest is tried: a Llama made of the model's own tensors must give the same logits, to the last bit.
+    A Llama built from the model's own tensors must give bit-identical logits on a short input. `check_config` covers
+    what a short input cannot show: attention windows, and rotary embeddings that depend on the length.
     """
     if any(p.is_meta for p in model.parameters()) and not any(map(offloaded, layers_of(model))):
         raise _refusal("a device map offloaded the weights")
     check_config(model.config)
     llama = _as_llama(model)
     ids = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    ids = ids.to(embedding.device)
     with fetched_by_forward([*layers_of(model), *llama.model.layers]):
         logits, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, llama))
     if not torch.equal(logits, expected):
@@ -97,8 +98,8 @@ def _refusal(reason: str, how: str = "") -> InputError:
     return InputError(f"--save_format nemotron-nas: {reason}; use --save_format hf{how}")
 
 
-def _as_llama(model: nn.Module) -> nn.Module:
-    """A Llama that shares the tensors of the model; raises `InputError` when they are not those of a Llama."""
+def _as_llama(model: PreTrainedModel) -> LlamaForCausalLM:
+    """A Llama that shares the tensors of the model. Raises `InputError` when they are not those of a Llama."""
     fields = _llama_fields(model)
     qkv_bias, out_bias = fields.pop("qkv_bias"), fields.pop("attention_bias")
     try:
@@ -120,26 +121,26 @@ def _as_llama(model: nn.Module) -> nn.Module:
     return llama
 
 
-def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
-    """Puts the model's tensors into a Llama without weights, on the devices where they are."""
+def _share_tensors(model: PreTrainedModel, llama: LlamaForCausalLM) -> None:
+    """Puts the model's tensors into a Llama on the meta device; each stays on its own device."""
     given = model.state_dict()
     shapes, wanted = ({name: tuple(t.shape) for name, t in state.items()} for state in (given, llama.state_dict()))
     strange = sorted(name for name, _ in shapes.items() ^ wanted.items())
     if strange:
         raise _refusal(f"{type(model).__name__} does not have the parameters of a Llama ({strange[0]})")
     llama.load_state_dict(given, assign=True)
-    # Frequencies are no weights, and devices round them differently: compared apart, then shared.
+    # Rotary frequencies are not in the state dict, and devices round them differently: compare them, then share them.
     llama.model.rotary_emb = rotary = LlamaRotaryEmbedding(llama.config)
     frequencies = getattr(getattr(model.model, "rotary_emb", None), "inv_freq", torch.zeros(0))
     near = frequencies.shape == rotary.inv_freq.shape
     if not near or not torch.allclose(frequencies.float().cpu(), rotary.inv_freq, rtol=1e-5, atol=0):
         raise _refusal(f"{type(model).__name__} does not have the rotary frequencies of a Llama")
-    rotary.inv_freq = frequencies
+    rotary.register_buffer("inv_freq", frequencies, persistent=False)
     for index, layer in enumerate(layers_of(model)):
         if weights := offloaded(layer):
             OffloadedLayer(llama.model.layers[index], index, weights.device, weights)
     is_offloaded = any(map(offloaded, layers_of(model)))
-    if hasattr(model, "hf_device_map") and not is_offloaded:  # spread: what is on a device stays, inputs are moved
+    if hasattr(model, "hf_device_map") and not is_offloaded:  # over several devices: inputs move, weights stay
         from accelerate import dispatch_model
 
         dispatch_model(llama, model.hf_device_map)
@@ -148,10 +149,10 @@ def _share_tensors(model: nn.Module, llama: nn.Module) -> None:
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
-    """Writes a compacted model into a folder that exists: shards, configs and the code that reads them.
+def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:
+    """Writes a compacted model into an existing folder: shards, configs and the code that loads them.
 
-    Raises `InputError` where `check_model` does, and `check_plan`, before anything is written.
+    Raises `InputError` as `check_model` and `check_plan` do, before it writes anything.
     """
     check_model(model)
     lost = _missing(model)
@@ -173,8 +174,8 @@ def save(model: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _save_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str) -> None:
-    """Writes tensors in shards; of those that are offloaded no more than a shard is in memory."""
+def _save_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str) -> None:
+    """Writes tensors in shards; offloaded tensors are in memory for one shard at a time."""
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         here = {
@@ -187,8 +188,8 @@ def _save_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Pa
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _missing(model: nn.Module) -> list[tuple[bool, bool]]:
-    """Per layer, whether it has lost its attention and whether it has lost its FFN."""
+def _missing(model: PreTrainedModel) -> list[tuple[bool, bool]]:
+    """For each layer: (attention is removed, FFN is removed)."""
     return [
         (
             isinstance(getattr(layer, "self_attn", None), SkippedAttention),
@@ -198,9 +199,9 @@ def _missing(model: nn.Module) -> list[tuple[bool, bool]]:
     ]
 
 
-def _llama_fields(model: nn.Module) -> dict:
-    """The model's config in Llama's words, biases and tied embeddings as they are in memory."""
-    fields = {name: getattr(model.config, name, None) for name in _NEEDED + _OPTIONAL}
+def _llama_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's config as fields of `LlamaConfig`; biases and tied embeddings are read from the weights."""
+    fields: dict[str, Any] = {name: getattr(model.config, name, None) for name in _NEEDED + _OPTIONAL}
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
     names = {".".join(name.split(".")[-2:]) for name in model.state_dict()}
     return fields | {
@@ -212,14 +213,14 @@ def _llama_fields(model: nn.Module) -> dict:
     }
 
 
-def _rotary(config) -> dict:
-    """What the config says of the rotary embedding, less what says nothing."""
+def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary parameters of the config, without entries that have no effect."""
     empty = (("type", config.rope_parameters.get("rope_type")), ("partial_rotary_factor", 1.0))
     return {key: value for key, value in config.rope_parameters.items() if (key, value) not in empty}
 
 
-def _nas_fields(model: nn.Module) -> dict:
-    """What config.json holds besides a Llama's fields."""
+def _nas_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of config.json besides those of a Llama."""
     config, rotary = model.config, _rotary(model.config)
     group, dtype = config.num_attention_heads // config.num_key_value_heads, str(model.dtype).removeprefix("torch.")
     blocks = [
@@ -238,7 +239,7 @@ def _nas_fields(model: nn.Module) -> dict:
         },
         "block_configs": blocks,
         "dtype": dtype,
-        "torch_dtype": dtype,  # this and the two below for transformers 4, and the vLLM of its time
+        "torch_dtype": dtype,  # this and the two below: for transformers 4 and the vLLM releases that used it
         "rope_theta": rotary.pop("rope_theta"),
         "rope_scaling": None if rotary["rope_type"] == "default" else rotary,
     }

@@ -1,6 +1,6 @@
-"""Source code that saved models carry, so that stock transformers and vLLM load them with `trust_remote_code`."""
+"""Source code saved with pruned models, so that stock transformers and vLLM load them with `trust_remote_code`."""
 
-# Follows `lib/models/modeling_pruned.py` in the `modeling_pruned.py` of an `hf` folder.
+# `modeling_pruned.py` of an `hf` folder: the source of `lib/models/modeling_pruned.py`, then this.
 PRUNED_CLASS = """
 from transformers import {stock}  # noqa: E402
 
@@ -37,7 +37,7 @@ class DeciLMConfig(LlamaConfig):
         super().__init__(**kwargs)
 '''
 
-# Follows `lib/models/modeling_pruned.py` in the `modeling_decilm.py` of a `nemotron-nas` folder.
+# `modeling_decilm.py` of a `nemotron-nas` folder: the source of `lib/models/modeling_pruned.py`, then this.
 DECILM_MODELING = '''
 from transformers import LlamaForCausalLM  # noqa: E402
 

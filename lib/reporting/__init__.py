@@ -1,4 +1,4 @@
-"""What a person reads: console lines, tables, plots, the papers' figures, the environment of a run.
+"""Output for people: console lines, tables, plots, published figures, and the environment of a run.
 
 May import `config` and `storage`.
 """

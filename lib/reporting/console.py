@@ -1,4 +1,4 @@
-"""What a run tells: lines on the console and in log.txt, times, environment, result.json."""
+"""Console lines, log.txt, timings and result.json of a run."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ LOG = "log.txt"
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds that the block takes, an accelerator's work included, to `seconds[name]`."""
+    """Adds the seconds of the block, with the accelerator's work, to `seconds[name]`."""
     start = time.perf_counter()
     try:
         yield
@@ -29,24 +29,30 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class Report:
-    """Collects a run's lines and times; from `open` on they are also kept in the output folder.
+    """Collects the lines and timings of a run; after `open`, lines also go to log.txt in the output folder.
 
-    Of several processes only the first, `is_first`, prints and writes.
+    Of several processes, only the first (`is_first`) prints and writes.
     """
 
     def __init__(self, is_first: bool = True):
         self.is_first = is_first
         self.seconds: dict[str, float] = {}
-        self.folder: Path | None = None
+        self._folder: Path | None = None
         self._lines: list[str] = []
         self._is_quiet = False
 
-    def open(self, folder: Path, resume: bool = False) -> None:
-        """Creates the output folder, without an earlier result in it, and writes what was said so far to log.txt.
+    @property
+    def folder(self) -> Path:
+        """The output folder; only after `open`."""
+        assert self._folder is not None, "the report has no output folder before `open`"
+        return self._folder
 
-        When it `goes_on`, it leaves the log of before, and adds to it.
+    def open(self, folder: Path, resume: bool = False) -> None:
+        """Creates the output folder, deletes an earlier result there, and writes the lines so far to log.txt.
+
+        With `resume`, appends to the existing log.
         """
-        self.folder = folder
+        self._folder = folder
         if not self.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,7 @@ class Report:
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
-        """Inside, what is said stands in log.txt only."""
+        """Sends lines to log.txt only, for the length of the block."""
         self._is_quiet = True
         try:
             yield
@@ -66,12 +72,12 @@ class Report:
             self._is_quiet = False
 
     def print(self, text: str = "") -> None:
-        """Keeps a line, and prints it; a reader of stdout that has gone away does not end the run."""
+        """Prints and logs a line; a closed stdout does not end the run."""
         if not self.is_first:
             return
         self._lines.append(text)
-        if self.folder:
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+        if self._folder:
+            with (self._folder / LOG).open("a", encoding="utf-8") as log:
                 log.write(text + "\n")
         if self._is_quiet:
             return
@@ -82,17 +88,17 @@ class Report:
             sys.stdout = open(os.devnull, "w")
 
     def timed(self, name: str) -> AbstractContextManager:
-        """Adds the seconds that a block takes to `seconds[name]`."""
+        """Adds the seconds of the block to `seconds[name]`."""
         return timed(self.seconds, name)
 
     @contextmanager
     def progress(self, total: int, label: str) -> Iterator[Callable[[float], object]]:
-        """A progress bar on stderr, when that is a terminal; gives the function that moves it on."""
+        """Shows a progress bar if stderr is a terminal; yields the function that advances it."""
         with tqdm(total=total, desc=label, disable=None if self.is_first else True, leave=False) as bar:
             yield bar.update
 
     def result(self, content: dict) -> Path:
-        """Writes result.json, whole, and returns its path."""
+        """Writes result.json atomically and returns its path."""
         path = self.folder / RESULT
         if self.is_first:
             write_json(path, content)
@@ -100,7 +106,7 @@ class Report:
 
 
 def columns(cells: Sequence[str], per_row: int) -> list[str]:
-    """Cells of equal width as rows of text."""
+    """Rows of text with `per_row` right-aligned cells of equal width."""
     width = max(map(len, cells), default=0)
     rows = [cells[start : start + per_row] for start in range(0, len(cells), per_row)]
     return ["  ".join(cell.rjust(width) for cell in row) for row in rows]

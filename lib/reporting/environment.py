@@ -1,4 +1,4 @@
-"""Versions, device and command line of a run."""
+"""The environment of a run, as result.json records it."""
 
 import platform
 import shlex
@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, device and command line: what is needed to tell two runs apart."""
+    """Versions, device, threads, platform and command line."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

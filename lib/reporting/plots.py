@@ -1,4 +1,4 @@
-"""Plots of what a run found, by layer; matplotlib is optional, and each function says whether it drew."""
+"""Plots of a run's results. Matplotlib is optional: each function returns whether it drew."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ _STROKES = ("-", "--", ":", "-.")
 def plot_removals(
     path: Path, bi_scores: Sequence[float], mha_removed: Sequence[int], ffn_removed: Sequence[int], title: str
 ) -> bool:
-    """Block Influence by layer, coloured by what was removed; False when matplotlib is not installed."""
+    """Block Influence by layer, coloured by what was removed. Returns False without matplotlib."""
     if not has_matplotlib():
         return False
     kinds: dict[str, tuple[str, Callable[[int], bool]]] = {
@@ -36,7 +36,7 @@ def plot_removals(
 
 
 def plot_sensitivity(path: Path, importance: Sequence[float], title: str) -> bool:
-    """ALP's importance by layer; False when matplotlib is not installed."""
+    """ALP's importance by layer. Returns False without matplotlib."""
     if not has_matplotlib():
         return False
     with _figure(path, len(importance), 1, title) as (axes,):
@@ -47,7 +47,7 @@ def plot_sensitivity(path: Path, importance: Sequence[float], title: str) -> boo
 def plot_sparsity(
     path: Path, sparsity: Sequence[float], importance: Sequence[float] | None, target: float, title: str
 ) -> bool:
-    """Measured sparsity by layer, below the importance it comes from if any; False without matplotlib."""
+    """Measured sparsity by layer, below the importance that set it, if any. Returns False without matplotlib."""
     if not has_matplotlib():
         return False
     with _figure(path, len(sparsity), 2 if importance else 1, title) as rows:
@@ -61,9 +61,9 @@ def plot_sparsity(
 
 
 def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> bool:
-    """Perplexity against a share: {method: [(share, perplexity), ...]}, one line each; False without matplotlib.
+    """Perplexity against sparsity (or share removed): {method: [(share, perplexity), ...]}, one line per method.
 
-    Methods of one pruner have one colour, and each allocator (or pattern) a stroke of its own.
+    The colour shows the pruner, the line style the allocator or pattern. Returns False without matplotlib.
     """
     if not has_matplotlib():
         return False
@@ -72,7 +72,7 @@ def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: fl
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    parts = {name: re.fullmatch(r"([^_ ]*)(.*)", name).groups() for name in lines}
+    parts = {name: _split_method(name) for name in lines}
     pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, points in lines.items():
@@ -98,6 +98,12 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def _split_method(name: str) -> tuple[str, str]:
+    """The pruner, and what follows it: wanda_alp -> (wanda, _alp)."""
+    pruner = re.split("[_ ]", name, maxsplit=1)[0]
+    return pruner, name[len(pruner) :]
+
+
 def _importance_bars(axes, importance: Sequence[float]) -> None:
     axes.bar(range(len(importance)), importance, color=_BLUE)
     least, most = min(importance), max(importance)
@@ -107,7 +113,7 @@ def _importance_bars(axes, importance: Sequence[float]) -> None:
 
 @contextmanager
 def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence]:
-    """Axes in rows over the decoder layers; the figure is written when the block ends."""
+    """Yields axes, one row above the other over the decoder layers; saves the figure when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,6 +135,6 @@ def _save(figure, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font does not have
+        warnings.simplefilter("ignore")  # glyphs that the font lacks
         figure.savefig(path, dpi=150)
     plt.close(figure)

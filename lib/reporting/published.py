@@ -1,4 +1,4 @@
-"""Figures of the papers, to hold ours against; all of them, with their sources, are in `published.csv`."""
+"""Published figures to compare results with; `published.csv` lists them with their sources."""
 
 import csv
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SOURCES = {
     "BlockPruner": "BlockPruner (arXiv:2406.10594), table of results",
     "SLEB": "SLEB (arXiv:2402.09025), table of results",
 }
-_MODELS = {  # the names that their hub ids end with
+_MODELS = {  # the last parts of their hub ids
     "LLaMA-1 7B": ("llama-7b-hf", "llama-7b"),
     "LLaMA-1 13B": ("llama-13b-hf", "llama-13b"),
     "LLaMA-2 7B": ("llama-2-7b-hf", "llama-2-7b"),
@@ -28,14 +28,14 @@ _TEXTS = {
     "c4": ("c4",),
 }
 _SEQLEN, _NSAMPLES, _GRADIENTS = 2048, 128, 10
-_NEAR = 0.005  # two shares of removed parameters are the same setting when they differ by less
+_NEAR = 0.005  # rates that differ by less count as the same setting
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure: `value` is a perplexity on `text`, or an accuracy in percent on a task or as their mean.
+    """A published figure: `value` is a perplexity on `text`, or an accuracy in percent on a task or their mean.
 
-    `rate` is the sparsity, or the share of parameters that is removed.
+    `rate` is the sparsity, or the share of removed parameters.
     """
 
     source: str
@@ -51,19 +51,18 @@ class Figure:
 
 @cache
 def figures() -> tuple[Figure, ...]:
-    """All of them."""
     with (Path(__file__).parent / "published.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return tuple(Figure(**{**row, "rate": float(row["rate"]), "value": float(row["value"])}) for row in rows)
+    return tuple(Figure(rate=float(row.pop("rate")), value=float(row.pop("value")), **row) for row in rows)
 
 
 def find(result: dict, metric: str, text: str, is_dense: bool = False) -> Figure | None:
-    """The published figure for a perplexity or accuracy in a result.json, or for that of its dense model.
+    """The published figure for a perplexity or accuracy of a result.json, or of its dense model; None if there is none.
 
-    Model, method, rate, text, and windows of 2048 tokens one after the other must match. So must the settings of ALP's
-    paper for its tables: 128 samples of C4, 10 for the gradients, each method's usual parameters, no quantization; in
-    the other tables each method has calibration text of its own. A mean must be of the six tasks of the paper. None
-    when there is no such figure.
+    Model, method, rate and text must match, and the evaluation must use adjacent windows of 2048 tokens. ALP's tables
+    also require the paper's settings: 128 calibration samples of C4, 10 for the gradients, the default parameters of
+    each method, and no quantization. In the other tables, each method has its own calibration set. A mean accuracy
+    must cover the six tasks of the paper.
     """
     rates = [0.0] if is_dense else _rates(result)
     if result["seqlen"] != _SEQLEN or result.get("eval_stride") or not (is_dense or _is_usual(result)):
@@ -87,7 +86,7 @@ def _method(result: dict) -> str:
 
 
 def _rates(result: dict) -> list[float]:
-    """The shares that a result stands for: some papers tell the one aimed at, others the one removed."""
+    """The rates that a result may be listed under: some papers report the target rate, others the actual one."""
     if result["tool"] == "alp_prune":
         return [result["sparsity_ratio"]]
     rates = result["parameters"]
@@ -95,7 +94,7 @@ def _rates(result: dict) -> list[float]:
 
 
 def _is_usual(result: dict) -> bool:
-    """True when the settings are those of ALP's paper; other tables have none that could be compared."""
+    """True when the settings are those of ALP's paper; the other tables give no settings to compare."""
     if result["tool"] == "ppllms":
         return True
     method = parse_method(result["prune_method"])

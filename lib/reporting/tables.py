@@ -1,6 +1,6 @@
-"""The tables of a grid: `table.md` to read, `table.csv` to work with. No times in them, so that two runs compare equal.
+"""The tables of a grid: `table.md` for reading, `table.csv` for processing. Does not import torch.
 
-Imports no torch.
+They hold no timings, so two runs of the same grid give equal tables.
 """
 
 import csv
@@ -13,17 +13,17 @@ from lib.config.sources import labels
 from lib.reporting.published import SOURCES, Figure, find
 
 DENSE_ROW = "dense"
-_WORTH_TELLING = 0.005  # a share removed is told where it differs by more from the one asked for
+_WORTH_TELLING = 0.005  # the tables show the removed share where it is off its target by this much
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure of one cell: a perplexity on a text, or an accuracy in percent on a task."""
+    """One number of one cell: a perplexity on a text, or an accuracy in percent on a task."""
 
     model: str
     method: str
-    setting: str  # the column it stands in: `50%`, `2:4`, `2 MHA, 4 FFN`; none for a dense model
-    share: float  # of the parameters removed, or of the weights that are zero, as measured
+    setting: str  # its column: `50%`, `2:4`, `2 MHA, 4 FFN`; empty for a dense model
+    share: float  # measured share of removed parameters or of zero weights
     seed: int
     metric: str
     text: str
@@ -37,7 +37,7 @@ class Entry:
 
 
 def entries(results: Sequence[dict]) -> list[Entry]:
-    """All figures of the results (as in result.json), in their order; those of each dense model once, and first."""
+    """All numbers of the results (the contents of result.json), in order; each dense model once, before its cells."""
     found: dict[tuple, Entry] = {}
     for result in results:
         for entry in (*_dense_entries(result), *_cell_entries(result)):
@@ -87,14 +87,16 @@ def _percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
-# To work with ---------------------------------------------------------------------------------------------------------
+# table.csv ------------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("model", "method", "setting", "share", "seed", "metric", "text", "value", "standard_error")
-_COLUMNS += ("published", "difference", "source", "note")
+_COLUMNS = (
+    *("model", "method", "setting", "share", "seed", "metric", "text", "value", "standard_error"),
+    *("published", "difference", "source", "note"),
+)
 
 
 def csv_table(found: Sequence[Entry]) -> str:
-    """A row for each figure."""
+    """One row per entry."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -109,11 +111,11 @@ def csv_table(found: Sequence[Entry]) -> str:
     return out.getvalue()
 
 
-# To read --------------------------------------------------------------------------------------------------------------
+# table.md -------------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: Sequence[Entry]) -> str:
-    """Tables of perplexity for each text, and of accuracy for each model, with the published figures beside ours."""
+    """Perplexity tables per text and accuracy tables per model, with published figures beside ours."""
     parts, models = [], labels(entry.model for entry in found)
     for text, label in labels(entry.text for entry in found if entry.metric == "perplexity").items():
         of_text = [entry for entry in found if (entry.metric, entry.text) == ("perplexity", text)]
@@ -125,7 +127,10 @@ def markdown(found: Sequence[Entry]) -> str:
 
 
 def _perplexity_tables(found: Sequence[Entry], names: dict[str, str], text: str) -> list[str]:
-    """Of one text: a table for each model, with a column for each setting; with one setting a column for each model."""
+    """The tables of one text: one per model, with a column per setting.
+
+    Several models under a single setting share one table, with a column per model.
+    """
     settings = _distinct(entry.setting for entry in found if not entry.is_dense)
     models = _distinct(entry.model for entry in found)
     if len(settings) <= 1 and len(models) > 1:
@@ -143,7 +148,7 @@ def _perplexity_tables(found: Sequence[Entry], names: dict[str, str], text: str)
 
 
 def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
-    """Of one model: a table for each setting, with a column for each task."""
+    """The tables of one model: one per setting, with a column per task."""
     tasks = _distinct(entry.text for entry in found)
     settings = _distinct(entry.setting for entry in found if not entry.is_dense) or [""]
     parts = []
@@ -156,7 +161,7 @@ def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
 
 
 def _pivot(columns: dict[str, list[Entry]]) -> str:
-    """A table with a row for each method; what is missing is a dash."""
+    """A table with one row per method; `-` marks a missing cell."""
     methods = _distinct(entry.method for column in columns.values() for entry in column)
     rows = [["", *columns]]
     for method in methods:
@@ -167,7 +172,7 @@ def _pivot(columns: dict[str, list[Entry]]) -> str:
 
 
 def _cell(found: Sequence[Entry]) -> str:
-    """The mean over seeds, its standard deviation, the share that was removed, and what is published."""
+    """The mean over seeds, its standard deviation, the removed share if it is off target, and the published figure."""
     if not found:
         return "-"
     values = [entry.value for entry in found]
@@ -180,21 +185,21 @@ def _cell(found: Sequence[Entry]) -> str:
 
 
 def _beside(entry: Entry, value: float | None = None) -> str:
-    """The published figure, and ours less it."""
+    """The published figure, and the difference of ours from it."""
     if entry.figure is None:
         return ""
     return f" [{entry.figure.value:g}, {(entry.value if value is None else value) - entry.figure.value:+.2f}]"
 
 
 def _is_off(entry: Entry) -> bool:
-    """True when clearly more or less was pruned than was asked for; rounding to few bits makes zeros besides."""
+    """True when the removed share clearly misses its target; not for quantized models, as rounding adds zeros."""
     if entry.metric != "perplexity" or entry.method.endswith(" quantized") or not entry.setting.endswith("%"):
         return False
     return abs(entry.share - float(entry.setting.removesuffix("%")) / 100) >= _WORTH_TELLING
 
 
 def _legend(found: Sequence[Entry]) -> list[str]:
-    """What the signs of the tables mean, as far as there are any, and where published figures are from."""
+    """Explains the symbols that the tables use, and names the sources of the published figures."""
     lines = []
     cells = [entry for entry in found if not entry.is_dense]
     if len({entry.seed for entry in cells}) > 1:

@@ -1,4 +1,4 @@
-"""What is on disk: atomic writes, resume state, results.jsonl, the log of runs.
+"""Files on disk: atomic writes, resume state, results.jsonl, and the log of runs.
 
 May import `errors`; never torch.
 """

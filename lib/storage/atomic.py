@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all."""
+"""Atomic writes: a file or folder appears complete under its name, or not at all."""
 
 import glob
 import json
@@ -16,7 +16,7 @@ _DRAFT, _REPLACED = ".{}.partial-", "-replaced"
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raises `InputError` unless a folder of that name can be made, or written when it exists."""
+    """Raises `InputError` unless the folder can be created or, where it exists, written to."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
@@ -30,7 +30,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
-    """Raises `InputError` unless a model may be saved there: nothing is in it, or `overwrite` and an old model."""
+    """Raises `InputError` unless a model may be saved there: the folder is empty, or `overwrite` and holds a model."""
     check_writable(folder, flag)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
@@ -42,9 +42,9 @@ def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is deleted otherwise.
+    """Yields a temporary folder that replaces `folder` when the block succeeds, and is deleted when it fails.
 
-    Raises `InputError` where `check_model_folder` does, and `RunError` when the disk is full.
+    Raises `InputError` as `check_model_folder` does, and `RunError` when the disk is full.
     """
     check_model_folder(folder, overwrite, flag)
     folder = folder.resolve()
@@ -54,7 +54,7 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
         with _disk_full_named(folder):
             yield draft
             mask = _umask()
-            for path in (draft, *draft.rglob("*")):  # some libraries write files that only their owner can read
+            for path in (draft, *draft.rglob("*")):  # some libraries make files readable by their owner only
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
                 _sync(path)
         if folder.exists():
@@ -71,7 +71,7 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at; it takes its name when the block ends well, and is deleted otherwise.
+    """Yields a temporary path; a file written there replaces `path` when the block succeeds, and is deleted otherwise.
 
     Raises `RunError` when the disk is full.
     """
@@ -87,7 +87,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def clear_drafts(path: Path) -> None:
-    """Deletes what a killed process left of writing a file or folder of that name; nobody else may be writing it."""
+    """Deletes the temporary files of killed processes that were writing `path`; no other process may be writing it."""
     for draft in path.parent.glob(_DRAFT.format(glob.escape(path.name)) + "*"):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
@@ -96,7 +96,7 @@ def clear_drafts(path: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file that is complete from the moment it has its name."""
+    """Writes a JSON file atomically. Raises `RunError` when the disk is full."""
     with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
@@ -104,7 +104,7 @@ def write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def _disk_full_named(path: Path) -> Iterator[None]:
-    """Turns what is raised for a full disk, by whichever library, into one line."""
+    """Turns the errors that libraries raise for a full disk into a `RunError`."""
     try:
         yield
     except Exception as error:
@@ -115,7 +115,7 @@ def _disk_full_named(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file or a folder's list of names is safe from a loss of power."""
+    """Flushes a file, or the entries of a folder, to disk, so that a power failure does not lose it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

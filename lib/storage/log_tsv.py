@@ -1,4 +1,4 @@
-"""The table of runs that `--save_log` appends to: tab-separated, one row for each evaluation text. Imports no torch."""
+"""log.tsv, the table that `--save_log` appends to: one row per run and evaluation text. Does not import torch."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from lib.errors import InputError
 
 FILE = "log.tsv"
 COLUMNS = (
-    *("method", "actual_sparsity", "ppl_test"),  # those of the reference
+    *("method", "actual_sparsity", "ppl_test"),  # the columns of the reference code
     *("dataset", "ppl_dense", "ppl_quantized", "zero_shot_mean", "model", "sparsity_ratio", "sparsity_type", "alpha"),
     *(
         "grad_type",
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def check(folder: Path) -> None:
-    """Raises `InputError` when the folder has a log with other columns."""
+    """Raises `InputError` when the folder's log has other columns, or cannot be written."""
     path = folder / FILE
     if not path.exists():
         return
@@ -41,14 +41,14 @@ def check(folder: Path) -> None:
 
 
 def rows(result: dict, output_dir: Path) -> list[str]:
-    """The lines of one result.json, as of now."""
+    """The lines for the content of a result.json, stamped with the current time."""
     return [_line([row[column] for column in COLUMNS]) for row in _rows(result, output_dir)]
 
 
 def append(folder: Path, lines: Sequence[str]) -> Path:
-    """Appends the lines that are not there yet, and a header should the file be new; safe for several runs at once.
+    """Appends the lines that the log lacks, after a header if the file is new. Safe with several runs at once.
 
-    Returns the file's path. Raises `InputError` for a file with other columns.
+    Returns the path of the log. Raises `InputError` when it has other columns.
     """
     path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def append(folder: Path, lines: Sequence[str]) -> Path:
         file.seek(0)
         there = file.read().splitlines(keepends=True)
         if there and not there[-1].endswith(b"\n"):
-            if any(line.startswith(there[-1]) for line in (_HEADER, *new)):  # cut off by a full disk: it comes again
+            if any(line.startswith(there[-1]) for line in (_HEADER, *new)):  # cut off by a full disk: comes again
                 file.truncate(file.tell() - len(there.pop()))
             else:
                 there.append(b"\n")

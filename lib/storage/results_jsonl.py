@@ -1,4 +1,4 @@
-"""The file of a grid's finished cells, `results.jsonl`: one line each, added whole or not at all. Imports no torch."""
+"""results.jsonl, the finished cells of a grid: one line per cell, appended atomically. Does not import torch."""
 
 import fcntl
 import json
@@ -11,14 +11,13 @@ FILE = "results.jsonl"
 
 
 class ResultsFile:
-    """What was found for the cells of a grid, each by its key: all that the result depends on, see `canonical`."""
+    """The results of a grid's cells by their key: everything that a result depends on, as `canonical` text."""
 
     def __init__(self, folder: Path, overwrite: bool = False, is_writer: bool = True):
-        """Reads what is there, unless `overwrite`. Raises `InputError` for a file that no grid wrote.
+        """Reads the existing file, unless `overwrite`. Raises `InputError` for a file that no grid wrote.
 
-        Of several processes one writes (`is_writer`), and all know.
-
-        A last line that was cut off while it was written, by a loss of power say, counts as not there.
+        All processes of a run hold the results; only the one with `is_writer` writes them. An incomplete last line,
+        which a power failure can leave, is ignored.
         """
         self.path, self._overwrite, self._is_writer = folder / FILE, overwrite, is_writer
         self._found: dict[str, dict] = {}
@@ -34,13 +33,13 @@ class ResultsFile:
                 raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
 
     def find(self, key: str) -> dict | None:
-        """The result of the cell of that canonical key; None when it is not there."""
+        """The result of the cell with that canonical key, or None."""
         return self._found.get(key)
 
     def add(self, key: str, result: dict) -> None:
-        """Writes a finished cell down, safe from a crash of the machine; several runs may do so at once.
+        """Appends a finished cell and flushes it to disk. Safe with several runs at once.
 
-        With `overwrite` the first cell takes the place of all that was there.
+        With `overwrite`, the first cell replaces the existing file.
         """
         line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
         self._found[key] = json.loads(line)["result"]
@@ -60,5 +59,5 @@ class ResultsFile:
 
 
 def canonical(key: dict) -> str:
-    """A key as text, the same for equal keys."""
+    """A key as JSON text; equal keys give equal text."""
     return json.dumps(key, sort_keys=True, allow_nan=False)

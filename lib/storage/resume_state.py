@@ -1,7 +1,7 @@
-"""Work in progress of a run, in its output folder until all is done, so that a killed run goes on. Imports no torch.
+"""Resume state: the finished parts of a run, kept in its output folder until the run ends. Does not import torch.
 
-`state.json` has what is finished, each under a name; what is large lies in files beside it, which are named by what
-they hold and are whole from the moment they have their names.
+`state.json` maps names to finished results. Large results are files beside it, written atomically and named by what
+they hold.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ _FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
 
 
 class Processes(Protocol):
-    """Those of a run, `lib.runtime.distributed`; of several, the first decides what is taken over, and writes."""
+    """The processes of a run (`lib.runtime.distributed.Ranks`): the first reads and writes the state for all."""
 
     @property
     def is_first(self) -> bool: ...
@@ -34,14 +34,15 @@ class Processes(Protocol):
 
 
 class State:
-    """What a run has finished, bound to its `key`: all that its result depends on, see `settings.key`."""
+    """The finished parts of a run, bound to its `key`: everything that the result depends on (`settings.key`)."""
 
     def __init__(self, folder: Path | None, key: dict, processes: Processes | None = None, resume: bool = False):
-        """Reads what is there, when it `goes_on`; `session` begins to write. Without a folder it lives in this process.
+        """Reads an earlier state if `resume`; nothing is written before `session`. None keeps the state in memory only.
 
-        Raises `InputError` for a state that is broken or of another key.
+        Raises `InputError` for a state that is broken or has another key.
         """
-        self.folder, self._lock = folder, None
+        self._folder = folder
+        self._lock: int | None = None  # descriptor of the locked file
         self._is_writer = folder is not None and (processes is None or processes.is_first)
         self._digest = digest(key)
         self._seconds: dict[str, float] = {}
@@ -57,9 +58,9 @@ class State:
 
     @classmethod
     def of_cell(cls, folder: Path, key: dict, processes: Processes) -> "State":
-        """For a cell of a grid, or a part of a run: goes on with a state of that key, and gives any other up.
+        """The state of one cell of a grid, or of one part of a run: resumes a state with that key, discards any other.
 
-        Where another run is at work on one, it has a folder of its own.
+        While another run holds the folder, this state gets a folder of its own beside it.
         """
 
         def choose() -> tuple[str, bool]:
@@ -73,15 +74,21 @@ class State:
                 return folder.name, content is not None and content["key"] == digest(key)
             return folder.name, False
 
-        name, goes_on = processes.agree(choose)
-        return cls(folder.with_name(name), key, processes, goes_on)
+        name, resume = processes.agree(choose)
+        return cls(folder.with_name(name), key, processes, resume)
+
+    @property
+    def folder(self) -> Path:
+        """Where the state is kept; only for a state that was given a folder."""
+        assert self._folder is not None, "this state is kept in memory only"
+        return self._folder
 
     @contextmanager
     def session(self, seconds: dict[str, float]) -> Iterator[None]:
-        """Inside, the folder is this run's own; it is gone when the block ends well, or before anything is finished.
+        """Locks the folder for this run. Deletes it when the block succeeds, or fails with nothing finished.
 
-        To `seconds`, which will be kept too, those of before are added. Raises `InputError` when another run is at work
-        on it.
+        Adds the seconds of the resumed run to `seconds`, which are kept with the state. Raises `InputError` when
+        another run holds the folder.
         """
         try:
             self._start(seconds)
@@ -102,52 +109,51 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
             clear_drafts(self.folder / FILE)
-            self._write(self._values)  # at once: whatever else is kept beside it is of this key
+            self._write(self._values)  # first, so that the key covers every file added later
 
     @property
     def is_empty(self) -> bool:
         """True when nothing is finished."""
-        return not self._values and not (self.folder and _has_layers(self.folder))
+        return not self._values and not (self._folder and _has_layers(self._folder))
 
     def get(self, name: str, default=None):
-        """What was put under a name."""
         return self._values.get(name, default)
 
     def put(self, name: str, value: object) -> None:
-        """Keeps something that JSON can hold, from now on safe from a kill or a loss of power."""
+        """Keeps a JSON value; once this returns, a kill or a power failure cannot lose it."""
         values = {**self._values, name: value}
         if self._is_writer:
             self._write(values)
-        self._values = values  # now: what could not be written is not kept
+        self._values = values  # only after the write has succeeded
 
     def _write(self, values: dict[str, object]) -> None:
         content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self._seconds}
         write_json(self.folder / FILE, content)
 
     def once(self, name: str, compute: Callable[[], object]):
-        """What is kept under a name, or else what `compute` gives, which is kept."""
+        """The value kept under a name; computes and keeps it if there is none."""
         if name not in self._values:
             self.put(name, compute())
         return self._values[name]
 
     def close(self) -> None:
-        """Deletes it all: the run is finished."""
+        """Deletes the state of a finished run."""
         if self._lock is not None:
-            (self.folder / FILE).unlink(missing_ok=True)  # first: the rest means nothing without it
+            (self.folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
             shutil.rmtree(self.folder, ignore_errors=True)
             self._release()
 
     def _release(self) -> None:
-        """Lets others work on it."""
+        """Unlocks the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def claim_model_folder(self, folder: Path, overwrite: bool) -> bool:
-        """Says before a model is saved that a folder of that name is this run's own from now on.
+        """Records, before a model is saved, that this run writes to the folder.
 
-        Gives whether what is there is to be replaced: by `overwrite`, or as it was the run's own before, which was
-        killed while, or after, it wrote there. Raises `InputError` where `check_model_folder` does.
+        Returns whether to replace an existing model there: with `overwrite`, or when this run had claimed the folder
+        before it was killed. Raises `InputError` as `check_model_folder` does.
         """
         is_own = self.get(_SAVING) == str(folder.resolve())
         check_model_folder(folder, overwrite or is_own, "--save_model")
@@ -158,7 +164,10 @@ class State:
 
     @contextmanager
     def advise_resume(self, again: str) -> Iterator[None]:
-        """Inside, whatever ends the run early is told with what is kept, and with how to go on, which `again` says."""
+        """Re-raises whatever ends the run early as a `RunError` that says what is kept and how to resume (`again`).
+
+        Lets `InputError` and faults of the program through.
+        """
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
@@ -173,12 +182,12 @@ _ADVICE = "give the settings it was begun with, another folder, or --overwrite w
 
 
 def digest(key: dict) -> str:
-    """What tells two keys apart."""
+    """SHA-256 of a key."""
     return hashlib.sha256(canonical(key).encode()).hexdigest()
 
 
 def read(folder: Path) -> dict | None:
-    """The content of a state; None where there is none. Raises `InputError` for one that is broken."""
+    """The content of a state, or None. Raises `InputError` for a broken one."""
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -193,19 +202,19 @@ def read(folder: Path) -> dict | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """True when something of a run is kept in a folder. Raises `InputError` for a state that is broken."""
+    """True when the folder holds a finished part of an unfinished run. Raises `InputError` for a broken state."""
     content = read(folder)
     return content is not None and (bool(content["values"]) or _has_layers(folder))
 
 
 def was_saving(folder: Path, model: Path) -> bool:
-    """True when the run whose state is in a folder had begun to save its model to another."""
+    """True when the run whose state is in `folder` had started to save its model to `model`."""
     content = read(folder)
     return content is not None and content["values"].get(_SAVING) == str(model.resolve())
 
 
 def discard(folder: Path) -> None:
-    """Deletes a state. Raises `InputError` when a run is at work on it."""
+    """Deletes a state. Raises `InputError` when a run holds it."""
     if folder.is_dir():
         os.close(_locked(folder))
         (folder / FILE).unlink(missing_ok=True)
@@ -213,15 +222,15 @@ def discard(folder: Path) -> None:
 
 
 def how_to_resume(output_dir: Path) -> str:
-    """What is to be added to a command so that it goes on in a folder."""
+    """The advice on how to resume the run of that folder."""
     is_named = any(word == "--output_dir" or word.startswith("--output_dir=") for word in sys.argv)
     return "the same command with --resume" + ("" if is_named else f" --output_dir {output_dir}") + " goes on"
 
 
 def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
-    """The result of a run of that key, if the folder holds it and no work is left of the run; else None.
+    """The result of a finished run with that key, or None.
 
-    Raises `InputError` for the result of another, unless it is to be overwritten.
+    Raises `InputError` when the folder holds the result of another key, unless `overwrite`.
     """
     path, folder = output_dir / RESULT, output_dir / FOLDER
     if not path.exists() or read(folder):
@@ -229,7 +238,7 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["key"] == digest(key):
-            discard(folder)  # what is left when a run is killed as it ends
+            discard(folder)  # left by a run that was killed while it ended
             return found
     if overwrite:
         return None
@@ -237,7 +246,7 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
 
 
 def check_saved(result: dict, folder: Path | None) -> None:
-    """Raises `InputError` when a run that is finished is asked to have saved its model where it did not."""
+    """Raises `InputError` when a finished run did not save its model to `folder`, as is now asked."""
     if folder and result.get("saved_model") != str(folder.resolve()):
         raise InputError(
             f"--save_model {folder}: the run is finished and saved no model there; begin anew: --overwrite"
@@ -249,7 +258,10 @@ def _has_layers(folder: Path) -> bool:
 
 
 def _locked(folder: Path) -> int:
-    """An open file that keeps other runs away from a state, for as long as this process lives."""
+    """Locks a state until the returned descriptor is closed or this process ends.
+
+    Raises `InputError` when another run holds it.
+    """
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
