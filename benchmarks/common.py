@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from lib.runtime.memory import free_memory
+from lib.runtime.memory import release_memory
 
 VOCABULARY = 2048  # tokens; for models whose head does not matter
 
@@ -65,13 +65,13 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
 
     Memory is that of the accelerator's allocator, or without one that of this process.
     """
-    free_memory()
+    release_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         taken = seconds(function)
         most = torch.cuda.max_memory_allocated()
-        free_memory()  # for the processes that run next
+        release_memory()  # for the processes that run next
         return taken, (most - before) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak

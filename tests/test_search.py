@@ -58,7 +58,7 @@ def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batche
     expected = search()
     size = windows.numel() * decoder.config.hidden_size * 4
     monkeypatch.setattr(
-        lib.depth.trial_losses, "_free_memory", lambda device: size * states / lib.depth.trial_losses._ROOM
+        lib.depth.trial_losses, "free_bytes", lambda device: size * states / lib.depth.trial_losses._ROOM
     )
     monkeypatch.setattr(lib.depth.trial_losses, "free_host_memory", lambda: 0)
     assert search() == expected
@@ -79,7 +79,7 @@ def test_no_room_for_states_to_keep_is_no_failure(batcher, monkeypatch):
 
 def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once(batcher, monkeypatch):
     decoder, windows, states = Decoder(tiny_model("Llama")), tiny_windows(4), torch.randn(4, 24, 32)
-    monkeypatch.setattr(lib.depth.trial_losses, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(lib.depth.trial_losses, "free_bytes", lambda device: 0)
     kept = lib.depth.trial_losses._States(decoder.device)
     on, off = Mode(), Mode(False, False)
     kept.begin([(on, on)], slice(0, len(windows)))

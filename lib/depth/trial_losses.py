@@ -14,7 +14,7 @@ from lib.engine.map_windows import Tick, map_windows, waiting_bytes
 from lib.errors import is_out_of_memory
 from lib.models.decoder import Decoder
 from lib.runtime.batching import Batcher, Progress
-from lib.runtime.memory import _free_memory, free_host_memory
+from lib.runtime.memory import free_bytes, free_host_memory
 
 Modes = tuple[Mode, ...]  # of the layers from 0 up
 _ROOM = 0.25  # share of the free memory, for hidden states that later trials can start from
@@ -34,7 +34,7 @@ class _States:
     """
 
     def __init__(self, device: torch.device):
-        self._room = int(_free_memory(device) * _ROOM)  # bytes, for all
+        self._room = int(free_bytes(device) * _ROOM)  # bytes, for all
         self._share = slice(0, 0)
         self._complete: dict[Modes, torch.Tensor] = {}
         self._filling: dict[Modes, torch.Tensor | None] = {}  # None: there was no room

@@ -72,7 +72,7 @@ def number_layers(layers, layer_types):
 
 def skip_lists(config):
     """[skipped sublayers of layer 0, of layer 1, ...], with or without transformers' support for the config key."""
-    given = getattr(config, "per_layer_config", {})
+    given = getattr(config, "per_layer_config", None) or {}
     if isinstance(given, dict):
         return [
             given.get(str(index), given.get(index, {})).get("skip", []) for index in range(config.num_hidden_layers)

@@ -105,8 +105,9 @@ def fetched_by_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
     stack: list = []
 
     def fetch(layer, args):
-        stack.append(offloaded(layer).here())
-        stack[-1].__enter__()
+        if weights := offloaded(layer):
+            stack.append(weights.here())
+            stack[-1].__enter__()
 
     def release(layer, args, output):
         stack.pop().__exit__(None, None, None)

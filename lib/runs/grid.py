@@ -16,7 +16,7 @@ from lib.reporting.tables import Entry, csv_table, entries, markdown
 from lib.runs.single import Run, run_cell
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
-from lib.runtime.memory import free_memory
+from lib.runtime.memory import release_memory
 from lib.runtime.setup import set_up
 from lib.storage.atomic import whole_file
 from lib.storage.results_jsonl import ResultsFile, canonical
@@ -67,7 +67,7 @@ class _GridRun:
                 failed += self._run_model(of_model)
                 if failed and self.ranks.are_several:
                     break
-                free_memory()
+                release_memory()
         except KeyboardInterrupt as error:
             kept = sum(self.results.find(key) is not None for key in self.cells)
             raise RunError(f"stopped; {kept} of {count} cells are kept, and {again} goes on") from error
@@ -122,7 +122,7 @@ class _GridRun:
                 raise
             kind = InputError if isinstance(error, InputError) else RunError
             found = kind(" ".join(str(error).split()) if is_ours else "out of memory")
-        free_memory()  # the traceback, which holds tensors, is gone by now
+        release_memory()  # the traceback, which holds tensors, is gone by now
         self.report.print(f"  failed: {what}: {found}")
         return found
 

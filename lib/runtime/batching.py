@@ -7,7 +7,7 @@ import torch
 
 from lib.errors import is_out_of_memory
 from lib.runtime.distributed import ALONE, Ranks
-from lib.runtime.memory import free_cuda_memory, free_memory
+from lib.runtime.memory import free_cuda_memory, release_memory
 
 Result = TypeVar("Result")
 Progress = Callable[[float], object]  # called with the number of windows just done
@@ -83,4 +83,4 @@ class Batcher:
 
     def _halve(self, tried: int) -> None:
         self.size = max(1, tried // 2)
-        free_memory()
+        release_memory()

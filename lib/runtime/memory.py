@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
         library.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Collects garbage, and returns free memory to the system and the GPU."""
     gc.collect()
     if library := _glibc():
@@ -99,7 +99,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _free_memory(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Free bytes on a device, 0 if unknown."""
     if device.type == "cuda":
         return free_cuda_memory(device)

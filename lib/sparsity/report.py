@@ -88,7 +88,7 @@ def show_zero_shot(report: Report, zero_shot: dict) -> None:
         report.print(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
 
 
-def show_written(report: Report, result: Path, plot: Path | str, model: Path | None, log: Path | None) -> None:
+def show_written(report: Report, result: Path, plot: Path | str | None, model: Path | None, log: Path | None) -> None:
     report.print()
     report.print("Written")
     report.print(f"  result  {result}")
