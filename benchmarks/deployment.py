@@ -107,7 +107,7 @@ def has_llama_cpp() -> bool:
 def build_gguf(folder: Path, dense: torch.nn.Module, plan: Plan, total: int) -> list[Variant]:
     """GGUF files of the dense model, and the same files pruned by the plan."""
     from lib.export.gguf import apply_plan
-    from tests.gguf_writer import write_gguf
+    from tests.export.gguf_writer import write_gguf
 
     variants = []
     for kind in ("F32", "Q8_0"):

@@ -529,7 +529,7 @@ def test_texts_that_are_told_apart_by_their_paths_have_plots_in_the_folder(
 
 def test_names_in_a_gguf_file_become_no_paths(tmp_path, here, monkeypatch):
     gguf = pytest.importorskip("gguf")
-    from tests.gguf_writer import write_gguf
+    from tests.export.gguf_writer import write_gguf
 
     write_header = gguf.GGUFWriter.write_header_to_file
 

@@ -26,7 +26,7 @@ from tests.families import tiny_model
 
 gguf = pytest.importorskip("gguf")
 
-from tests.gguf_writer import KINDS, write_gguf  # noqa: E402
+from tests.export.gguf_writer import KINDS, write_gguf  # noqa: E402
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone
 # In the tiny Llama: hidden size 32, heads of size 8.
@@ -325,7 +325,7 @@ def test_what_is_no_gguf_file_is_refused(source, tmp_path):
 
 def test_the_package_gguf_is_needed_only_to_read_a_file(source, tmp_path, monkeypatch):
     imports = "import sys, lib.export.gguf; sys.exit(bool({'gguf', 'numpy', 'torch'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", imports], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", imports], cwd=Path(__file__).parents[2]).returncode == 0
     monkeypatch.setitem(sys.modules, "gguf", None)  # an import now fails as if it were not installed
     with pytest.raises(InputError, match="^--gguf: the gguf package is not installed; pip install gguf$"):
         check(source, tmp_path / "out.gguf", 4)

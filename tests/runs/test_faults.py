@@ -21,7 +21,7 @@ from lib.models.decoder import Decoder
 from lib.storage import resume_state
 from lib.storage.atomic import write_json
 from tests.command import GOES_ON, ROOT
-from tests.interruption import Command, artefact_of, files_of, litter_of, result_of
+from tests.runs.interruption import Command, artefact_of, files_of, litter_of, result_of
 
 # Kills ----------------------------------------------------------------------------------------------------------------
 

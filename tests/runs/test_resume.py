@@ -16,7 +16,7 @@ import lib.sparsity.layerwise
 import ppllms
 import save_gradient
 from tests.command import GOES_ON, run
-from tests.interruption import Command, Interruption, files_of, litter_of
+from tests.runs.interruption import Command, Interruption, files_of, litter_of
 
 STOPPED = "failed: stopped; what is finished is kept: " + GOES_ON
 NOTHING_YET = "failed: stopped; nothing is finished yet, and the same command starts again\n"

@@ -18,8 +18,8 @@ from lib.export.huggingface import check_format, compact
 from lib.models.decoder import Decoder
 from lib.models.loading import load_config
 from tests.command import run
+from tests.export.vllm_reader import VllmReader
 from tests.families import FAMILIES, tiny_model, tiny_windows
-from tests.vllm_reader import VllmReader
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 MODELS = {

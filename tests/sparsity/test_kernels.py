@@ -8,7 +8,7 @@ import torch
 from lib.config.methods import Pattern
 from lib.sparsity import sparsegpt
 from lib.sparsity.pruners import SparseGpt
-from tests.test_sparsegpt import hessian_of, problem
+from tests.sparsity.test_sparsegpt import hessian_of, problem
 
 IS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if IS_CUDA else "cpu"
