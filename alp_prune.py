@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""ALP: prunes the weights of a language model, each layer to a sparsity of its own, without training.
+"""ALP: prunes the weights of a language model without training, with a sparsity for each layer.
 
-Connection sensitivity (save_gradient.py, or computed here) says how much of each layer stays; Magnitude, Wanda,
-SparseGPT or RIA say which weights. Then perplexity is measured, and the model saved.
+Connection sensitivity (from save_gradient.py, or computed here) sets the sparsity of each layer; Magnitude, Wanda,
+SparseGPT or RIA choose the weights. Then perplexity is measured and the model saved.
 
     python alp_prune.py                                                  # bundled demo model and text
     python alp_prune.py --model Enoch/llama-7b-hf --prune_method wanda_alp --sparsity_ratio 0.7 --save_log
     python alp_prune.py --model PATH --prune_method sparsegpt --sparsity_type 2:4 --save_model OUT
 
-Several methods, sparsities, models or seeds make a table, which goes on where it was stopped:
+Several methods, sparsities, models or seeds make a table; the same command resumes a stopped one:
 
     python alp_prune.py --preset demo
     python alp_prune.py --model PATH --prune_method wanda wanda_alp --sparsity_ratio 0.5 0.6 0.7 --output_dir OUT
@@ -159,7 +159,7 @@ def add_quantization_flags(group) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """All that can be checked before torch is imported, but for what each run checks. Raises `InputError`."""
+    """Checks everything that needs no torch, except what each run checks itself. Raises `InputError`."""
     for model in args.model:
         sources.check_model(model)
     if args.tasks and not args.eval_zero_shot:
@@ -202,7 +202,7 @@ def log_folder_of(args: argparse.Namespace) -> Path | None:
 
 
 def cells(args: argparse.Namespace) -> list[dict]:
-    """The settings of each run, as far as they are not the flags themselves. Raises `InputError`."""
+    """The settings of each run that are not flags as they stand. Raises `InputError`."""
     methods = list(dict.fromkeys(parse_method(name) for name in args.prune_method))
     found = [
         cell(args, model, seed, method, pattern, ratio)
@@ -254,7 +254,7 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
 
 
 def check_ratios(args: argparse.Namespace, pattern: Pattern) -> list[float]:
-    """The sparsity ratios that are asked for with a pattern: n:m has its own. Raises `InputError`."""
+    """The sparsity ratios asked for with a pattern; n:m fixes its own. Raises `InputError`."""
     ratios = args.sparsity_ratio or []
     if not pattern.is_structured:
         return list(dict.fromkeys(ratios or [0.7]))
@@ -267,7 +267,7 @@ def check_ratios(args: argparse.Namespace, pattern: Pattern) -> list[float]:
 
 
 def check_quantization(args: argparse.Namespace, method: Method, pattern: Pattern) -> Quantization | None:
-    """The quantization that the flags ask for together; None for none."""
+    """The quantization that the flags ask for, or None. Raises `InputError`."""
     asked = {
         "--gptq": args.gptq,
         "--sym": args.sym,
@@ -312,7 +312,7 @@ def main() -> None:
 
 
 def command() -> None:
-    """The script, and the console script that an installation makes of it."""
+    """Entry point of the script and of the installed console script."""
     sys.exit(run_script("alp_prune.py", main))
 
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """PP-LLMs: depth pruning of a language model in two stages, without training.
 
-Block Influence picks the layers whose FFN goes; a greedy search picks which of them lose their attention too. Then
-perplexity is measured, and a smaller model saved.
+Block Influence picks the layers that lose their FFN; a greedy search picks which of them lose their attention too. Then
+perplexity is measured and a smaller model saved.
 
     python ppllms.py                                                     # bundled demo model and text
     python ppllms.py --model_name meta-llama/Llama-2-13b-hf --num_blocks 40 --prune_rate 0.25
     python ppllms.py --model_name PATH --mha_remove_layers 10 --ffn_remove_layers 10 --save_model OUT
 
-Several methods, rates, models or seeds make a table, which goes on where it was stopped:
+Several methods, rates, models or seeds make a table; the same command resumes a stopped one:
 
     python ppllms.py --preset demo
     python ppllms.py --model_name PATH --method ppllms blockpruner beam --prune_rate 0.15 0.25 --output_dir OUT
 
-A plan that was found can be applied again, to the model or to a GGUF file of it:
+A plan from an earlier run can be applied again, to the model or to a GGUF file of it:
 
     python ppllms.py --apply_plan runs/.../result.json --save_model OUT
     python ppllms.py --apply_plan runs/.../result.json --gguf IN.gguf OUT.gguf
@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_together(args: argparse.Namespace, given: set[str]) -> None:
-    """Raises `InputError` for flags that would have no effect beside others."""
+    """Raises `InputError` for flags that have no effect together with others."""
     if args.gguf and not args.apply_plan:
         raise InputError("--gguf: needs --apply_plan, the result.json of a run on the unpruned model")
     for name in sorted(given):
@@ -135,14 +135,14 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def check_plan_stays(plan: Path, targets: dict[str, Path | None]) -> None:
-    """Raises `InputError` when the plan is, or lies in, a file or folder that would be replaced."""
+    """Raises `InputError` when the plan is in a file or folder that would be replaced."""
     for flag, target in targets.items():
         if target and target.resolve() in (plan.resolve(), *plan.resolve().parents):
             raise InputError(f"{flag} {target}: would replace the plan {plan}; name another")
 
 
 def cells(args: argparse.Namespace) -> list[dict]:
-    """The settings of each run that differ from one to the next: model by model, seed by seed."""
+    """The settings in which the runs differ, one dict a run: model by model, seed by seed."""
     return [
         {"model_name": name, "seed": seed, "method": method, "prune_rate": rate, **texts(args, name)}
         for name in dict.fromkeys(args.model_name)
@@ -153,7 +153,7 @@ def cells(args: argparse.Namespace) -> list[dict]:
 
 
 def texts(args: argparse.Namespace, model: str) -> dict:
-    """The texts of a run on a model: as given, or as is usual for it."""
+    """The texts of a run on a model: the given ones, or the defaults for that model."""
     is_demo = sources.is_demo(model)
     evaluation = args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])
     return {
@@ -163,7 +163,7 @@ def texts(args: argparse.Namespace, model: str) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    """All that can be checked before torch is imported."""
+    """Checks everything that needs no torch. Raises `InputError`."""
     for name in args.model_name:
         sources.check_model(name)
     mha, ffn = args.mha_remove_layers, args.ffn_remove_layers
@@ -196,7 +196,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
-    """Writes a GGUF file without what the plan removes, and says what that made of it."""
+    """Writes a GGUF file without what the plan removes, and prints both sizes."""
     check_plan_stays(saved.path, {"--gguf": target})
     found = gguf.apply_plan(source, target, saved.plan, overwrite)
     print(f"Plan        {saved.path}, found for {saved.model}")
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def command() -> None:
-    """The script, and the console script that an installation makes of it."""
+    """Entry point of the script and of the installed console script."""
     sys.exit(run_script("ppllms.py", main))
 
 

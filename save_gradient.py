@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""ALP, first step: the connection sensitivity of every layer, from gradients on a few short windows of text.
+"""ALP, first step: computes the connection sensitivity of every layer from gradients on a few short windows of text.
 
-What is kept is a small JSON file, which alp_prune.py finds by the model and these settings.
+Writes a small JSON file, which alp_prune.py finds by the model and these settings.
 
     python save_gradient.py                                              # bundled demo model and text
     python save_gradient.py --model Enoch/llama-7b-hf --ngrad 10
@@ -40,7 +40,7 @@ def build_parser() -> flags.Parser:
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=types.folder, help="file to write (default: gradients/MODEL-SETTINGS.json)")
     group.add_argument("--overwrite", action="store_true", help="replace that file")
-    group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    group.add_argument("--resume", action="store_true", help="continue a stopped run")
     return parser
 
 
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """All that can be checked before torch is imported."""
+    """Checks everything that needs no torch. Raises `InputError`."""
     sources.check_model(args.model)
     sources.check_text(args.gradients.dataset)
     checks.check_device(args)
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Raises `InputError` unless the file can be written, without harm to what is there."""
+    """Raises `InputError` unless the file can be written and nothing else is overwritten."""
     if args.output.suffix != ".json":
         raise InputError(f"--output {args.output}: name a file that ends in .json")
     for path in (args.output, args.output.with_suffix(".png")):  # the plot stands beside it
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def command() -> None:
-    """The script, and the console script that an installation makes of it."""
+    """Entry point of the script and of the installed console script."""
     sys.exit(run_script("save_gradient.py", main))
 
 

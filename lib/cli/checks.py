@@ -15,19 +15,24 @@ from lib.errors import InputError
 from lib.storage import results_jsonl, resume_state
 from lib.storage.atomic import RESULT, check_model_folder, check_writable
 
-NOT_ASKED = ("output_dir", "overwrite", "resume", "offload", "batch_size", "device", "device_map")  # change no result
-
-
-# Flags ----------------------------------------------------------------------------------------------------------------
+NOT_ASKED = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "offload",
+    "batch_size",
+    "device",
+    "device_map",
+)  # do not affect the result
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a device map beside other ways to place a model."""
+    """Raises `InputError` for a device map together with another way to place a model."""
     if args.device_map and args.device != "auto":
         raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
     if args.device_map and args.offload != "auto":
         raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
-    are_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # processes, which a launcher started
+    are_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # processes, started by a launcher
     if args.device_map and are_several:
         raise InputError("--device_map: several processes have a device each; leave it out")
     if ":" in args.device and are_several:
@@ -35,31 +40,28 @@ def check_device(args: argparse.Namespace) -> None:
 
 
 def default_output_dir(tool: str, model: str) -> Path:
-    """`runs/<tool>-<model>-<time>`, with a number behind it should that exist."""
+    """`runs/<tool>-<model>-<time>`, with a number appended if that exists."""
     base = Path("runs") / f"{tool}-{short_name(model)[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(name for name in names if not name.exists())
 
 
 def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
-    """True when the arguments ask for several runs, or for a table of them."""
+    """True when the arguments ask for several runs or a table."""
     return args.preset is not None or any(len(getattr(args, axis) or ()) > 1 for axis in axes)
 
 
 def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
-    """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command goes on."""
+    """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command resumes."""
     asked = {name: str(value) for name, value in vars(args).items() if name not in NOT_ASKED}
     digest = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:8]
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
-
-
 def check_output(args: argparse.Namespace, model: str) -> None:
-    """Raises `InputError` unless what a run on `model` will write can be written, without harm to what is there."""
+    """Raises `InputError` unless a run on `model` can write its files and overwrites nothing else."""
     if not is_first_process():
-        return  # the first one writes, and may have begun
+        return  # only the first process writes, and it may have begun
     output_dir = args.output_dir
     check_writable(output_dir or Path("runs"), "--output_dir")
     if args.resume and not output_dir:
@@ -75,7 +77,7 @@ def check_output(args: argparse.Namespace, model: str) -> None:
     if not args.save_model:
         return
     is_own = args.resume and resume_state.was_saving(output_dir / resume_state.FOLDER, args.save_model)
-    is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or it is refused later
+    is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or the run is refused later
     if not is_own and not is_finished:
         check_model_folder(args.save_model, args.overwrite, "--save_model")
     target, output = args.save_model.resolve(), (output_dir or Path("runs")).resolve()
@@ -86,7 +88,7 @@ def check_output(args: argparse.Namespace, model: str) -> None:
 
 
 def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
-    """Raises `InputError` for an output folder within a folder of text, which the next run would read as text."""
+    """Raises `InputError` for an output folder inside a folder of text, which the next run would read as text."""
     for text in texts:
         folder = expand(text)
         if folder.is_dir() and folder.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
@@ -94,7 +96,7 @@ def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
 
 
 def check_grid_output(args: argparse.Namespace) -> None:
-    """Raises `InputError` unless the folder of a grid can be written, and holds no other kind of result."""
+    """Raises `InputError` unless the folder of a grid can be written and holds no result of a single run."""
     check_writable(args.output_dir, "--output_dir")
     if (args.output_dir / RESULT).exists():
         raise InputError(f"--output_dir {args.output_dir}: holds the result of a single run; name another folder")
@@ -103,7 +105,7 @@ def check_grid_output(args: argparse.Namespace) -> None:
 
 
 def prefer_cache_without_network() -> None:
-    """Makes the hub libraries, imported later, use their cache at once when the hub is out of reach."""
+    """Makes the hub libraries, imported later, use their cache at once when the hub cannot be reached."""
     if "HF_HUB_OFFLINE" in os.environ or any(name.lower() == "https_proxy" for name in os.environ):
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_device_flags(group) -> None:
-    """How a model is loaded, and where it runs."""
+    """Adds the flags for how a model is loaded and where it runs."""
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
@@ -38,35 +38,35 @@ def add_device_flags(group) -> None:
         "--offload",
         choices=OFFLOADS,
         default="auto",
-        help="where layers wait that are not worked on: on the device, in host memory, on disk (default: what fits)",
+        help="where layers are kept between uses: none (on the device), cpu or disk (default: what fits)",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the pruning scripts have in common: how to run, and where to write."""
+    """Adds the flags that both pruning scripts have: how to run, and where to write."""
     group = parser.add_argument_group("running")
     group.add_argument(
-        "--seed", type=count, nargs="+", default=[0], help="one or several, of the calibration text (default: 0)"
+        "--seed", type=count, nargs="+", default=[0], help="seed of the calibration set, or several (default: 0)"
     )
     group.add_argument(
         "--seqlen", type=positive, help="tokens in a window (default: the model's context, at most 2048)"
     )
     group.add_argument(
-        "--batch_size", type=positive, help="windows at once (default: large, halved when memory runs out)"
+        "--batch_size", type=positive, help="windows in a batch (default: automatic, halved when memory runs out)"
     )
     group.add_argument(
-        "--eval_stride", type=positive, help="evaluation windows begin so many tokens apart (default: a window)"
+        "--eval_stride", type=positive, help="tokens between the starts of evaluation windows (default: a window)"
     )
     add_device_flags(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
     group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
-    group.add_argument("--resume", action="store_true", help="go on with a run that was stopped, in its --output_dir")
+    group.add_argument("--resume", action="store_true", help="continue the stopped run in --output_dir")
 
 
 def add_gradient_flags(group, ngrad: str) -> None:
-    """How ALP's gradients are taken; `ngrad` is what the number of their windows is called."""
+    """Adds the flags for how ALP's gradients are computed; `ngrad` is the flag for the number of windows."""
     group.add_argument(ngrad, type=positive, default=10, help="windows of text for the gradients (default: 10)")
     group.add_argument("--grad_seqlen", type=positive, default=64, help="tokens in such a window (default: 64)")
     group.add_argument(
@@ -78,7 +78,7 @@ def add_gradient_flags(group, ngrad: str) -> None:
 
 
 def model_source(args: argparse.Namespace, name: str) -> ModelSource:
-    """The model of that name, loaded as the device flags say."""
+    """The source of a model, loaded as the device flags say."""
     cache_dir = getattr(args, "cache_dir", None)
     return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, args.offload)
 

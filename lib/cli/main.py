@@ -1,4 +1,4 @@
-"""The frame of a script: exit statuses, and one line on stderr for what went wrong. Imports no torch."""
+"""What surrounds a script: exit statuses, and one line on stderr for an error. Imports no torch."""
 
 import os
 import sys
@@ -8,12 +8,12 @@ from lib.errors import InputError, describe_failure
 
 
 def is_first_process() -> bool:
-    """True for the process that writes, where a launcher started several."""
+    """True for the process that writes, when a launcher started several."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def run_script(program: str, main: Callable[[], None]) -> int:
-    """Runs a script's main function; its exit status: 0 done, 1 a failure, 2 a bad input, each with one line."""
+    """Runs the main function of a script; returns its exit status: 0 done, 1 failed, 2 bad input."""
     try:
         main()
         return 0

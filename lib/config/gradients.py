@@ -13,7 +13,7 @@ GRADIENT_LOSSES = ("last", "all")
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """What sensitivities depend on besides the model: text, windows, and how gradients are taken and summed."""
+    """What sensitivities depend on besides the model: text, windows, and how gradients are computed and summed."""
 
     dataset: str
     nsamples: int = 10
@@ -23,7 +23,7 @@ class GradientSettings:
     seed: int = 0
 
     def path(self, model: str, dtype: str = "auto") -> Path:
-        """Where the sensitivities of a model with these settings are kept: a file below `gradients`, named by them."""
+        """The file for the sensitivities of a model with these settings, in the folder `gradients`."""
         name = model.replace("/", "--")[:80] if is_hub_model(model) else _local_label(model)
         text = _local_label(self.dataset) if expand(self.dataset).exists() else self.dataset[:80]
         windows = f"{self.nsamples}x{self.seqlen}"
@@ -33,7 +33,7 @@ class GradientSettings:
 
 
 def _local_label(name: str) -> str:
-    """The last part of a path, and what tells it from others that end alike; `demo` as it is."""
+    """The last part of a path with a digest of the whole path; `demo` stays as it is."""
     if name == "demo" or is_demo(name):
         return "demo"
     path = str(expand(name).resolve())

@@ -18,7 +18,7 @@ from lib.errors import InputError
 
 DENSE = "dense"
 UNIFORM = "uniform"
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")  # those of ALP's table
+ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")  # the tasks of ALP's table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ ALLOCATORS = _registry(
 
 @dataclass(frozen=True)
 class Method:
-    """Which weights of a matrix go (`pruner`), and how many in each layer (`allocator`), by their names."""
+    """Which weights of a matrix are pruned (`pruner`), and how many in each layer (`allocator`), by name."""
 
     pruner: str
     allocator: str = UNIFORM

@@ -1,4 +1,4 @@
-"""What is pruned of a model's depth: which decoder layers lose their attention, which their FFN. Imports no torch."""
+"""Plans of depth pruning: which decoder layers lose their attention, which their FFN. Imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sublayers of a model are removed; a layer in both lists is gone whole.
+    """Which sublayers of a model are removed; a layer in both lists is removed whole.
 
     `mha_removed` keeps the order in which the layers were chosen.
     """
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def whole_layers(self) -> list[int]:
-        """The layers that are removed with both their sublayers, ascending."""
+        """The layers that lose both sublayers, ascending."""
         return sorted(set(self.mha_removed) & set(self.ffn_removed))
 
     @property
@@ -59,12 +59,12 @@ class SavedPlan:
     """A plan that an earlier run found and wrote to its result.json."""
 
     path: Path
-    model: str  # by its path, where it was a local folder
+    model: str  # the path, for a local folder
     plan: Plan
     parameters: int  # of that model
 
     def fits(self, parameters: int) -> bool:
-        """True for a model of about as many parameters; a fine-tuned one may have some tokens more."""
+        """True for about the same number of parameters; a fine-tuned model may have a few more tokens."""
         return abs(parameters - self.parameters) <= 0.01 * self.parameters
 
 

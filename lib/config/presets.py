@@ -2,7 +2,7 @@
 
 from lib.config.methods import ALLOCATORS, DENSE, DEPTH_METHODS, PRUNERS, ZERO_SHOT_TASKS
 
-_ALP_PAPER = {  # its settings, and gradients as the released code takes them
+_ALP_PAPER = {  # the paper's settings, with gradients as in the released code
     "seqlen": 2048,
     "nsamples": 128,
     "calibration_dataset": "c4",

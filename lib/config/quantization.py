@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are rounded: bits, symmetric or not, columns that share a scale, and in which order.
+    """How weights are rounded: bits, symmetry, columns that share a scale, and the order of columns.
 
-    `is_compensated`: GPTQ, which moves what rounding takes from a column onto the columns that follow; else to the
-    nearest. `group_size` None: one scale for a row. `static_groups`: the groups' scales are set before any rounding.
+    `is_compensated`: GPTQ, which adds the rounding error of a column to the columns after it; else round to nearest.
+    `group_size` None: one scale for a row. `static_groups`: the scales of all groups are set before any rounding.
     """
 
     bits: int

@@ -1,4 +1,4 @@
-"""What the names of models and texts mean, and checks of them that need no torch and no network."""
+"""What the names of models and texts refer to, and checks of them that need no network. Imports no torch."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and how it is loaded: `dtype`, `device`, `device_map` and `offload` are the flags of these names."""
+    """Which model, and how it is loaded; the fields are the flags of these names."""
 
     name: str
     dtype: str = "auto"
@@ -34,7 +34,7 @@ class ModelSource:
 
 
 def expand(name: str) -> Path:
-    """A name as a path, with `~` expanded; that of a user who is not known stays as it is."""
+    """A name as a path, with `~` expanded; `~user` of an unknown user stays as it is."""
     return Path(os.path.expanduser(name))
 
 
@@ -44,7 +44,7 @@ def is_demo(model: str) -> bool:
 
 
 def locate_model(name: str) -> str:
-    """What a loading library needs for a model's name: the folder of `demo`, a path without `~`, or the hub id."""
+    """What a library can load: the folder of `demo`, a path without `~`, or the hub id."""
     if is_demo(name):
         return str(DEMO_MODEL)
     path = expand(name)
@@ -68,14 +68,14 @@ def short_name(model: str) -> str:
 
 
 def stamp(name: str) -> str:
-    """A name of a model or text with what tells its versions apart: sizes and times of local files.
+    """The name of a model or text with what distinguishes its versions: sizes and times of local files.
 
     Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
     """
     path = expand(name)
     if is_demo(name) or not path.exists():
         return f"demo, Python {platform.python_version()}" if is_demo(name) else name
-    is_model = (path / "config.json").is_file()  # whose files stand side by side; below may be anything
+    is_model = (path / "config.json").is_file()  # its files are at the top; folders below may hold anything
     found = [path] if path.is_file() else path.iterdir() if is_model else path.rglob("*")
     files = sorted(file for file in found if file.is_file())
     stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -83,7 +83,7 @@ def stamp(name: str) -> str:
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:
-    """A short name for each of several models or texts; those that would be called the same keep their own."""
+    """A short name for each of several models or texts; names that would clash stay whole."""
     short = {name: short_name(name) for name in names}
     shared = Counter(short.values())
     return {name: label if shared[label] == 1 else name for name, label in short.items()}
@@ -107,11 +107,11 @@ def check_model(name: str) -> None:
 
 
 def _check_index(name: str, index: Path) -> None:
-    """Raises `InputError` for an index of weights whose names lead out of its folder, as the hub has none."""
+    """Raises `InputError` for an index of weights that names files outside its folder."""
     try:
         files = [Path(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return  # what is wrong with an index that is read is told by what reads it
+        return  # the loader reports a broken index
     for file in files:
         if file.is_absolute() or ".." in file.parts:
             raise InputError(f"model {name}: {index.name} names weights outside the folder ({file}); copy them into it")

@@ -74,9 +74,8 @@ def skip_lists(config):
     """[skipped sublayers of layer 0, of layer 1, ...], with or without transformers' support for the config key."""
     given = getattr(config, "per_layer_config", None) or {}
     if isinstance(given, dict):
-        return [
-            given.get(str(index), given.get(index, {})).get("skip", []) for index in range(config.num_hidden_layers)
-        ]
+        layers = [given.get(str(index)) or given.get(index) or {} for index in range(config.num_hidden_layers)]
+        return [layer.get("skip", []) for layer in layers]
     return [list(getattr(given[index], "skip", [])) for index in range(config.num_hidden_layers)]
 
 
