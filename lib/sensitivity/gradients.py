@@ -79,9 +79,9 @@ def connection_sensitivity(
     share = batcher.share(len(windows))
     weights = window_weights(gradient_type, len(windows))[share]
     inputs = _inputs_of_layers(decoder, windows[share], batcher)
-    found, gradient = (unfinished.load() if unfinished else None) or ([], None)
-    gradient = gradient[share] if found else _tail_gradient(inputs.pop(), loss)
-    del inputs[decoder.num_layers - len(found) :]
+    found, saved = (unfinished.load() if unfinished else None) or ([], None)
+    gradient = _tail_gradient(inputs.pop(), loss) if saved is None else saved[share]
+    del saved, inputs[decoder.num_layers - len(found) :]
     if progress:
         progress(len(found))
     for layer in reversed(range(decoder.num_layers - len(found))):
@@ -250,7 +250,8 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 
 def _to_float32(inputs: LayerInputs, layer: int) -> LayerInputs:
     """A layer's arguments with floating point tensors in fp32, at that layer's place."""
-    args, kwargs = [()] * layer, [{}] * layer
+    args: list[tuple] = [()] * layer
+    kwargs: list[dict] = [{}] * layer
     return LayerInputs([*args, _float(inputs.args[layer])], [*kwargs, _float(inputs.kwargs[layer])])
 
 

@@ -148,7 +148,9 @@ def _observe_share(activations: Activations, groups: Sequence[InputGroup], prune
     last, seqlen = groups[-1].names[0], activations.windows.shape[1]
 
     def update(name: str, inputs: torch.Tensor) -> None:
-        statistic_of[name].update(inputs.detach().reshape(-1, seqlen, inputs.shape[-1]))
+        statistic = statistic_of[name]
+        assert statistic is not None, "a pruner that needs inputs has a statistic"
+        statistic.update(inputs.detach().reshape(-1, seqlen, inputs.shape[-1]))
         if name == last:
             raise StopForward
 

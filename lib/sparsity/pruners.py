@@ -173,9 +173,9 @@ class Rounded(Pruner):
     quantization: Quantization
     damping: float = 0.01
 
-    @property
-    def needs_inputs(self) -> bool:
-        return self.quantization.is_compensated
+    def __post_init__(self) -> None:
+        # Depends on the instance here, on the class elsewhere. A frozen dataclass forbids plain assignment.
+        object.__setattr__(self, "needs_inputs", self.quantization.is_compensated)
 
     def statistic(self, in_features: int, device: torch.device) -> Hessian | None:
         return Hessian(in_features, device) if self.needs_inputs else None
@@ -183,6 +183,7 @@ class Rounded(Pruner):
     def prune(self, weights: Weights, statistic: Hessian | None, sparsity: float) -> list[torch.Tensor]:
         if not self.needs_inputs:
             return [round_to_nearest(weight, self.quantization).to(weight.dtype) for weight in weights]
+        assert statistic is not None, "GPTQ needs the Hessian of the inputs"
         rows = [len(weight) for weight in weights]
         stacked = torch.cat([weight.float() for weight in weights])
         _, order = statistic.inverse_factor(self.damping, self.quantization.by_activation)

@@ -212,7 +212,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         rows = self.state.once(name, lambda: log_tsv.rows(result, self.settings.output_dir))
         return log_tsv.append(self.settings.log, rows)
 
-    def draw(self, result: dict) -> Path | str | None:
+    def draw(self, result: dict) -> Path | str:
         settings, plot = self.settings, self.report.folder / SPARSITY
         target = settings.target_sparsity
         title = f"{settings.model_name}: {settings.method.name}, {target:g} {settings.pattern}"
@@ -222,6 +222,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         save_weights(self.decoder.model, self.workspace.tokenizer, folder, overwrite)
 
     def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
+        assert plot is not None, "`draw` always returns a path or a reason"
         sparsity_report.show_written(self.report, result, plot, self.settings.save_model, log)
 
     def describe(self) -> dict:

@@ -158,7 +158,7 @@ def obs_update(
     block = max(step, block // step * step)
     diagonal = factor.diagonal()[:, None]
     new = weight.T.contiguous()  # (in, out): columns of the weight are rows here, and contiguous
-    grid = None
+    grid: Grid | None = None
     for first, last in pairwise([*range(0, columns, block), columns]):
         inner = factor[first:last, first:last].contiguous()
         errors = torch.empty_like(new[first:last])
@@ -177,13 +177,18 @@ def obs_update(
                 continue
             for i in range(start, stop):
                 column = first + i
-                if rounding.starts_group(column):
-                    ahead = min(i + rounding.quantization.group_size, last - first)
-                    later = new[last : column + rounding.quantization.group_size]
+                if rounding.grids:
+                    grid = rounding.grid(column)
+                elif rounding.starts_group(column):
+                    size = rounding.quantization.group_size
+                    assert size is not None, "only groups start at a column"
+                    ahead = min(i + size, last - first)
+                    later = new[last : column + size]
                     grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
+                assert grid is not None, "column 0 starts the first group"
                 before = current(i, i + 1)[0]
                 kept = before.masked_fill(mask[i - start], 0.0)
-                new[column] = (rounding.grid(column) if rounding.grids else grid).round(kept[:, None])[:, 0]
+                new[column] = grid.round(kept[:, None])[:, 0]
                 errors[i] = (before - new[column]) / diagonal[column]
         new[last:] -= factor[first:last, last:].T @ errors
     return new.T.contiguous()
