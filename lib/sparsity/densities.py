@@ -51,7 +51,7 @@ def uniform_densities(layers: int, sparsity: float) -> list[float]:
 
 
 def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:
-    """Scales the layers' scores to densities that span `2 * alpha`, around the target density.
+    """Scales the layers' scores to densities that span at most `2 * alpha`, around the target density.
 
     ALP, OWL (arXiv:2310.05175, where alpha is lambda) and DLP (arXiv:2505.23807) all do this, each with its own scores.
     `sizes` are the layers' numbers of weights. If all scores are equal, the densities are uniform. The reference code

@@ -117,7 +117,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
 
 
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
-    """Makes the checks that need no weights; returns the window length in tokens. Raises `InputError`."""
+    """Runs the checks that need no weights; returns the window length in tokens. Raises `InputError`."""
     seqlen = window_length(cells[0].model, config, cells[0].seqlen)
     check_stride(cells[0].eval_stride, seqlen)
     if any(cell.uses_gradients for cell in cells):
