@@ -136,7 +136,7 @@ def _inputs_of_layers(decoder: Decoder, windows: torch.Tensor, batcher: Batcher)
 
 
 def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
-    """The gradient (N, T, D) of each window's own loss to the last hidden states, in fp32."""
+    """The gradient of each window's own loss with respect to the last hidden states, (N, T, D) in fp32."""
     decoder, predicting = last.decoder, slice(-2, -1) if loss == "last" else slice(0, -1)
 
     def of_batch(rows: slice) -> torch.Tensor:

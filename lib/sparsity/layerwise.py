@@ -48,9 +48,9 @@ def prune_layers(
     """Prunes every linear of every layer in place, layer i to `sparsities[i]`.
 
     `groups` come from `input_groups`. `windows` (N, T) are the calibration set, or None if the pruner needs no inputs.
-    Each finished layer is written to `changes`; layers already there are restored. A model whose layers are
-    read from disk needs `changes`. Multiple processes split the windows, and each layer's groups. Raises `RunError`
-    naming the layer if values are not finite.
+    Each finished layer is written to `changes`; layers already there are restored. A model whose layers are read from
+    disk needs `changes`. Multiple processes split the windows, and each layer's groups. Raises `RunError` naming the
+    layer if its inputs are not finite, or its Hessian is not positive definite.
     """
     ranks, pending = batcher.ranks, [layer for layer in range(len(groups)) if changes is None or layer not in changes]
     activations = None

@@ -57,7 +57,7 @@ def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: float = 0.001) -> torch.Tensor:
-    """Prunes the smallest scores of every row whose sum makes up a share `alpha` of the row's sum.
+    """Prunes the smallest scores of every row, as many as add up to a share `alpha` of the row's sum.
 
     This is `use_variant` of the Wanda repository. Bisection (starting at 0.4 in [0, 0.8]) finds one `alpha` for all
     rows that prunes `sparsity` of all scores. If 0.8 is not enough, it searches [0.8, 1].

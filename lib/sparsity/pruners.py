@@ -80,7 +80,7 @@ class Magnitude(Pruner):
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """Prunes the smallest |W| times norm of the input feature in every row (arXiv:2306.11695, equation 1)."""
+    """Prunes the smallest |W| times input-feature norm of every row (arXiv:2306.11695, equation 1)."""
 
     pattern: Pattern = UNSTRUCTURED
     use_variant: bool = False
@@ -97,9 +97,9 @@ class Wanda(Pruner):
 
 @dataclass(frozen=True)
 class Ria(Pruner):
-    """Prunes the smallest relative importance and activations in every row (ICLR 2024, OpenReview Tr0PEHxcM8).
+    """Prunes by relative importance and activations, RIA (ICLR 2024, OpenReview Tr0PEHxcM8).
 
-    The score is (|W| / column sum + |W| / row sum) * norm^power.
+    The smallest (|W| / column sum + |W| / row sum) * norm^power of every row are pruned.
     """
 
     pattern: Pattern = UNSTRUCTURED

@@ -104,7 +104,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         return scores, densities
 
     def summaries(self, summary: Summary) -> list[float]:
-        """A summary of each dense layer's Wanda scores, computed once per allocator, its settings and seed."""
+        """A summary of each layer's Wanda scores in the dense model, computed once per allocator, `owl_m` and seed."""
         workspace, allocator = self.workspace, self.settings.method.allocator
         known = (allocator, self.settings.owl_m, self.settings.seed)
         if known not in workspace.scores:
