@@ -1,4 +1,4 @@
-"""The file that keeps a model's connection sensitivities: small, JSON, and bound to the weights it was made from."""
+"""The artefact: a small JSON file of a model's connection sensitivities, bound to the weights they come from."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage.atomic import write_json
 
 _FORMAT = "connection-sensitivity/1"
-_SAMPLED = 1024  # elements of each matrix in a fingerprint
+_SAMPLED = 1024  # elements of each matrix that a fingerprint covers
 _ADVICE = "make it again with save_gradient.py --overwrite, or delete it"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """The sensitivities of a model's layers, and what they were made from."""
+    """The sensitivities of a model's layers, and what they were computed from."""
 
     model: str
     fingerprint: str
@@ -36,7 +36,7 @@ class Artifact:
 
 @torch.no_grad()
 def fingerprint(decoder: Decoder) -> str:
-    """A digest of the shapes, dtypes and values of all parameters: of vectors whole, of matrices elements all over."""
+    """A digest of all parameters' shapes, dtypes and values: all of a vector, evenly spaced elements of a matrix."""
     digest = hashlib.sha256(decoder.family.encode())
     layer_of = {module: index for index, layer in enumerate(decoder.layers) for module in layer.modules()}
     places = [(path, module, name) for path, module in decoder.model.named_modules() for name in module._parameters]
@@ -68,13 +68,13 @@ def digest_of(windows: torch.Tensor) -> str:
 
 
 def write(path: Path, artefact: Artifact) -> None:
-    """Writes the file, whole or not at all; makes its folder."""
+    """Writes the file atomically; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": _FORMAT, **asdict(artefact)})
 
 
 def read(path: Path) -> Artifact:
-    """Reads the file. Raises `InputError` for one that is not there, broken, or no artefact."""
+    """Reads the file. Raises `InputError` if it is missing, broken, or not an artefact."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -96,7 +96,7 @@ def read(path: Path) -> Artifact:
 
 
 def layer_of_json(layer: dict) -> LayerSensitivity:
-    """A layer's sensitivity from what `asdict` made of it. Raises `ValueError` and the like for anything else."""
+    """The inverse of `asdict`. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for invalid input."""
     linears = {name: _spread(values) for name, values in layer["linears"].items()}
     return LayerSensitivity(_spread(layer["layer"]), linears)
 
@@ -109,7 +109,7 @@ def _spread(values: dict) -> Spread:
 
 
 def check_settings(artefact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
-    """Raises `InputError` unless the artefact was made with these settings, on these windows of tokens."""
+    """Raises `InputError` unless the artefact was computed with these settings, on these windows (N, T)."""
     for name, value in asdict(settings).items():
         if name != "dataset" and (found := getattr(artefact.settings, name)) != value:
             raise InputError(f"gradients {path}: made with {name} {found}, not {value}; make another")
@@ -120,7 +120,7 @@ def check_settings(artefact: Artifact, path: Path, settings: GradientSettings, w
 
 
 def check_model(artefact: Artifact, path: Path, model: str, decoder: Decoder) -> None:
-    """Raises `InputError` unless the artefact was made from these very weights."""
+    """Raises `InputError` unless the artefact was computed from exactly these weights."""
     linears = find_linears(decoder)
     sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
     found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artefact.layers]

@@ -1,4 +1,4 @@
-"""Sensitivities of a model: computed, resumed, found in a file."""
+"""A model's sensitivities: computed, resumed, or read from a file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -25,18 +25,18 @@ from lib.storage.resume_state import State
 
 
 def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Tensor:
-    """The windows (nsamples, seqlen) of a corpus on which gradients are computed."""
+    """Samples the windows (nsamples, seqlen) on which gradients are computed."""
     return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
 
 
 def state_folder(path: Path) -> Path:
-    """The resume state of an artefact, beside it while it is computed."""
+    """The folder of an artefact's resume state, next to it; exists while it is being computed."""
     return path.with_suffix(".state")
 
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """The sensitivities of a model on some windows (N, T), and the file that is to keep them."""
+    """A model's sensitivities on some windows (N, T), and the file to write them to."""
 
     decoder: Decoder
     source: ModelSource
@@ -47,12 +47,12 @@ class Sensitivities:
 
     @cached_property
     def key(self) -> dict:
-        """All that they depend on; a resume state is bound to it."""
+        """Everything the sensitivities depend on; a resume state is bound to it."""
         model, text = artifact.fingerprint(self.decoder), artifact.digest_of(self.windows)
         return {"model": model, "text": text, **asdict(self.settings)}
 
     def compute(self, report: Report, state: State) -> Artifact:
-        """Computes and writes them; continues from the resume state."""
+        """Computes and writes the sensitivities; continues from the resume state."""
         decoder, settings, unfinished = self.decoder, self.settings, _Unfinished(state, self.ranks)
         with report.progress(decoder.num_layers, "gradients") as progress:
             layers = connection_sensitivity(
@@ -68,7 +68,7 @@ class Sensitivities:
 
 
 class _Unfinished:
-    """The last finished layer: one file with the gradient below it and all sensitivities so far."""
+    """The progress so far, in one file: the gradient below the last finished layer, and all sensitivities."""
 
     def __init__(self, state: State, ranks: Ranks):
         self._path, self._ranks = state.folder / "gradient.safetensors", ranks
@@ -91,7 +91,7 @@ class _Unfinished:
 
 
 def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artifact | None:
-    """The artefact in a file; None when there is none and none is required. Raises `InputError` for a broken file."""
+    """Reads an artefact; None if its file is missing and not required. Raises `InputError` like `artifact.read`."""
     if not must_exist and not ranks.agree(path.exists):
         return None
     return artifact.read(path)

@@ -1,10 +1,10 @@
-"""Connection sensitivity of every weight of the decoder's linears, layer by layer, and its spread in each layer.
+"""Connection sensitivity of every weight in the decoder's linears, layer by layer, and its spread in each layer.
 
-As in ALP, "Adaptive Layerwise Pruning in Large Language Models": the gradient of the loss for each of a few short
-windows, squared and summed. The gradients of the whole model are never held: one pass keeps the input of each layer;
-then, from the last layer down, a layer is run again, back-propagated, its sensitivities are reduced to a few numbers
-and dropped. Memory beyond the weights is one layer's accumulators (and its fp32 weights where the model's are not fp32)
-and the layers' inputs, whatever the number of layers.
+As in "ALP: Adaptive Layerwise Pruning in Large Language Models", a weight's sensitivity is the gradient of the loss on
+each of a few short windows, squared and summed. The gradients of the whole model are never in memory at once. A forward
+pass keeps the input of each layer. Then, from the last layer down, each layer is run again and back-propagated, and its
+sensitivities are reduced to a few numbers. Besides the weights, memory holds all layers' inputs and, whatever the
+number of layers, one layer's accumulators (and its fp32 weights if the model is not in fp32).
 """
 
 import math
@@ -32,7 +32,7 @@ _ON = Mode()
 
 @dataclass(frozen=True)
 class Spread:
-    """How sensitivities G are spread: their number, mean, unbiased standard deviation, and sum of |G - mean| / std."""
+    """Statistics of sensitivities G: their count, mean, unbiased standard deviation, and sum of |G - mean| / std."""
 
     count: int
     mean: float
@@ -42,20 +42,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """The spread of all sensitivities of a layer, and of each of its linears by itself."""
+    """The spread of all sensitivities of a layer, and of those of each linear."""
 
     layer: Spread
     linears: dict[str, Spread]
 
 
 class Unfinished(Protocol):
-    """Where the work on the layers above one is kept, so that a run that was killed goes on below them."""
+    """Storage for the layers finished so far, so that a killed run can resume below them."""
 
     def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
-        """What was saved last: sensitivities from the last layer down, and the gradient (N, T, D) below them."""
+        """The last save: sensitivities from the last layer down, and the gradient (N, T, D) below them."""
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
-        """Keeps what is found in place of what was saved before."""
+        """Replaces the previous save."""
 
 
 def connection_sensitivity(
@@ -67,21 +67,21 @@ def connection_sensitivity(
     ranks: Ranks = ALONE,
     unfinished: Unfinished | None = None,
 ) -> list[LayerSensitivity]:
-    """The sensitivities of every layer over windows (N, T) of token ids.
+    """Computes the sensitivities of every layer over windows (N, T) of token ids.
 
-    `loss`: the cross-entropy of a window's `last` token, or the mean over `all` but the first. `gradient_type`: `l2`
-    sums the squares of the windows' gradients, `l1` their sizes; `l2_hundred_total` adds the square of 100 times the
-    last window's to `l2`, as the released code does. Several processes share the windows. Raises `RunError` naming the
-    layer when they are not finite.
+    `loss` is the cross-entropy of a window's `last` token, or the mean over `all` but the first. `gradient_type` `l2`
+    sums the squares of the windows' gradients, `l1` their absolute values; `l2_hundred_total` adds to `l2` the square
+    of 100 times the last window's gradient, as the released code does. Multiple processes split the windows. Raises
+    `RunError` naming the layer if the gradients are not finite.
     """
     linears = find_linears(decoder)
     batcher = Batcher(max(1, _TOKENS_AT_ONCE // windows.shape[1]), ranks)
     share = batcher.share(len(windows))
     weights = window_weights(gradient_type, len(windows))[share]
     inputs = _inputs_of_layers(decoder, windows[share], batcher)
-    found, gradient = (unfinished.load() if unfinished else None) or ([], None)
-    gradient = gradient[share] if found else _tail_gradient(inputs.pop(), loss)
-    del inputs[decoder.num_layers - len(found) :]
+    found, saved = (unfinished.load() if unfinished else None) or ([], None)
+    gradient = _tail_gradient(inputs.pop(), loss) if saved is None else saved[share]
+    del saved, inputs[decoder.num_layers - len(found) :]
     if progress:
         progress(len(found))
     for layer in reversed(range(decoder.num_layers - len(found))):
@@ -103,13 +103,13 @@ def connection_sensitivity(
 
 
 def summarize(sensitivities: dict[str, torch.Tensor]) -> LayerSensitivity:
-    """The spreads of a layer's sensitivities {linear: (out, in)}, with sums in fp64."""
+    """Computes the spreads of a layer's sensitivities {linear: (out, in)}, with sums in fp64."""
     linears = {name: spread([values]) for name, values in sensitivities.items()}
     return LayerSensitivity(spread(list(sensitivities.values())), linears)
 
 
 def spread(parts: Sequence[torch.Tensor]) -> Spread:
-    """The spread of all the elements of some tensors taken together. Redundancy 0 when they are all equal."""
+    """Computes the spread of all elements of some matrices together. If all are equal, redundancy is 0."""
     count = sum(part.numel() for part in parts)
     mean = sum(part.sum(dtype=torch.float64).item() for part in parts) / count
     deviations, squares = 0.0, 0.0
@@ -122,12 +122,12 @@ def spread(parts: Sequence[torch.Tensor]) -> Spread:
     return Spread(count, mean, std, deviations / std if std else 0.0)
 
 
-# One pass up, one pass down -------------------------------------------------------------------------------------------
+# Forward and backward pass --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _inputs_of_layers(decoder: Decoder, windows: torch.Tensor, batcher: Batcher) -> list[Activations]:
-    """The windows before every layer and, last, after the last."""
+    """The windows' activations before every layer, and after the last one."""
     walk, found = Activations(decoder, windows, batcher), []
     for _ in range(decoder.num_layers):
         found.append(walk.fork())
@@ -136,7 +136,7 @@ def _inputs_of_layers(decoder: Decoder, windows: torch.Tensor, batcher: Batcher)
 
 
 def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
-    """d loss / d last hidden states (N, T, D) in fp32, of each window's own loss."""
+    """The gradient of each window's own loss with respect to the last hidden states, (N, T, D) in fp32."""
     decoder, predicting = last.decoder, slice(-2, -1) if loss == "last" else slice(0, -1)
 
     def of_batch(rows: slice) -> torch.Tensor:
@@ -162,9 +162,9 @@ def _one_layer(
     gradient_type: str,
     weights: Sequence[float],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """G of a layer's linears over some windows, and the gradient (N, T, D) below the layer for that above it.
+    """Computes the sensitivities of a layer's linears, and the gradient (N, T, D) below the layer from that above it.
 
-    `weights` says how much each window's squared gradient counts.
+    `weights` has one factor per window, for its squared gradient.
     """
     decoder, layer = below.decoder, below.layer
     totals = {
@@ -192,10 +192,10 @@ def _backward(
     gradient: torch.Tensor,
     linears: dict[str, nn.Linear],
 ) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """Takes the gradient of a layer's output (B, T, D) to that of its input, in fp32.
+    """Back-propagates the gradient of a layer's output (B, T, D) to its input, in fp32.
 
-    Also gives (linear, its input (B, T, in), the gradient of its output (B, T, out)), whose product is a window's
-    gradient of the weight: autograd itself makes none, and so no sum over windows.
+    Also returns (linear, its input (B, T, in), the gradient of its output (B, T, out)) of each linear. Their product is
+    the weight's gradient for each window; autograd would only give the sum over windows.
     """
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     hooks = [
@@ -220,7 +220,7 @@ def _backward(
 
 
 def window_weights(gradient_type: str, count: int) -> list[float]:
-    """What the squared gradient of each window counts: 1, and for the last of all perhaps more."""
+    """The factor of each window's squared gradient: 1, except for the last with `l2_hundred_total`."""
     last = 1 + 100**2 if gradient_type == "l2_hundred_total" else 1
     return [1.0] * (count - 1) + [float(last)]
 
@@ -249,8 +249,9 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 
 
 def _to_float32(inputs: LayerInputs, layer: int) -> LayerInputs:
-    """A layer's arguments with floating point tensors in fp32, at that layer's place."""
-    args, kwargs = [()] * layer, [{}] * layer
+    """One layer's arguments, at its index, with floating-point tensors converted to fp32."""
+    args: list[tuple] = [()] * layer
+    kwargs: list[dict] = [{}] * layer
     return LayerInputs([*args, _float(inputs.args[layer])], [*kwargs, _float(inputs.kwargs[layer])])
 
 
@@ -263,6 +264,6 @@ def _float(value):
 
 
 def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
-    """ALP's importance of each layer: 1 - its share of the redundancy of all layers."""
+    """ALP's importance of each layer: 1 - its share of the total redundancy."""
     total = sum(sensitivity.layer.redundancy for sensitivity in sensitivities)
     return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]

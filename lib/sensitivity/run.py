@@ -1,4 +1,4 @@
-"""The run of `save_gradient.py`: compute the sensitivities of a model and write them to a file."""
+"""The run of `save_gradient.py`: compute a model's sensitivities and write them to a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from lib.storage.resume_state import State, discard, read
 
 @dataclass(frozen=True)
 class SaveGradient:
-    """The settings of a run of `save_gradient.py`."""
+    """The settings of a `save_gradient.py` run."""
 
     source: ModelSource
     gradients: GradientSettings
@@ -38,7 +38,7 @@ class SaveGradient:
 
     @property
     def plot(self) -> Path:
-        """The plot, beside the artefact."""
+        """The plot's path, next to the artefact."""
         return self.output.with_suffix(".png")
 
 
@@ -61,7 +61,7 @@ def run(settings: SaveGradient) -> Artifact:
     folder = state_folder(settings.output)
     if settings.resume and (before := finished(settings, windows, decoder, ranks)):
         report.print(f"Finished before: {settings.output}")
-        if ranks.is_first:  # may remain, or be missing, after a kill at the very end
+        if ranks.is_first:  # may be left over, and the plot missing, after a kill at the very end
             discard(folder)
             if not settings.plot.exists():
                 draw(settings, before)
@@ -80,10 +80,10 @@ def run(settings: SaveGradient) -> Artifact:
 
 
 def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artifact | None:
-    """The artefact of an earlier run of these settings; None when there is none.
+    """The artefact of an earlier run with these settings; None if there is none.
 
-    Raises `InputError` for an artefact of other settings, text or another model, unless it will be overwritten: by
-    `overwrite`, or by a resumed run.
+    Raises `InputError` if the artefact has other settings, text or model, unless this run will overwrite it, because of
+    `overwrite` or because it resumes.
     """
     if not ranks.agree(settings.output.exists):
         return None
@@ -99,7 +99,7 @@ def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ra
 
 
 def show_written(report: Report, settings: SaveGradient, found: Artifact, peak_bytes: int) -> None:
-    """Draws the plot, and prints what was written."""
+    """Draws the plot and prints what was written."""
     report.print()
     seconds = report.seconds.get("gradients", 0.0)
     report.print(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
@@ -115,7 +115,7 @@ def draw(settings: SaveGradient, found: Artifact) -> bool:
 
 
 def check_config(source: ModelSource, config, settings: GradientSettings) -> None:
-    """Checks all that needs no weights. Raises `InputError`."""
+    """Runs the checks that need no weights. Raises `InputError`."""
     window_length(source.name, config, settings.seqlen, "--grad_seqlen")
     outline = load_outline(config, source.trust_remote_code)
     if outline is not None:

@@ -1,4 +1,4 @@
-"""Weight pruning: pruners, layer-wise densities, the loop over layers, quantization, the run of `alp_prune.py`.
+"""Weight pruning: pruners, layer-wise allocation, the loop over layers, quantization, the run of `alp_prune.py`.
 
 May import `config`, `data`, `engine`, `evaluation`, `export`, `models`, `reporting`, `runs`, `runtime`,
 `sensitivity`, `storage` and `errors`.

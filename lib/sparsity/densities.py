@@ -1,4 +1,4 @@
-"""Layer-wise allocation: a score for each layer by the allocators, and densities whose mean is the target."""
+"""Layer-wise allocation: allocators score the layers; the scores become densities whose mean is the target."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,11 +12,11 @@ from lib.sparsity.outlier_scores import Summary, median, median_share, outlier_s
 SMALLEST_DENSITY = 0.01
 
 
-# Allocators: a score for each layer, higher keeps more ----------------------------------------------------------------
+# Allocators: one score per layer; a higher score keeps more weights ---------------------------------------------------
 
 
 class LayerStatistics(Protocol):
-    """What an allocator may ask of a run; computed when asked for."""
+    """What an allocator can get from a run; computed on demand."""
 
     settings: SparsityPruning
 
@@ -24,21 +24,21 @@ class LayerStatistics(Protocol):
         """The connection sensitivity of every layer."""
 
     def summaries(self, summary: Summary) -> list[float]:
-        """A summary of Wanda's scores of every layer."""
+        """A summary of the Wanda scores of every layer."""
 
 
 def alp(statistics: LayerStatistics) -> list[float]:
-    """ALP: 1 - the layer's share of the redundancy of all sensitivities."""
+    """ALP: 1 - the layer's share of the total redundancy."""
     return importance(statistics.sensitivities())
 
 
 def owl(statistics: LayerStatistics) -> list[float]:
-    """OWL (arXiv:2310.05175): the share of scores above `owl_m` times the layer's mean."""
+    """OWL (arXiv:2310.05175): the fraction of a layer's scores above `owl_m` times their mean."""
     return statistics.summaries(outlier_share(statistics.settings.owl_m))
 
 
 def dlp(statistics: LayerStatistics) -> list[float]:
-    """DLP (arXiv:2505.23807): 1 - the layer's share of the medians of all layers."""
+    """DLP (arXiv:2505.23807): 1 - the layer's share of the sum of all medians."""
     return median_share(statistics.summaries(median))
 
 
@@ -51,11 +51,12 @@ def uniform_densities(layers: int, sparsity: float) -> list[float]:
 
 
 def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:
-    """Densities from the layers' importance, `2 alpha` apart at most, about the target density.
+    """Scales the layers' scores to densities that span at most `2 * alpha`, around the target density.
 
-    As ALP, OWL (arXiv:2310.05175, there lambda) and DLP (arXiv:2505.23807) do, each with an importance of its own.
-    `sizes` are the layers' numbers of weights. The reference clips only a sparsity below 0, to 0.01, so its mean can
-    miss the target and a sparsity exceed 1; see `fit_to_target`. All scores equal: uniform.
+    ALP, OWL (arXiv:2310.05175, where alpha is lambda) and DLP (arXiv:2505.23807) all do this, each with its own scores.
+    `sizes` are the layers' numbers of weights. If all scores are equal, the densities are uniform. The reference code
+    clips only sparsities below 0, to 0.01, so its mean can miss the target and a sparsity can exceed 1; `fit_to_target`
+    avoids both.
     """
     least, most = min(scores), max(scores)
     if most == least:
@@ -64,10 +65,10 @@ def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: fl
 
 
 def fit_to_target(densities: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
-    """Shifts all densities alike, and clips them, so that their mean over all weights is `target`, in (0, 1].
+    """Shifts all densities by one amount and clips them, so that their mean over all weights is `target`, in (0, 1].
 
-    Clipped to [0.01, 1] (from the target, where that is lower): what the clip takes from some layers goes to the
-    others in equal measure. The shift is found by bisection, to the last bits of fp64.
+    The range is [0.01, 1], or [target, 1] for a target below 0.01. The shift makes up for what is clipped. Bisection
+    finds it to the last bits of fp64.
     """
     values = torch.tensor(densities, dtype=torch.float64)
     share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)

@@ -1,7 +1,7 @@
-"""The loop that prunes a model layer by layer: observe a layer's inputs, prune its linears, advance the windows.
+"""The loop that prunes a model layer by layer: observe a layer's inputs, prune its linears, advance the activations.
 
-The only place where a pruner and the sparsities of layers meet. A layer's statistics are collected before it is pruned,
-from inputs that the pruned layers before it produced.
+The only place where pruners and per-layer sparsities meet. A layer's statistics are collected before it is pruned, from
+inputs that the pruned layers before it produced.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ Timed = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Monitor:
-    """What a run sees of the loop: `print` gets remarks of the pruner, `progress` finished layers.
+    """Callbacks of the loop: `print` gets the pruner's remarks, `progress` the number of layers just finished.
 
-    `timed` names the parts of the work: `observe` (the pass that collects statistics), `select` (the pruner) and
+    `timed` gets the name of the part it times: `observe` (the pass that collects statistics), `select` (the pruner) or
     `advance` (the pass with the new weights).
     """
 
@@ -47,10 +47,10 @@ def prune_layers(
 ) -> None:
     """Prunes every linear of every layer in place, layer i to `sparsities[i]`.
 
-    `groups` are those of `input_groups`; `windows` (N, T) are the calibration set, None for a pruner that needs no
-    inputs. Each finished layer is written to `changes`; layers that are already there are taken from it. A model whose
-    layers are read from disk needs `changes`. Several processes share the windows, and the groups of a layer. Raises
-    `RunError` that names the layer when its numbers are not finite.
+    `groups` come from `input_groups`. `windows` (N, T) are the calibration set, or None if the pruner needs no inputs.
+    Each finished layer is written to `changes`; layers already there are restored. A model whose layers are read from
+    disk needs `changes`. Multiple processes split the windows, and each layer's groups. Raises `RunError` naming the
+    layer if its inputs are not finite, or its Hessian is not positive definite.
     """
     ranks, pending = batcher.ranks, [layer for layer in range(len(groups)) if changes is None or layer not in changes]
     activations = None
@@ -74,18 +74,18 @@ def prune_layers(
                         (changes.write if ranks.is_first else changes.add)(layer, differences)
                 for remark in remarks:
                     monitor.print(remark)
-            elif changes is not None and not decoder.is_on_disk:  # on disk, a layer is read with its changes
+            elif changes is not None and not decoder.is_on_disk:  # from disk, a layer is read with its changes
                 _restore_layer(layer, layer_groups, changes)
             decoder.keep(layer)
             if activations and layer < pending[-1]:
                 with monitor.timed("advance"):
                     activations.advance()
         monitor.progress(1)
-    ranks.wait()  # until everything that was written can be read
+    ranks.wait()  # until the first process has written everything
 
 
 def _restore_layer(layer: int, groups: Sequence[InputGroup], changes: Changes) -> None:
-    """Gives a layer the weights that an earlier sitting computed."""
+    """Restores a layer's weights as an earlier, interrupted run computed them."""
     for group in groups:
         for name, linear in zip(group.names, group.linears, strict=True):
             linear.weight.copy_(changes.apply(layer, f"{name}.weight", linear.weight))
@@ -102,8 +102,8 @@ def _prune_layer(
 ) -> tuple[dict[str, Difference], list[str]]:
     """Prunes one layer's linears in place, each group in one of the processes.
 
-    Returns how each weight changed (empty unless `keep`), and the pruner's remarks. Removes `statistics` from their
-    list as it goes, so that each is freed after its use.
+    Returns how each weight changed (empty unless `keep`) and the pruner's remarks. Pops each of the `statistics` so
+    that it is freed after use.
     """
     differences: dict[str, Difference] = {}
     remarks: list[str] = []
@@ -126,9 +126,9 @@ def _prune_layer(
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
-    """The input statistics of the current layer's groups, over the windows of all processes.
+    """Collects the input statistics of the current layer's groups, over the windows of all processes.
 
-    Collected in one pass, which starts over with smaller batches when memory runs out.
+    Takes one pass, which starts over with smaller batches if memory runs out.
     """
     batcher, windows = activations.batcher, torch.tensor(len(activations.windows))
     statistics = batcher.whole(lambda: _observe_share(activations, groups, pruner), len(activations.windows))
@@ -139,16 +139,18 @@ def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Prun
 
 
 def _observe_share(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
-    """The statistics over the windows of this process.
+    """Collects the statistics over this process's windows.
 
-    Leaves the layer's forward before its last group runs, since nothing after that is observed.
+    Stops the layer's forward before its last group runs, since nothing after that is observed.
     """
     statistics = [pruner.statistic(group.in_features, group.device) for group in groups]
     statistic_of = {group.names[0]: statistic for group, statistic in zip(groups, statistics, strict=True)}
     last, seqlen = groups[-1].names[0], activations.windows.shape[1]
 
     def update(name: str, inputs: torch.Tensor) -> None:
-        statistic_of[name].update(inputs.detach().reshape(-1, seqlen, inputs.shape[-1]))
+        statistic = statistic_of[name]
+        assert statistic is not None, "a pruner that needs inputs has a statistic"
+        statistic.update(inputs.detach().reshape(-1, seqlen, inputs.shape[-1]))
         if name == last:
             raise StopForward
 
@@ -166,7 +168,7 @@ def prune_group(group: InputGroup, statistic, pruner: Pruner, sparsity: float) -
 
 
 def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:
-    """(zeros, weights) of the linears of every layer."""
+    """Counts (zeros, weights) in the linears of every layer."""
     counts = []
     for index, layer in enumerate(groups):
         with decoder.at(index):

@@ -1,19 +1,19 @@
-"""Scores -> masks of the weights that go: True is pruned. Scores are (out, in), lower goes first."""
+"""Masks from scores (out, in): True marks a weight to prune; the lowest scores are pruned first."""
 
 import numpy as np
 import torch
 
 
 def whole(count: float) -> int:
-    """A count cut to a whole number; what rounding took from one, as of 1 - (1 - 0.2), is no reason to lose it."""
+    """Truncates a count to an integer, but tolerates a rounding error such as that of 1 - (1 - 0.2)."""
     return int(count + 1e-6)
 
 
 def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Prunes all scores up to the one at place `int(count * sparsity)` in ascending order, ties included.
+    """Prunes all scores up to the one at index `int(count * sparsity)` in ascending order, including ties.
 
-    As in the magnitude pruning of the Wanda repository and in SparseGPT, that score itself goes too. Nothing is pruned
-    when the place is 0, so that no sparsity means none.
+    The score at the index is pruned too, as in SparseGPT and in the Wanda repository's magnitude pruning. Index 0
+    prunes nothing, so that sparsity 0 keeps every weight.
     """
     place = whole(scores.numel() * sparsity)
     if place == 0:
@@ -22,7 +22,7 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Prunes the `int(in * sparsity)` smallest scores of every row; of equal scores, those of lower index."""
+    """Prunes the `int(in * sparsity)` smallest scores of every row; among ties, those of lower index."""
     count = whole(scores.shape[1] * sparsity)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -35,16 +35,16 @@ def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _in_order(scores: torch.Tensor, place: int) -> torch.Tensor:
-    """The score (..., 1) at a place, from 0, in the ascending order of each row (..., n)."""
-    if scores.device.type == "cpu":  # NumPy's selection is four to fourteen times as fast as kthvalue and topk
+    """The score (..., 1) at index `place` of each row (..., n) in ascending order."""
+    if scores.device.type == "cpu":  # NumPy's partition is 4 to 14 times as fast as kthvalue and topk
         return torch.from_numpy(np.partition(scores.numpy(), place)[..., place : place + 1])
-    if scores.dim() == 1:  # an accelerator's kthvalue works on one row with a single block
+    if scores.dim() == 1:  # on an accelerator, kthvalue uses a single block per row
         return scores.sort().values[place : place + 1]
     return scores.kthvalue(place + 1, dim=-1, keepdim=True).values
 
 
 def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Prunes the n smallest scores of every m neighbours in a row; of equal scores, those of lower index.
+    """Prunes the n smallest of every m consecutive scores in a row; among ties, those of lower index.
 
     Raises `ValueError` unless m divides the number of columns.
     """
@@ -57,10 +57,10 @@ def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: float = 0.001) -> torch.Tensor:
-    """Prunes of every row the smallest scores that together make up a share `alpha` of the row's sum.
+    """Prunes the smallest scores of every row, as many as add up to a share `alpha` of the row's sum.
 
-    The share, one for all rows, is found by bisection (from 0.4 in [0, 0.8]) so that `sparsity` of all scores goes: the
-    `use_variant` of the Wanda repository. Where 0.8 is not enough, the bisection goes on in [0.8, 1].
+    This is `use_variant` of the Wanda repository. Bisection (starting at 0.4 in [0, 0.8]) finds one `alpha` for all
+    rows that prunes `sparsity` of all scores. If 0.8 is not enough, it searches [0.8, 1].
     """
     if sparsity == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

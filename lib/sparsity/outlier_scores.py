@@ -1,4 +1,4 @@
-"""One number per layer from its weights and their inputs: what OWL and DLP allocate sparsity by."""
+"""One number per layer, from its weights and their inputs, by which OWL and DLP allocate sparsity."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,13 +20,13 @@ def outlier_share(multiple: float) -> Summary:
 
 
 def median_share(medians: Sequence[float]) -> list[float]:
-    """DLP's importance of each layer (arXiv:2505.23807): 1 - its share of the layers' medians."""
+    """DLP's importance of each layer (arXiv:2505.23807): 1 - its share of the sum of medians."""
     total = sum(medians)
     return [1 - (median / total if total else 0.0) for median in medians]
 
 
 def median(scores: torch.Tensor) -> float:
-    """The median of all scores of a layer; of an even number, the lower of the two in the middle."""
+    """The median of a layer's scores; for an even count, the lower of the two middle ones."""
     return scores.median().item()
 
 
@@ -39,9 +39,9 @@ def layer_scores(
     summary: Summary,
     progress: Progress | None = None,
 ) -> list[float]:
-    """The summary of each layer's scores |W| times input norm, Wanda's, those of all its linears in one vector.
+    """Summarizes each layer's Wanda scores (|W| times input norm), those of all its linears in one vector.
 
-    The model stays dense; `windows` (N, T) are the calibration tokens. Raises `RunError` for what is not finite.
+    The model stays dense; `windows` (N, T) are the calibration set. Raises `RunError` if an input is not finite.
     """
     share = batcher.share(len(windows))
     activations, scores, wanda = Activations(decoder, windows[share], batcher, first=share.start), [], Wanda()

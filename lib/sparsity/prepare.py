@@ -1,4 +1,4 @@
-"""The workspace of the runs of `alp_prune.py` on one model: loaded and checked before any work starts."""
+"""The workspace of `alp_prune.py` runs on one model: loaded and checked before any work starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,31 +38,31 @@ class Texts:
 
 @dataclass(kw_only=True)
 class SparsityWorkspace(Workspace):
-    """What runs on one model share, with what one of them found that the others reuse."""
+    """What the runs on one model share, including results that later runs reuse."""
 
     groups: list[list[InputGroup]]
     calibration: dict[int, torch.Tensor]  # windows (N, T), by seed
     gradient_windows: dict[GradientSettings, torch.Tensor]  # (N, T)
-    gradients: dict[GradientSettings, artifact.Artifact]  # those that are known
-    weights: list[torch.Tensor]  # dense copies of all linears; empty when no run starts from them again
+    gradients: dict[GradientSettings, artifact.Artifact]  # those loaded or computed so far
+    weights: list[torch.Tensor]  # dense copies, one per linear; empty unless a run restores them
     zero_shot: ZeroShot | None
-    scores: dict[tuple, list[float]] = field(default_factory=dict)  # summaries of OWL and DLP, by their settings
+    scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
 
     @property
     def linears(self) -> list[nn.Linear]:
         return [linear for layer in self.groups for group in layer for linear in group.linears]
 
     def restore(self) -> None:
-        """Gives the linears their dense weights back."""
+        """Restores the dense weights of the linears."""
         follow(self.decoder.layers, [])
         for linear, weight in zip(self.linears, self.weights, strict=False):
             linear.weight.data.copy_(weight)
 
 
 def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> SparsityWorkspace:
-    """Loads and checks everything for runs on one model, which differ in method, sparsity and seed only.
+    """Loads and checks everything for runs on one model that differ only in method, sparsity and seed.
 
-    Raises `InputError`, where it can before the weights are read.
+    Raises `InputError`, before the weights are read if possible.
     """
     settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
     found = {
@@ -117,7 +117,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
 
 
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
-    """Checks what can be before the weights are read; returns the window length in tokens. Raises `InputError`."""
+    """Runs the checks that need no weights; returns the window length in tokens. Raises `InputError`."""
     seqlen = window_length(cells[0].model, config, cells[0].seqlen)
     check_stride(cells[0].eval_stride, seqlen)
     if any(cell.uses_gradients for cell in cells):
@@ -131,7 +131,7 @@ def check_config(cells: Sequence[SparsityPruning], config) -> int:
 
 
 def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
-    """The linears of a model, when all can be pruned and rounded as asked for. Raises `InputError`."""
+    """Returns the linears of every layer. Raises `InputError` unless all can be pruned and quantized as requested."""
     linears = find_linears(decoder)
     if settings.pattern.is_structured and settings.method.pruning.prunes:
         check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
@@ -143,7 +143,7 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
 
 
 def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
-    """All the text of the runs, tokenized; only what one of them needs is read."""
+    """Reads and tokenizes the text that the runs need."""
     settings, calibration, gradients = cells[0], {}, {}
     if any(cell.needs_text for cell in cells):
         corpus = load_corpus(settings.calibration_dataset, "train")

@@ -1,7 +1,7 @@
-"""Which weights of a matrix go: magnitude, Wanda, RIA, SparseGPT; and the rounding of what is left.
+"""Which weights of a matrix are pruned: magnitude, Wanda, RIA, SparseGPT; and quantization of the remaining weights.
 
-A pruner works on the weights that share one input, each (out, in): `statistic` makes what it has to know about the
-input, once for all of them, and `prune` gives the new weights. Nothing here knows of layers or models.
+A pruner works on the weights (out, in) that share one input. `statistic` collects what it needs to know about the
+input, once for all of them; `prune` returns the new weights. Nothing here knows about layers or models.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,26 @@ Weights = Sequence[torch.Tensor]
 
 
 class InputNorms:
-    """Norms of an input's features over calibration windows: sqrt(mean over windows of sum over tokens of x^2)."""
+    """Norms of an input's features over the calibration set: sqrt(mean over windows of sum over tokens of x^2)."""
 
     def __init__(self, in_features: int, device: torch.device):
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._windows = 0
 
     def update(self, inputs: torch.Tensor) -> None:
-        """Adds the inputs (B, T, in) of B windows; the sums do not depend on how windows are cut into batches."""
+        """Adds the inputs (B, T, in) of B windows; the sums do not depend on the batch size."""
         for window in inputs:
             self._squares += window.float().square().sum(dim=0)
         self._windows += len(inputs)
 
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
-        """Takes over what other processes saw of all `windows`; `add` replaces a tensor by the sum over processes."""
+        """Merges all processes' sums, over `windows` in total; `add` replaces a tensor by its sum over processes."""
         add(self._squares)
         self._windows = windows
 
     @property
     def norms(self) -> torch.Tensor:
-        """(in,), fp32. Raises `RunError` when they are not finite."""
+        """(in,), fp32. Raises `RunError` if they are not finite."""
         norms = (self._squares / self._windows).sqrt().float()
         if not norms.isfinite().all():
             raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
@@ -47,29 +47,29 @@ class InputNorms:
 
 
 class Pruner:
-    """What all pruners have; this one leaves every weight as it is."""
+    """The base class of pruners; leaves every weight unchanged."""
 
     needs_inputs = False
 
     def statistic(self, in_features: int, device: torch.device) -> InputNorms | Hessian | None:
-        """What is collected about the input that several weights share; None when that is nothing."""
+        """An empty statistic of the input that several weights share; None if the pruner needs no inputs."""
         return None
 
     def prune(self, weights: Weights, statistic, sparsity: float) -> list[torch.Tensor]:
-        """The pruned weights, for weights (out, in) that share the input of `statistic`."""
+        """Returns the pruned weights; `weights` (out, in) share the input that `statistic` describes."""
         return list(weights)
 
     def remark(self, statistic) -> str | None:
-        """What the user should know about what `prune` did."""
+        """A message to the user about what `prune` did, if there is anything to tell."""
         return None
 
 
-# By score -------------------------------------------------------------------------------------------------------------
+# Score-based pruners --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Magnitude(Pruner):
-    """|W|, the smallest of the whole matrix."""
+    """Prunes the smallest |W| of the whole matrix."""
 
     pattern: Pattern = UNSTRUCTURED
 
@@ -80,7 +80,7 @@ class Magnitude(Pruner):
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """|W| times the norm of the input feature, the smallest of every row (arXiv:2306.11695, equation 1)."""
+    """Prunes the smallest |W| times input-feature norm of every row (arXiv:2306.11695, equation 1)."""
 
     pattern: Pattern = UNSTRUCTURED
     use_variant: bool = False
@@ -97,9 +97,9 @@ class Wanda(Pruner):
 
 @dataclass(frozen=True)
 class Ria(Pruner):
-    """Relative importance and activations: (|W| / column sum + |W| / row sum) * norm^a (ICLR 2024, Tr0PEHxcM8).
+    """Prunes by relative importance and activations, RIA (ICLR 2024, OpenReview Tr0PEHxcM8).
 
-    The smallest of every row go.
+    The smallest (|W| / column sum + |W| / row sum) * norm^power of every row are pruned.
     """
 
     pattern: Pattern = UNSTRUCTURED
@@ -116,28 +116,28 @@ class Ria(Pruner):
 
 
 def relative_importance(weight: torch.Tensor) -> torch.Tensor:
-    """|W| / sum of its column + |W| / sum of its row, for (out, in); 0 where such a sum is 0."""
+    """|W| / sum of its column + |W| / sum of its row, for (out, in); a term whose sum is 0 counts as 0."""
     size = weight.abs().float()
     tiny = torch.finfo(torch.float32).tiny
     return size / size.sum(dim=0).clamp(min=tiny) + size / size.sum(dim=1, keepdim=True).clamp(min=tiny)
 
 
 def selection(pattern: Pattern, unstructured: Callable) -> Callable[[torch.Tensor, float], torch.Tensor]:
-    """(scores (out, in), sparsity) -> mask: n:m has the sparsity in its pattern."""
+    """The function (scores (out, in), sparsity) -> mask; an n:m pattern fixes the sparsity itself."""
     if not pattern.is_structured:
         return unstructured
     return lambda scores, sparsity: smallest_of_groups(scores, pattern.n, pattern.m)
 
 
-# By reconstruction ----------------------------------------------------------------------------------------------------
+# Reconstruction-based pruners -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SparseGpt(Pruner):
-    """SparseGPT: prunes columns one after the other, and lets the weights that stay make up for what went.
+    """SparseGPT: prunes column by column and updates the remaining weights to compensate for those removed.
 
-    Weights that share an input are one stacked matrix in the pass, each with a threshold of its own. `quantization`
-    rounds them in the same pass.
+    Weights that share an input are stacked into one matrix, but each keeps its own threshold. With `quantization`, the
+    same pass also rounds them.
     """
 
     pattern: Pattern = UNSTRUCTURED
@@ -168,14 +168,14 @@ class SparseGpt(Pruner):
 
 @dataclass(frozen=True)
 class Rounded(Pruner):
-    """Quantizes weights and keeps their zeros: by GPTQ where `quantization` compensates, else to the nearest."""
+    """Quantizes weights and keeps their zeros: with GPTQ if `quantization` compensates, else by rounding to nearest."""
 
     quantization: Quantization
     damping: float = 0.01
 
-    @property
-    def needs_inputs(self) -> bool:
-        return self.quantization.is_compensated
+    def __post_init__(self) -> None:
+        # Depends on the instance here, on the class elsewhere. A frozen dataclass forbids plain assignment.
+        object.__setattr__(self, "needs_inputs", self.quantization.is_compensated)
 
     def statistic(self, in_features: int, device: torch.device) -> Hessian | None:
         return Hessian(in_features, device) if self.needs_inputs else None
@@ -183,6 +183,7 @@ class Rounded(Pruner):
     def prune(self, weights: Weights, statistic: Hessian | None, sparsity: float) -> list[torch.Tensor]:
         if not self.needs_inputs:
             return [round_to_nearest(weight, self.quantization).to(weight.dtype) for weight in weights]
+        assert statistic is not None, "GPTQ needs the Hessian of the inputs"
         rows = [len(weight) for weight in weights]
         stacked = torch.cat([weight.float() for weight in weights])
         _, order = statistic.inverse_factor(self.damping, self.quantization.by_activation)
@@ -199,7 +200,7 @@ class Rounded(Pruner):
 
 
 def describe_damping(hessian: Hessian | None, damping: float) -> str | None:
-    """A remark when more damping was needed than asked for."""
+    """The remark for a Hessian that needed more damping than requested."""
     if hessian is None or hessian.damping in (None, damping):
         return None
     return f"the Hessian was not positive definite; damped by {hessian.damping:g} in place of {damping:g}"
@@ -213,7 +214,7 @@ def compensated(
     damping: float,
     quantization: Quantization | None,
 ) -> torch.Tensor:
-    """`obs_update` of a weight (out, in) fp32, in the order of columns that the quantization asks for."""
+    """Runs `obs_update` on a weight (out, in) in fp32, in the column order that the quantization requires."""
     by_activation = quantization is not None and quantization.by_activation
     factor, order = hessian.inverse_factor(damping, by_activation)
     rounding = Rounding.prepare(weight, quantization, order) if quantization else None

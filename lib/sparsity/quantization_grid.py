@@ -1,4 +1,4 @@
-"""Uniform grids for weights, as in GPTQ (arXiv:2210.17323): a scale and a zero point for a row, or a row's group."""
+"""Uniform quantization grids as in GPTQ (arXiv:2210.17323): a scale and zero point per row, or per group in a row."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from lib.config.quantization import Quantization
 
 @dataclass(frozen=True)
 class Grid:
-    """The values `scale * (level - zero)` for whole levels 0..max_level; zero is among them for every row."""
+    """The values `scale * (level - zero)` for integer levels 0..max_level; 0 is on the grid of every row."""
 
     scale: torch.Tensor  # (rows, 1)
-    zero: torch.Tensor  # (rows, 1), whole numbers
+    zero: torch.Tensor  # (rows, 1), integral
     max_level: int
 
     @classmethod
     def of(cls, weight: torch.Tensor, quantization: Quantization) -> "Grid":
-        """The grid that spans each row of a weight (rows, columns): min to max, or symmetric about zero."""
+        """The grid that spans each row of a weight (rows, columns): from min to max, or symmetric about zero."""
         max_level = 2**quantization.bits - 1
         least = weight.amin(dim=1, keepdim=True).clamp(max=0)
         most = weight.amax(dim=1, keepdim=True).clamp(min=0)
@@ -34,13 +34,13 @@ class Grid:
         return cls(scale, zero, max_level)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest value of the grid for every element of (rows, columns); exact zeros stay zero."""
+        """Rounds (rows, columns) to the nearest grid values; exact zeros stay zero."""
         levels = ((weight / self.scale).round() + self.zero).clamp(0, self.max_level)
         return self.scale * (levels - self.zero)
 
 
 def round_to_nearest(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
-    """A weight (out, in) on its grids, in fp32: one for each row, or for each group of columns of a row."""
+    """Rounds a weight (out, in) to nearest, in fp32, on one grid per row or per group of columns in a row."""
     size = quantization.group_size or weight.shape[1]
     groups = weight.float().split(size, dim=1)
     return torch.cat([Grid.of(group, quantization).round(group) for group in groups], dim=1)

@@ -1,4 +1,4 @@
-"""The console lines of a run of `alp_prune.py`."""
+"""The console output of an `alp_prune.py` run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from lib.sensitivity import compute
 
 
 def show_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
-    """The model, which has `weights` weights in its linears, and what will be done with it."""
+    """Prints the model, with `weights` weights in its linears, and what will be done to it."""
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
     report.print(f"Model       {settings.model} ({name})")
     report.print(

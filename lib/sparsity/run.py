@@ -1,4 +1,4 @@
-"""The run of `alp_prune.py`: measure, allocate a sparsity to each layer, prune, measure again, save."""
+"""The run of `alp_prune.py`: evaluate, allocate a sparsity to each layer, prune, evaluate again, save."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -55,7 +55,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         sparsity_report.show_model(self.report, self.settings, self.decoder, weights, self.workspace.seqlen)
 
     def prune(self) -> dict:
-        """Prunes the model in place, and measures it before and after."""
+        """Prunes the model in place; evaluates it before and after."""
         settings, workspace = self.settings, self.workspace
         for part in ("allocate", "prune", "evaluate", "save"):
             self.report.seconds.setdefault(part, 0.0)
@@ -86,13 +86,13 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         return result
 
     def measure(self, stage: str) -> dict[str, Perplexity]:
-        """Perplexity of the model as it is, on every evaluation text."""
+        """Perplexity of the current model on every evaluation text."""
         return {text: self.perplexity(stage, text) for text in self.workspace.eval_windows}
 
     # Allocation
 
     def allocate(self) -> tuple[list[float] | None, list[float]]:
-        """The score (None where all layers are treated alike) and the density of every layer."""
+        """The scores of all layers (None for a uniform allocation), and their densities."""
         settings, allocator = self.settings, self.settings.method.allocation
         if allocator is None or not settings.is_allocated:
             return None, uniform_densities(self.decoder.num_layers, settings.target_sparsity)
@@ -104,7 +104,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         return scores, densities
 
     def summaries(self, summary: Summary) -> list[float]:
-        """A summary of Wanda's scores of every layer of the dense model, computed once for an allocator and seed."""
+        """A summary of each layer's Wanda scores in the dense model, computed once per allocator, `owl_m` and seed."""
         workspace, allocator = self.workspace, self.settings.method.allocator
         known = (allocator, self.settings.owl_m, self.settings.seed)
         if known not in workspace.scores:
@@ -117,22 +117,22 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         return workspace.scores[known]
 
     def sensitivities(self) -> list[LayerSensitivity]:
-        """Connection sensitivities, from the file that keeps them, or computed and written to it."""
+        """Connection sensitivities, read from their file, or computed and written to it."""
         settings, asked, known = self.settings, self.settings.gradients, self.workspace.gradients
         path, report = settings.gradient_path, self.report
         folder = state_folder(path)
         if asked in known:
             report.print(f"            found in {path}")
             if report.is_first and settings.gradient_file is None:
-                with suppress(InputError):  # another run computes them
-                    discard(folder)  # remains when a run is killed as it writes them
+                with suppress(InputError):  # another run is computing them
+                    discard(folder)  # left behind if a run was killed while writing them
             return known[asked].layers
         report.print(f"            not in {path} yet: computing, and keeping them there")
         ranks, windows = self.workspace.batcher.ranks, self.workspace.gradient_windows[asked]
         wanted = Sensitivities(self.decoder, settings.source, asked, windows, path, ranks)
         if settings.resume or settings.overwrite:
             state = State(folder, wanted.key, ranks, settings.resume)
-        else:  # an unfinished state of any run is continued, as a finished file is used
+        else:  # continue any run's unfinished state, just as any run's finished file is used
             state = State.of_cell(folder, wanted.key, ranks)
         with state.session({}):
             known[asked] = wanted.compute(report, state)
@@ -141,7 +141,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
     # Pruning
 
     def stages(self) -> Iterator[tuple[str, Pruner]]:
-        """(name of the model that comes out, what makes it): `pruned`, then `quantized`, as far as asked for."""
+        """Yields (name of the resulting model, its pruner): `pruned`, then `quantized`, if requested."""
         settings = self.settings
         if settings.method.pruning.prunes:
             yield "pruned", make_pruner(settings)
@@ -151,7 +151,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             yield "quantized", quantizer
 
     def prune_stage(self, stage: str, pruner: Pruner, densities: Sequence[float]) -> dict[str, float]:
-        """Runs one pruner over the model; returns the seconds of its parts."""
+        """Runs one pruner over the model; returns the seconds that each part took."""
         parts: dict[str, float] = {}
         workspace, folder = self.workspace, self.state.folder
         changes = Changes(folder / stage)
@@ -173,20 +173,20 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
     # 2:4 kernels and tasks
 
     def sparse_kernels(self) -> AbstractContextManager:
-        """Inside, the pruned model runs in torch's 2:4 kernels if that was asked for."""
+        """Inside, the pruned model runs in torch's 2:4 kernels, if requested."""
         if not self.settings.semi_structured:
             return nullcontext()
         return semi_structured.compressed(self.workspace.linears)
 
     def compare_speed(self) -> dict[str, float]:
-        """Tokens a second through the layers on one batch of evaluation windows, dense and in the 2:4 kernels."""
+        """Tokens per second through the layers on one batch of evaluation windows, dense and in the 2:4 kernels."""
         input_ids = next(iter(self.workspace.eval_windows.values()))[: self.workspace.batcher.size]
         dense = semi_structured.tokens_per_second(self.decoder, input_ids)
         with self.sparse_kernels():
             return {"dense": dense, "semi_structured": semi_structured.tokens_per_second(self.decoder, input_ids)}
 
     def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:
-        """Adds the speed in 2:4 kernels and the accuracy on tasks, as far as they are asked for."""
+        """Adds the speed in 2:4 kernels and the zero-shot accuracy, if requested."""
         workspace = self.workspace
         if self.settings.semi_structured:
             result["tokens_per_second"] = self.compare_speed()
@@ -204,7 +204,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
     def append_log(self, result: dict) -> Path | None:
         """Appends a result to the log once, however often the run is resumed.
 
-        Once more when the tasks failed the first time and are evaluated now.
+        Appends it again if the tasks failed the first time and are evaluated now.
         """
         if not self.settings.log:
             return None
@@ -212,7 +212,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         rows = self.state.once(name, lambda: log_tsv.rows(result, self.settings.output_dir))
         return log_tsv.append(self.settings.log, rows)
 
-    def draw(self, result: dict) -> Path | str | None:
+    def draw(self, result: dict) -> Path | str:
         settings, plot = self.settings, self.report.folder / SPARSITY
         target = settings.target_sparsity
         title = f"{settings.model_name}: {settings.method.name}, {target:g} {settings.pattern}"
@@ -222,6 +222,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         save_weights(self.decoder.model, self.workspace.tokenizer, folder, overwrite)
 
     def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
+        assert plot is not None, "`draw` always returns a path or a reason"
         sparsity_report.show_written(self.report, result, plot, self.settings.save_model, log)
 
     def describe(self) -> dict:
@@ -260,5 +261,5 @@ def count_weights(groups: Sequence[Sequence[InputGroup]]) -> list[int]:
 
 
 def share(counts: Sequence[tuple[int, int]]) -> float:
-    """The share of zeros among the weights of some layers, each (zeros, weights)."""
+    """The fraction of zeros among the weights of some layers, given as (zeros, weights) of each."""
     return sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts)

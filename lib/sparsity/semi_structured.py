@@ -1,4 +1,4 @@
-"""2:4 sparse weights in torch's semi-structured kernels, which on GPUs that have them skip half of the products."""
+"""2:4 sparse weights in torch's semi-structured kernels, which skip half of the products on GPUs that support it."""
 
 import statistics
 import time
@@ -16,11 +16,11 @@ from lib.models.decoder import Decoder
 
 _CAPABILITY = (8, 0)  # Ampere
 _DTYPES = (torch.float16, torch.bfloat16)
-_ROWS, _COLUMNS = 32, 64  # multiples that every backend takes
+_ROWS, _COLUMNS = 32, 64  # multiples that every backend supports
 
 
 def check_device(device: torch.device) -> None:
-    """Raises `InputError` unless the device has 2:4 kernels, which are tried on a small matrix."""
+    """Raises `InputError` unless the device runs 2:4 kernels; tries them on a small matrix."""
     found = str(device)
     if device.type == "cuda" and torch.version.cuda:
         capability = torch.cuda.get_device_capability(device)
@@ -47,7 +47,7 @@ def _try_kernels(device: torch.device) -> None:
 
 
 def check_linears(linears: Sequence[dict[str, nn.Linear]], has_dtype: bool = True) -> None:
-    """Raises `InputError` unless every linear is of a shape that the kernels take, and of a dtype if that is known."""
+    """Raises `InputError` unless the kernels support every linear's shape and, if known, its dtype."""
     for index, layer in enumerate(linears):
         for name, linear in layer.items():
             rows, columns = linear.weight.shape
@@ -61,7 +61,7 @@ def check_linears(linears: Sequence[dict[str, nn.Linear]], has_dtype: bool = Tru
 
 @contextmanager
 def compressed(linears: Sequence[nn.Linear]) -> Iterator[None]:
-    """Inside, the linears, 2:4 sparse already, run in the kernels; their dense weights wait in host memory."""
+    """Inside, the linears, already 2:4 sparse, run in the kernels; host memory holds their dense weights."""
     dense = []
     try:
         for linear in linears:
@@ -74,7 +74,7 @@ def compressed(linears: Sequence[nn.Linear]) -> Iterator[None]:
 
 
 def tokens_per_second(decoder: Decoder, input_ids: torch.Tensor, runs: int = 5) -> float:
-    """How many tokens of ids (B, T) go through all layers in a second: the median of some runs after one to warm up."""
+    """Tokens per second of ids (B, T) through all layers: the median of `runs` runs after a warm-up run."""
     plan, seconds = Plan(decoder.num_layers), []
     for _ in range(runs + 1):
         start = time.perf_counter()

@@ -12,26 +12,26 @@ from lib.errors import RunError
 from lib.sparsity.quantization_grid import Grid
 
 BLOCK = 128  # columns
-_AT_ONCE = 16  # columns whose losses the columns after them take over one by one, and all others together
+_AT_ONCE = 16  # columns updated one by one; the columns after them are then updated together
 _LARGEST_DAMPING = 1.0
-_PARTS = 4  # of the Hessian's rows, each multiplied as far as the diagonal: 10 of 16 blocks
+_PARTS = 4  # row blocks of the Hessian, each computed only up to the diagonal: 10 of 16 blocks
 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Hessian:
-    """H = (2/n) sum over windows of X^T X (in, in), in fp32, for the n windows seen, X (T, in)."""
+    """H = (2/n) * sum of X^T X over the n windows seen, (in, in) in fp32; X is (T, in)."""
 
     def __init__(self, in_features: int, device: torch.device):
-        # Of the sum over windows of X^T X what is right of the diagonal blocks is only filled in by `total`.
+        # The sum of X^T X over windows. Only `total` fills in what is to the right of the diagonal blocks.
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._edges = [in_features * part // _PARTS for part in range(_PARTS + 1)]
         self.windows = 0
-        self.damping: float | None = None  # what the factor took, as a share of the mean diagonal
+        self.damping: float | None = None  # used by the last factorization, relative to the mean diagonal
         self._factors: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def update(self, inputs: torch.Tensor) -> None:
-        """Adds the inputs (B, T, in) of B windows; one at a time, so that the sum does not depend on the batch."""
+        """Adds the inputs (B, T, in) of B windows, one by one so that the sum does not depend on the batch size."""
         self._factors.clear()
         for window in inputs:
             window = window if _sums_in_float32(window) else window.float()
@@ -40,29 +40,30 @@ class Hessian:
         self.windows += len(inputs)
 
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
-        """Takes over what other processes saw of all `windows`; `add` replaces a tensor by the sum over processes."""
+        """Merges all processes' sums, over `windows` in total; `add` replaces a tensor by its sum over processes."""
         self._factors.clear()
         add(self._sum)
         self.windows = windows
 
     @property
     def total(self) -> torch.Tensor:
-        """The sum over windows of X^T X, (in, in)."""
+        """The sum of X^T X over windows, (in, in)."""
         for first, last in pairwise(self._edges):
             self._sum[:first, first:last] = self._sum[first:last, :first].T
         return self._sum
 
     @property
     def diagonal(self) -> torch.Tensor:
-        """(in,)"""
+        """The diagonal of H, (in,)."""
         return self._sum.diagonal() * (2 / self.windows)
 
     def inverse_factor(self, damping: float, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The upper triangular R (in, in) with R^T R = (H + damping * mean(diag H) * I)^-1, and the columns' order.
+        """The upper triangular R (in, in) with R^T R = (H + damping * mean(diag H) * I)^-1, and the column order.
 
-        Inputs that were always zero count as if of unit size. The order is None, or, `by_activation`, that of falling
-        diagonal. Where the matrix is not positive definite, ten times the damping is tried, up to the mean diagonal
-        itself. Made once, for all weights that share the inputs. Raises `RunError` when H is not finite.
+        The order is None, or that of descending diagonal if `by_activation`. A zero on the diagonal (an input that was
+        always zero) is replaced by 1. If the matrix is not positive definite, the damping is multiplied by 10 until it
+        is, up to a damping of 1. Cached for all weights that share the inputs. Raises `RunError` if H is not finite, or
+        not positive definite even with damping 1.
         """
         if by_activation not in self._factors:
             order = self.diagonal.argsort(descending=True, stable=True) if by_activation else None
@@ -72,7 +73,7 @@ class Hessian:
     def _factorize(self, damping: float, order: torch.Tensor | None) -> torch.Tensor:
         if not self.diagonal.isfinite().all():
             raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
-        # With J the reversal of rows: J H J = L L^T gives H^-1 = R^T R for R = J L^-1 J, which is upper triangular.
+        # Let J reverse the rows. J H J = L L^T gives H^-1 = R^T R, where R = J L^-1 J is upper triangular.
         reverse = torch.arange(len(self._sum) - 1, -1, -1, device=self._sum.device)
         places = reverse if order is None else order[reverse]
         hessian = self.total[places[:, None], places].mul_(2 / self.windows)
@@ -88,21 +89,21 @@ class Hessian:
                 raise RunError(f"the Hessian is not positive definite, even with damping {damping:g}; see --percdamp")
             damping = min(max(damping, 1e-3) * 10, _LARGEST_DAMPING)
         self.damping = damping
-        del hessian  # of wide layers each of these is large
-        inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT  # by columns: solved in place
+        del hessian  # of wide layers each of these matrices is large
+        inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT  # column-major: solved in place
         torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
         del lower
         return inverse.flip(0, 1)
 
 
 def _sums_in_float32(window: torch.Tensor) -> bool:
-    """True where products of such numbers can be summed in fp32 as they are, without a copy in fp32."""
+    """True if products in this dtype can be accumulated in fp32 without an fp32 copy of the inputs."""
     is_half = window.dtype in (torch.float16, torch.bfloat16)
-    return not is_half or window.is_cuda and "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
+    return not is_half or window.is_cuda and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (m, n) += left^T right, for (T, m) and (T, n), with products and sums in fp32."""
+    """total (m, n) += left^T right, for (T, m) and (T, n), multiplied and accumulated in fp32."""
     if left.dtype == torch.float32:
         total.addmm_(left.T, right)
     else:
@@ -111,15 +112,15 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 @dataclass(frozen=True)
 class Rounding:
-    """Quantization inside the pass: grids of the whole weight, or made when the pass reaches a group of columns."""
+    """Quantization inside the pass; grids are computed beforehand, or when the pass reaches a group of columns."""
 
     quantization: Quantization
-    grids: tuple[Grid, ...]  # for the columns' groups in their own order; one for a whole row; () made on the way
+    grids: tuple[Grid, ...]  # one per group of original columns, or one for whole rows; () if computed during the pass
     group_of: tuple[int, ...] | None  # the group of each column, in the order of the pass
 
     @classmethod
     def prepare(cls, weight: torch.Tensor, quantization: Quantization, order: torch.Tensor | None) -> "Rounding":
-        """For a weight (out, in) whose columns are in their own order, and the order of the pass."""
+        """For a weight (out, in) with its original column order; `order` is that of the pass."""
         size = quantization.group_size
         if size is None:
             return cls(quantization, (Grid.of(weight, quantization),), None)
@@ -130,12 +131,12 @@ class Rounding:
         return cls(quantization, grids, tuple(column // size for column in columns))
 
     def starts_group(self, column: int) -> bool:
-        """True when a grid must be made at this column of the pass."""
+        """True if a new grid must be computed at this column of the pass."""
         size = self.quantization.group_size
         return not self.grids and size is not None and column % size == 0
 
     def grid(self, column: int) -> Grid:
-        """The grid of a column of the pass, where it was made beforehand."""
+        """The grid of a column of the pass, if it was computed beforehand."""
         return self.grids[0 if self.group_of is None else self.group_of[column]]
 
 
@@ -147,24 +148,24 @@ def obs_update(
     rounding: Rounding | None = None,
     block: int = BLOCK,
 ) -> torch.Tensor:
-    """Prunes, and rounds, a weight column by column; what a column loses, the columns that follow make up for.
+    """Prunes and optionally quantizes a weight column by column; later columns compensate for each column's error.
 
-    `weight` (out, in) fp32, its columns in the order of `factor` (in, in), the upper R of `Hessian.inverse_factor`.
-    Every `step` columns (default: a block) `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, step) of the
-    weights as they are by then, and returns the mask of those that go. Returns the new weight.
+    `weight` (out, in) is fp32, with columns in the order of `factor` (in, in), the R of `Hessian.inverse_factor`. Every
+    `step` columns (default: a block), `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, step) of the
+    updated weights and returns the mask of those to prune. Returns the new weight.
     """
     columns = weight.shape[1]
     step = step or block
     block = max(step, block // step * step)
     diagonal = factor.diagonal()[:, None]
-    new = weight.T.contiguous()  # (in, out): columns of the weight are rows here, and contiguous
-    grid = None
+    new = weight.T.contiguous()  # (in, out), so that each column of the weight is contiguous
+    grid: Grid | None = None
     for first, last in pairwise([*range(0, columns, block), columns]):
         inner = factor[first:last, first:last].contiguous()
         errors = torch.empty_like(new[first:last])
 
         def current(start: int, stop: int, inner=inner, errors=errors, first=first) -> torch.Tensor:
-            """The weights of columns `start` to `stop` of the block after what the columns before them lost."""
+            """Columns `start` to `stop` of the block, updated for the errors of the columns before them."""
             return new[first + start : first + stop] - inner[:start, start:stop].T @ errors[:start]
 
         for start, stop in pairwise([*range(0, last - first, step), last - first]):
@@ -177,23 +178,28 @@ def obs_update(
                 continue
             for i in range(start, stop):
                 column = first + i
-                if rounding.starts_group(column):
-                    ahead = min(i + rounding.quantization.group_size, last - first)
-                    later = new[last : column + rounding.quantization.group_size]
+                if rounding.grids:
+                    grid = rounding.grid(column)
+                elif rounding.starts_group(column):
+                    size = rounding.quantization.group_size
+                    assert size is not None, "only groups start at a column"
+                    ahead = min(i + size, last - first)
+                    later = new[last : column + size]
                     grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
+                assert grid is not None, "column 0 starts the first group"
                 before = current(i, i + 1)[0]
                 kept = before.masked_fill(mask[i - start], 0.0)
-                new[column] = (rounding.grid(column) if rounding.grids else grid).round(kept[:, None])[:, 0]
+                new[column] = grid.round(kept[:, None])[:, 0]
                 errors[i] = (before - new[column]) / diagonal[column]
         new[last:] -= factor[first:last, last:].T @ errors
     return new.T.contiguous()
 
 
 def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
-    """Zeroes, in place, the masked weights of some columns, one column after the other, and moves those that follow.
+    """Zeroes the masked weights of k columns in place, one column at a time, and updates the columns that follow.
 
-    `now` (k, out) has a row for each column, `triangle` (k, k) is their part of the factor, `mask` (k, out) says what
-    goes. `errors` (k, out) is written: what each weight lost, over the diagonal.
+    `now` (k, out) has one row per column, `triangle` (k, k) is the factor's part for these columns, and `mask` (k, out)
+    marks the weights to zero. Writes to `errors` (k, out) what each weight lost, divided by the factor's diagonal.
     """
     if now.is_cuda and (kernel := _kernel(now.device)):
         return kernel(now, triangle, mask, errors)
@@ -208,12 +214,12 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
 
 @cache
 def _kernel(device: torch.device) -> Callable | None:
-    """`zero_columns` in one launch, where that works: it takes Triton, a C compiler, and a device that it knows."""
+    """`zero_columns` in one launch; None without Triton, a C compiler, or a device that Triton supports."""
     try:
         from lib.sparsity import sparsegpt_triton
 
         now, errors = (torch.ones(2, 1, device=device) for _ in range(2))
         sparsegpt_triton.zero_columns(now, torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device), now > 0, errors)
         return sparsegpt_triton.zero_columns if [*now, *errors] == [0, 0, 1, 0.25] else None
-    except Exception:  # whatever Triton and its tools raise; all of it can be done without
+    except Exception:  # Triton and its tools can raise anything, and the kernel is optional
         return None

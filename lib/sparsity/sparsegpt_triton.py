@@ -1,14 +1,14 @@
-"""The inner loop of SparseGPT as one kernel of an accelerator. Needs Triton, which comes with PyTorch for CUDA."""
+"""The inner loop of SparseGPT as one accelerator kernel. Needs Triton, which comes with PyTorch for CUDA."""
 
 import torch
 import triton
 import triton.language as tl
 
-_OUTS = 16  # of one program, with 4 warps: for 128 columns 128 registers a thread, and nothing spilled, on sm_90
+_OUTS = 16  # per program of 4 warps; on sm_90, 128 columns take 128 registers per thread without spilling
 
 
 def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
-    """As `lib.sparsity.sparsegpt.zero_columns`, in one launch: (k, out), (k, k), (k, out), (k, out)."""
+    """`lib.sparsity.sparsegpt.zero_columns` in one launch; shapes (k, out), (k, k), (k, out), (k, out)."""
     columns, outs = now.shape
     assert now.stride(1) == triangle.stride(1) == errors.stride(1) == 1
     with torch.cuda.device_of(now):
@@ -44,7 +44,7 @@ def _zero_columns(
     COLUMNS: tl.constexpr,
     OUTS: tl.constexpr,
 ):
-    """Some rows of the weight, all columns of the block: they stay in registers from the first column to the last."""
+    """Handles `OUTS` rows of the weight over all columns of the block; they stay in registers throughout."""
     out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     places = tl.arange(0, COLUMNS)
     is_out, is_inside = out < outs, (places < columns)[:, None] & (out < outs)[None, :]

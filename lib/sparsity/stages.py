@@ -1,4 +1,4 @@
-"""The pruner and the quantizer that a run's settings ask for."""
+"""The pruner and the quantizer that a run's settings select."""
 
 from lib.config.methods import ALLOCATORS, PRUNERS
 from lib.config.sparsity import SparsityPruning
@@ -15,7 +15,10 @@ def make_pruner(settings: SparsityPruning) -> Pruner:
 
 
 def make_quantizer(settings: SparsityPruning) -> Pruner | None:
-    """What quantizes: SparseGPT prunes and rounds in one pass from the dense weights; others round what was pruned."""
+    """The quantizer; None without quantization.
+
+    SparseGPT prunes and rounds the dense weights in one pass. Other quantizers round the pruned weights.
+    """
     if not settings.quantization:
         return None
     if settings.rounds_while_pruning:
@@ -23,7 +26,7 @@ def make_quantizer(settings: SparsityPruning) -> Pruner | None:
     return Rounded(settings.quantization, settings.percdamp)
 
 
-# A registered method without an implementation, or with the wrong needs, fails here and not in the middle of a run.
+# Fail at import, not in the middle of a run, if a registered method lacks its implementation or states wrong needs.
 for _pruner in PRUNERS.values():
     if _pruner.load().needs_inputs != _pruner.needs_inputs:
         raise TypeError(f"pruner {_pruner.name}: its entry and {_pruner.implementation} disagree on needs_inputs")
