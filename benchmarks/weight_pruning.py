@@ -32,7 +32,7 @@ from lib.models.loading import load_tokenizer
 from lib.reporting.console import timed
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
-from lib.sparsity.layerwise import prune_layers
+from lib.sparsity.layerwise import Monitor, prune_layers
 from lib.sparsity.pruners import Pruner, SparseGpt, Wanda
 
 PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
@@ -57,7 +57,9 @@ class Engine:
         def run() -> None:
             decoder, batcher = Decoder(self._model), Batcher(self.batch_size)
             groups, sparsities = input_groups(decoder), [sparsity] * decoder.num_layers
-            prune_layers(decoder, groups, pruner, sparsities, self._windows, batcher, timed=partial(timed, parts))
+            prune_layers(
+                decoder, groups, pruner, sparsities, self._windows, batcher, Monitor(timed=partial(timed, parts))
+            )
 
         return measure(run)
 

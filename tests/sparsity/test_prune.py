@@ -17,7 +17,7 @@ from lib.models.decoder import Decoder
 from lib.models.linears import input_groups
 from lib.models.loading import load_model
 from lib.runtime.batching import Batcher
-from lib.sparsity.layerwise import count_zeros, prune_layers
+from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
 from lib.sparsity.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
@@ -228,7 +228,7 @@ def test_numbers_that_are_not_finite_name_the_layer():
 def test_what_a_pruner_remarks_is_said_with_its_place(monkeypatch):
     said = []
     monkeypatch.setattr(SparseGpt, "remark", lambda self, statistic: "look here")
-    pruned(tiny_model("Llama"), SparseGpt(), say=said.append)
+    pruned(tiny_model("Llama"), SparseGpt(), monitor=Monitor(print=said.append))
     assert said[:2] == [
         "layer 0 self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: look here",
         "layer 0 self_attn.o_proj: look here",
