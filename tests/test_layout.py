@@ -44,6 +44,16 @@ def test_every_room_is_on_a_floor():
     assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
 
 
+def test_contributing_shows_every_room_on_its_floor():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[3]
+    floor, shown = 0, {}
+    for line in tree.splitlines():
+        if match := re.match(r"(\d )?  ?\s?(\w+)(/|\.py) ", line):
+            floor = int(match[1]) - 1 if match[1] else floor
+            shown[match[2]] = floor
+    assert shown == FLOOR
+
+
 @pytest.mark.parametrize("room", sorted(set(FLOOR) - {"errors"}))
 def test_a_room_says_what_lives_there_and_imports_just_what_it_says(room):
     about, _, imports = ast.get_docstring(ast.parse((ROOT / "lib" / room / "__init__.py").read_text())).partition(
