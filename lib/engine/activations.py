@@ -41,7 +41,7 @@ class Activations:
         """
         self.decoder, self.windows, self.batcher = decoder, windows, batcher
         self.layer, self.first = layer, first
-        self.hidden_states = torch.empty(0) if hidden_states is None else hidden_states  # empty until embedded
+        self.hidden_states = torch.zeros(0) if hidden_states is None else hidden_states  # empty until embedded
         self._is_own = False  # True: not shared with another walk, so they may be written to
         self.inputs = inputs or SharedInputs(decoder, windows)
         if hidden_states is None and len(windows):
