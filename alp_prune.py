@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.main import run_script
+from lib.cli.exit_status import run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method

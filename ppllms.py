@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.main import run_script
+from lib.cli.exit_status import run_script
 from lib.config import sources
 from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS

@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from lib.cli import checks, flags, types
-from lib.cli.main import is_first_process, run_script
+from lib.cli.exit_status import is_first_process, run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError

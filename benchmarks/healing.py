@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.common import machine
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import calibration_windows, evaluation_windows
+from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.engine.tail import token_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.loading import load_model, load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import alp_prune
 import ppllms
 import save_gradient
-from lib.cli.main import run_script
+from lib.cli.exit_status import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 GOES_ON = "the same command with --resume goes on\n"

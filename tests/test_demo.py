@@ -6,11 +6,11 @@ import sys
 import pytest
 
 import ppllms
-from lib.cli.main import run_script
+from lib.cli.exit_status import run_script
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import calibration_windows, evaluation_windows
+from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
 from lib.depth.block_influence import block_influence
 from lib.engine.window_losses import plan_window_losses

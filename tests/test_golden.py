@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import ppllms
-from lib.cli.main import run_script
+from lib.cli.exit_status import run_script
 from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import evaluation_windows, sampled_windows
+from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder

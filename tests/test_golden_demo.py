@@ -31,7 +31,7 @@ from lib.config.methods import parse_method, parse_pattern
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import calibration_windows, evaluation_windows, sampled_windows
+from lib.data.sampling import calibration_windows, evaluation_windows, sampled_windows
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import choose_candidates, greedy_search
 from lib.depth.trial_losses import Sweep

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.cli.main import is_first_process
+from lib.cli.exit_status import is_first_process
 from lib.config.sources import expand, is_hub_model, locate_model, short_name
 from lib.errors import InputError
 from lib.storage import results_jsonl, resume_state

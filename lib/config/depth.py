@@ -27,7 +27,7 @@ class DepthPruning:
     prune_rate: float = 0.25
     mha_remove_layers: int | None = None
     ffn_remove_layers: int | None = None
-    mha_ffn_ratio: float | str = 2.0
+    mha_ffn_ratio: float | str = DEPTH_METHODS["ppllms"].flags["mha_ffn_ratio"]
     nsamples: int = 128
     bi_windows: int | None = None
     eval_ppl: bool = True
@@ -37,7 +37,7 @@ class DepthPruning:
     overwrite: bool = False
     resume: bool = False
     eval_stride: int | None = None
-    beam_width: int = 1
+    beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     save_model: Path | None = None
     save_format: str = "hf"
 

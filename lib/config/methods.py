@@ -70,11 +70,6 @@ class DepthMethod(Entry):
         """True when it looks at calibration text."""
         return self.takes("dataset")
 
-    @property
-    def uses_influence(self) -> bool:
-        """True when it ranks layers by Block Influence."""
-        return self.takes("bi_windows")
-
 
 DEPTH_METHODS = _registry(
     DepthMethod(

@@ -44,14 +44,14 @@ class Plan:
         return tuple(self.mode(layer) for layer in range(self.num_layers))
 
     @property
-    def whole_layers(self) -> list[int]:
+    def removed_layers(self) -> list[int]:
         """The layers that lose both sublayers, ascending."""
         return sorted(set(self.mha_removed) & set(self.ffn_removed))
 
     @property
     def kept_layers(self) -> list[int]:
         """The layers that keep something, ascending: those of the smaller model."""
-        return [layer for layer in range(self.num_layers) if layer not in self.whole_layers]
+        return [layer for layer in range(self.num_layers) if layer not in self.removed_layers]
 
 
 @dataclass(frozen=True)

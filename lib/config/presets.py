@@ -1,6 +1,6 @@
 """Settings of whole tables: `--preset NAME` gives these values to flags that are not given. Imports no torch."""
 
-from lib.config.methods import ALLOCATORS, DENSE, DEPTH_METHODS, PRUNERS, ZERO_SHOT_TASKS
+from lib.config.methods import DENSE, DEPTH_METHODS, METHODS, ZERO_SHOT_TASKS
 
 _ALP_PAPER = {  # the paper's settings, with gradients as in the released code
     "seqlen": 2048,
@@ -45,12 +45,7 @@ ALP_PRESETS = {
     "demo": {
         "model": ["demo"],
         "nsamples": 32,
-        "prune_method": [
-            f"{pruner}{allocator}"
-            for pruner in PRUNERS
-            if pruner != DENSE
-            for allocator in ("", *(f"_{name}" for name in ALLOCATORS))
-        ],
+        "prune_method": [name for name in METHODS if name != DENSE],
         "sparsity_ratio": [0.5, 0.6, 0.7],
     },
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lib.config.gradients import GradientSettings
 from lib.config.keys import key_of_evaluation, key_of_source
-from lib.config.methods import UNSTRUCTURED, Method, Pattern
+from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, Method, Pattern
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource, stamp
 
@@ -24,13 +24,13 @@ class SparsityPruning:
     calibration_dataset: str
     dataset: Sequence[str]
     output_dir: Path
+    alpha: float
     nsamples: int = 128
     seed: int = 0
-    alpha: float = 0.15
-    owl_m: float = 5.0
+    owl_m: float = ALLOCATORS["owl"].flags["owl_m"]
     use_variant: bool = False
-    a: float = 0.5
-    percdamp: float = 0.01
+    a: float = PRUNERS["ria"].flags["a"]
+    percdamp: float = PRUNERS["sparsegpt"].flags["percdamp"]
     quantization: Quantization | None = None
     gradient_file: Path | None = None
     seqlen: int | None = None

@@ -1,6 +1,6 @@
 """Loads the documents of a text source, given by name or path.
 
-A source is recognized by its content, not by its path: C4 by the file names and columns of the public repository,
+A source is recognized by its files and columns, not by where it lies: C4 by the names in the public repository,
 WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its column, anything else by file type.
 Documents are selected and joined as in the reference code.
 """

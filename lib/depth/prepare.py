@@ -7,7 +7,7 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.data.corpora import load_corpus
-from lib.data.windows import calibration_windows, evaluation_windows
+from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
@@ -149,13 +149,17 @@ def load_windows(
 def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:
     """How many layers lose attention and FFN, by the settings and the model's parameter counts."""
     budget = budget_of(decoder)
-    ratio = settings.mha_ffn_ratio
-    ratio = ratio if isinstance(ratio, float) else budget.natural_ratio  # `auto`
+    ratio = budget.natural_ratio if settings.mha_ffn_ratio == "auto" else float(settings.mha_ffn_ratio)
     return choose_counts(budget, settings.prune_rate, ratio, settings.mha_remove_layers, settings.ffn_remove_layers)
 
 
 def budget_of(decoder: Decoder) -> Budget:
-    """The budget of the whole layers of a model; layers of different sizes count with their mean."""
+    """The budget of the whole layers of a model; layers of different sizes count with their mean.
+
+    Raises `InputError` when no layer is whole.
+    """
     sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
+    if not sizes:
+        raise InputError(f"{decoder.family}: no layer has both attention and FFN; pruning by counts needs such layers")
     mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
     return Budget(len(sizes), mha, ffn, decoder.total_parameters)

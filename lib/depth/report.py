@@ -101,8 +101,8 @@ def show_plan(report: Report, plan: Plan, parameters: dict) -> None:
     report.print()
     report.print(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
     report.print(f"FFN removal layers  {list(plan.ffn_removed)}")
-    if plan.whole_layers:
-        report.print(f"Gone whole          {plan.whole_layers}")
+    if plan.removed_layers:
+        report.print(f"Gone whole          {plan.removed_layers}")
     report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 

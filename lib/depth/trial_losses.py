@@ -206,7 +206,9 @@ class Sweep:
     def _trial_losses(self, rows: slice, modes: Modes, trial: Trial, states: Activations) -> torch.Tensor:
         """The tail of one trial: mean cross-entropy (N,) of its windows, on the CPU."""
         losses = states.losses()
-        check_finite(self.decoder, losses, self.windows[rows], modes, f"trial without layer {trial.layer}: ")
+        removed = [name for name, is_on in (("MHA", trial.mode.attention), ("FFN", trial.mode.ffn)) if not is_on]
+        what = f"trial without {' and '.join(removed)} of layer {trial.layer}: " if removed else ""
+        check_finite(self.decoder, losses, self.windows[rows], modes, what)
         return losses
 
 

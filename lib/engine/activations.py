@@ -76,12 +76,12 @@ class Activations:
         """Runs the layer over all windows for its hooks, and discards the output.
 
         Hooks may end the layer's forward with `StopForward`. A batch that runs out of memory is not retried here,
-        because hooks would see its windows twice: see `Batcher.whole`.
+        because hooks would see its windows twice: see `Batcher.retry_smaller`.
         """
         with self.decoder.at(self.layer):
             for start in range(0, len(self.windows), self.batcher.size):
                 with suppress(StopForward):
-                    self._run(slice(start, min(start + self.batcher.size, len(self.windows))), _ON)
+                    self._run(slice(start, min(start + self.batcher.size, len(self.windows))))
 
     @torch.no_grad()
     def step(self, mode: Mode = _ON, see: See | None = None) -> torch.Tensor:
@@ -129,8 +129,8 @@ class Activations:
         """Hidden states of `rows`, on the device."""
         return self.hidden_states[rows].to(self.decoder.device)
 
-    def _run(self, rows: slice, mode: Mode) -> torch.Tensor:
-        return self.decoder.run_layer(self.layer, self.states(rows), self.inputs.of(rows), mode)
+    def _run(self, rows: slice) -> torch.Tensor:
+        return self.decoder.run_layer(self.layer, self.states(rows), self.inputs.of(rows), _ON)
 
 
 class SharedInputs:

@@ -23,7 +23,7 @@ from typing import Any
 
 from lib.config.plan import Plan
 from lib.errors import InputError
-from lib.storage.atomic import check_writable, whole_file
+from lib.storage.atomic import atomic_file, check_writable
 
 PRUNABLE, PRUNED = ("llama", "deci"), "deci"
 
@@ -128,7 +128,7 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_file(target) as draft:
+        with atomic_file(target) as draft:
             _write(draft, model, add_stand_ins(left.values()), layout)
     except (ValueError, struct.error) as error:
         raise _refuse(source, f"holds what the gguf package cannot write ({error})") from error

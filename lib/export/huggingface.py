@@ -34,7 +34,7 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.weight_deltas import Changes, difference
-from lib.storage.atomic import whole_folder
+from lib.storage.atomic import atomic_folder
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 
@@ -78,7 +78,7 @@ def save_pruned(
     `decoder` must not be used afterwards. Raises `InputError` for a folder that cannot be written, and `RunError` for a
     model that the format cannot hold.
     """
-    with whole_folder(folder, overwrite, "--save_model") as draft:
+    with atomic_folder(folder, overwrite, "--save_model") as draft:
         with TemporaryDirectory(prefix=".changes-", dir=draft) as changes:
             if save_format == "masked":
                 zero_sublayers(decoder, plan, Changes(Path(changes)))
@@ -91,7 +91,7 @@ def save_weights(
     model: PreTrainedModel, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
 ) -> None:
     """Saves a model whose weights were changed in place, in the form it was loaded from, with its tokenizer."""
-    with whole_folder(folder, overwrite, "--save_model") as draft:
+    with atomic_folder(folder, overwrite, "--save_model") as draft:
         _write(model, tokenizer, draft, max_shard_size, "hf")
 
 

@@ -115,7 +115,7 @@ class Architecture:
 
     def removed_parameters(self, plan: Plan) -> int:
         """Parameters that the plan removes: its sublayers, and everything else in layers removed whole."""
-        removed, gone = 0, self.complete(plan).whole_layers
+        removed, gone = 0, self.complete(plan).removed_layers
         for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
             mode = plan.mode(index)
             removed += attention * (not mode.attention) + ffn * (not mode.ffn) + rest * (index in gone)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.errors import START_OVER, InputError
-from lib.storage.atomic import whole_file
+from lib.storage.atomic import atomic_file
 
 _ZEROS, _WEIGHT = "zeros.", "weight."  # prefixes of a weight's path within its layer
 _FILE = "layer-{:05d}.safetensors"
@@ -58,7 +58,7 @@ class Changes:
     def write(self, layer: int, differences: Mapping[str, Difference]) -> None:
         """Writes the changes of a layer, {path within the layer: `difference`}, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.folder / _FILE.format(layer)) as draft:
+        with atomic_file(self.folder / _FILE.format(layer)) as draft:
             save_file({kind + path: tensor for path, (kind, tensor) in differences.items()}, draft)
         self.add(layer, differences)
 

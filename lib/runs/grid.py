@@ -18,7 +18,7 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import release_memory
 from lib.runtime.setup import set_up
-from lib.storage.atomic import whole_file
+from lib.storage.atomic import atomic_file
 from lib.storage.results_jsonl import ResultsFile, canonical
 
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ Cells = dict[str, Any]  # settings of runs, by their keys as text
 
 
 def run_grid(kind: type[Run], cells: Sequence[Any], folder: Path, overwrite: bool = False) -> None:
-    """Runs all cells that are not in the folder yet; writes tables and plots of all that are there then.
+    """Runs all cells that are not in the folder yet; writes tables and plots of all finished cells.
 
     With `overwrite` the first finished cell replaces what is there. Raises `InputError` before anything is run, and
     `RunError` at the end when cells failed: the others are done first. The first of several processes writes, and a
@@ -50,7 +50,7 @@ class _GridRun:
     def run(self) -> None:
         """Runs the missing cells, model by model. Raises as `run_grid` does."""
         report = self.report
-        # By what the first process has read.
+        # Decided by the first process, so that all processes agree.
         left = self.ranks.agree(lambda: [key for key in self.cells if self.results.find(key) is None])
         missing = {key: self.cells[key] for key in left}
         models = [dict(pairs) for _, pairs in groupby(missing.items(), key=lambda pair: pair[1].source.name)]
@@ -131,7 +131,7 @@ class _GridRun:
         results = [_named(result, cell) for key, cell in self.cells.items() if (result := self.results.find(key))]
         found = entries(results)
         for name, content in (("table.md", markdown(found)), ("table.csv", csv_table(found))):
-            with whole_file(self.folder / name) as draft:
+            with atomic_file(self.folder / name) as draft:
                 draft.write_text(content, encoding="utf-8")
         return found
 

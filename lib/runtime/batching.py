@@ -67,7 +67,7 @@ class Batcher:
             start = rows.stop
         return torch.cat(results)
 
-    def whole(self, function: Callable[[], Result], count: int) -> Result:
+    def retry_smaller(self, function: Callable[[], Result], count: int) -> Result:
         """Result of a function that goes over all `count` windows itself, `size` at a time.
 
         When it runs out of memory, the batch size is halved and it starts over; with a batch of one window, the error

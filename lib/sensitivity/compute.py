@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource
-from lib.data.windows import sampled_windows
+from lib.data.sampling import sampled_windows
 from lib.errors import START_OVER, InputError
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
@@ -20,7 +20,7 @@ from lib.runtime.distributed import ALONE, Ranks
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
 from lib.sensitivity.gradients import LayerSensitivity, connection_sensitivity
-from lib.storage.atomic import clear_drafts, whole_file
+from lib.storage.atomic import atomic_file, clear_drafts
 from lib.storage.resume_state import State
 
 
@@ -86,7 +86,7 @@ class _Unfinished:
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
         if self._ranks.is_first:
             metadata = {"layers": json.dumps([asdict(layer) for layer in found])}
-            with whole_file(self._path) as draft:
+            with atomic_file(self._path) as draft:
                 save_file({"gradient": gradient}, draft, metadata)
 
 

@@ -88,7 +88,7 @@ def connection_sensitivity(
         below = inputs.pop()
         with decoder.at(layer), _in_float32(decoder.layers[layer]):
             one_layer = partial(_one_layer, below, gradient, linears[layer], gradient_type, weights)
-            totals, gradient = batcher.whole(one_layer, len(below.windows))
+            totals, gradient = batcher.retry_smaller(one_layer, len(below.windows))
             for total in totals.values():
                 ranks.add(total)
         found.append(summarize(totals))
@@ -120,6 +120,12 @@ def spread(parts: Sequence[torch.Tensor]) -> Spread:
             squares += distance.square_().sum(dtype=torch.float64).item()
     std = math.sqrt(squares / max(1, count - 1))
     return Spread(count, mean, std, deviations / std if std else 0.0)
+
+
+def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
+    """ALP's importance of each layer: 1 - its share of the total redundancy."""
+    total = sum(sensitivity.layer.redundancy for sensitivity in sensitivities)
+    return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]
 
 
 # Forward and backward pass --------------------------------------------------------------------------------------------
@@ -261,9 +267,3 @@ def _float(value):
     if isinstance(value, dict):
         return {key: _float(inner) for key, inner in value.items()}
     return type(value)(_float(inner) for inner in value) if type(value) in (list, tuple) else value
-
-
-def importance(sensitivities: Sequence[LayerSensitivity]) -> list[float]:
-    """ALP's importance of each layer: 1 - its share of the total redundancy."""
-    total = sum(sensitivity.layer.redundancy for sensitivity in sensitivities)
-    return [1 - (sensitivity.layer.redundancy / total if total else 0.0) for sensitivity in sensitivities]

@@ -131,7 +131,7 @@ def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Prun
     Takes one pass, which starts over with smaller batches if memory runs out.
     """
     batcher, windows = activations.batcher, torch.tensor(len(activations.windows))
-    statistics = batcher.whole(lambda: _observe_share(activations, groups, pruner), len(activations.windows))
+    statistics = batcher.retry_smaller(lambda: _observe_share(activations, groups, pruner), len(activations.windows))
     batcher.ranks.add(windows)
     for statistic in statistics:
         statistic.combine(batcher.ranks.add, int(windows))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 
-def whole(count: float) -> int:
+def truncated(count: float) -> int:
     """Truncates a count to an integer, but tolerates a rounding error such as that of 1 - (1 - 0.2)."""
     return int(count + 1e-6)
 
@@ -15,7 +15,7 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     The score at the index is pruned too, as in SparseGPT and in the Wanda repository's magnitude pruning. Index 0
     prunes nothing, so that sparsity 0 keeps every weight.
     """
-    place = whole(scores.numel() * sparsity)
+    place = truncated(scores.numel() * sparsity)
     if place == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     return scores <= _in_order(scores.flatten(), place)
@@ -23,7 +23,7 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prunes the `int(in * sparsity)` smallest scores of every row; among ties, those of lower index."""
-    count = whole(scores.shape[1] * sparsity)
+    count = truncated(scores.shape[1] * sparsity)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     mask = scores <= _in_order(scores, count - 1)

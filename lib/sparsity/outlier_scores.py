@@ -9,7 +9,7 @@ from lib.models.decoder import Decoder
 from lib.models.linears import InputGroup
 from lib.runtime.batching import Batcher, Progress
 from lib.sparsity.layerwise import observe
-from lib.sparsity.pruners import Wanda
+from lib.sparsity.pruners import Wanda, wanda_score
 
 Summary = Callable[[torch.Tensor], float]
 
@@ -49,7 +49,7 @@ def layer_scores(
         with decoder.at(layer):
             statistics = observe(activations, layer_groups, wanda)
             parts = [
-                (linear.weight.abs().float() * statistic.norms).flatten()
+                wanda_score(linear.weight, statistic.norms).flatten()
                 for group, statistic in zip(layer_groups, statistics, strict=True)
                 for linear in group.linears
             ]

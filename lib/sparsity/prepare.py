@@ -9,7 +9,7 @@ from torch import nn
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.data.corpora import load_corpus
-from lib.data.windows import evaluation_windows, sampled_windows
+from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.errors import InputError
 from lib.evaluation.zero_shot import ZeroShot
 from lib.models.decoder import Decoder

@@ -92,7 +92,12 @@ class Wanda(Pruner):
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         norms = statistic.norms
         select = selection(self.pattern, smallest_share_of_row_sum if self.use_variant else smallest_per_row)
-        return [weight.masked_fill(select(weight.abs().float() * norms, sparsity), 0) for weight in weights]
+        return [weight.masked_fill(select(wanda_score(weight, norms), sparsity), 0) for weight in weights]
+
+
+def wanda_score(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """|W| times the norm of the input feature, in fp32: (out, in) and (in,) -> (out, in)."""
+    return weight.abs().float() * norms
 
 
 @dataclass(frozen=True)

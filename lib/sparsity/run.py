@@ -1,6 +1,6 @@
 """The run of `alp_prune.py`: evaluate, allocate a sparsity to each layer, prune, evaluate again, save."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
@@ -66,7 +66,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         if not settings.method.pruning.prunes:
             perplexities["pruned"] = perplexities["dense"]
             zeros["pruned"] = count_zeros(self.decoder, workspace.groups)
-        for stage, pruner in self.stages():
+        for stage, pruner in self.stages().items():
             parts[stage] = self.prune_stage(stage, pruner, densities)
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
@@ -140,22 +140,23 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     # Pruning
 
-    def stages(self) -> Iterator[tuple[str, Pruner]]:
-        """Yields (name of the resulting model, its pruner): `pruned`, then `quantized`, if requested."""
-        settings = self.settings
-        if settings.method.pruning.prunes:
-            yield "pruned", make_pruner(settings)
-        if settings.rounds_while_pruning:
-            self.restore()
-        if quantizer := make_quantizer(settings):
-            yield "quantized", quantizer
+    def stages(self) -> dict[str, Pruner]:
+        """The pruner of each resulting model: `pruned`, then `quantized`, as far as requested."""
+        stages = {"pruned": make_pruner(self.settings)} if self.settings.method.pruning.prunes else {}
+        quantizer = make_quantizer(self.settings)
+        return stages | ({"quantized": quantizer} if quantizer else {})
 
     def prune_stage(self, stage: str, pruner: Pruner, densities: Sequence[float]) -> dict[str, float]:
-        """Runs one pruner over the model; returns the seconds that each part took."""
+        """Runs one pruner over the model; returns the seconds that each part took.
+
+        `quantized` continues from the pruned weights, or from the dense ones where it prunes and rounds in one pass.
+        """
         parts: dict[str, float] = {}
         workspace, folder = self.workspace, self.state.folder
         changes = Changes(folder / stage)
         starts_dense = stage == "pruned" or self.settings.rounds_while_pruning
+        if starts_dense and stage != "pruned":
+            self.restore()
         follow(self.decoder.layers, [*([] if starts_dense else [Changes(folder / "pruned")]), changes])
         with self.report.timed("prune"), self.report.progress(self.decoder.num_layers, stage) as progress:
             prune_layers(

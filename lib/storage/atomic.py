@@ -41,7 +41,7 @@ def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
+def atomic_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
     """Yields a temporary folder that replaces `folder` when the block succeeds, and is deleted when it fails.
 
     Raises `InputError` as `check_model_folder` does, and `RunError` when the disk is full.
@@ -70,7 +70,7 @@ def whole_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; a file written there replaces `path` when the block succeeds, and is deleted otherwise.
 
     Raises `RunError` when the disk is full.
@@ -97,7 +97,7 @@ def clear_drafts(path: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Writes a JSON file atomically. Raises `RunError` when the disk is full."""
-    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as draft, draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
 

@@ -10,7 +10,7 @@ import torch
 
 import lib.data.corpora
 from lib.data.corpora import Corpus, load_corpus
-from lib.data.windows import calibration_windows, cut_windows, evaluation_windows, tokenize, tokenize_start
+from lib.data.sampling import calibration_windows, cut_windows, evaluation_windows, tokenize, tokenize_start
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
 

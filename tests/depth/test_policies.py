@@ -16,7 +16,7 @@ from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
-from lib.models.loading import load_model
+from lib.models.loading import load_model, load_tokenizer
 from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import run
@@ -106,6 +106,17 @@ def test_a_model_pruned_before_loses_what_it_has(batcher, tmp_path):
     assert Move(0, ffn=True) not in sublayers(decoder) and Move(0, attention=True) in sublayers(decoder)
     plan, _ = sleb(Sweep(decoder, tiny_windows(2), Batcher(2)), rate_of(decoder, Move(2, True, True)))
     assert plan.mha_removed in ((2,), (3,))
+
+
+def test_without_a_whole_layer_only_sublayers_can_be_searched(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "halves"
+    source = ModelSource(str(tiny_folder))
+    save_pruned(Decoder(load_model(source)), Plan(4, (0, 2), (1, 3)), load_tokenizer(source), folder)
+    flags = ["--model_name", folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 2]
+    flags += ["--prune_rate", 0.1, "--output_dir", tmp_path / "run"]
+    assert run(*flags, "--method", "ppllms", monkeypatch=monkeypatch) == 2
+    assert "pruning needs at least 2" in capsys.readouterr().err
+    assert run(*flags, "--method", "beam", monkeypatch=monkeypatch) == 0
 
 
 # Beam -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import lib.depth.run
 import lib.depth.searches
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import calibration_windows, evaluation_windows
+from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.depth.block_influence import block_influence
 from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity

@@ -39,7 +39,7 @@ def test_two_plans_in_turn_are_one_plan(family, tmp_path):
     at_once.apply(BOTH)
     expected = at_once.model(input_ids=ids, use_cache=False).logits
     decoder = Decoder(pruned_in(tmp_path / "one", family, FIRST))
-    assert decoder.whole_layers == [2, 3] and decoder.complete(SECOND).whole_layers == [1, 3]
+    assert decoder.whole_layers == [2, 3] and decoder.complete(SECOND).removed_layers == [1, 3]
     left = decoder.total_parameters - decoder.removed_parameters(SECOND)
     assert left == at_once.total_parameters - at_once.removed_parameters(BOTH)
     save_pruned(decoder, SECOND, None, tmp_path / "two")

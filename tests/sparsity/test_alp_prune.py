@@ -16,7 +16,7 @@ from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import evaluation_windows, sampled_windows
+from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer

@@ -10,7 +10,7 @@ from lib.config.methods import Pattern
 from lib.config.quantization import Quantization
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
-from lib.data.windows import sampled_windows
+from lib.data.sampling import sampled_windows
 from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.models.decoder import Decoder
