@@ -101,7 +101,7 @@ def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
     """Raises `InputError` unless the given counts leave something of the layers that can be pruned."""
     if layers < 2 and settings.depth_method.removes != "sublayers":
         raise InputError(f"{having}; pruning needs at least 2")
-    if (settings.mha_remove_layers or 0) >= layers:
+    if settings.mha_remove_layers is not None and settings.mha_remove_layers >= layers:
         raise InputError(f"--mha_remove_layers {settings.mha_remove_layers}: {having}; one must stay")
     if (settings.ffn_remove_layers or 0) > layers:
         raise InputError(f"--ffn_remove_layers {settings.ffn_remove_layers}: {having}, no more")
