@@ -113,12 +113,12 @@ def watch(command: list[str], limit: int | None) -> tuple[int, int, str]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    _, told = process.communicate()
+    _, output = process.communicate()
     is_over.set()
     sampler.join()
     if group:
         group.rmdir()
-    lines = told.strip().splitlines() or [f"killed by signal {-process.returncode}"]
+    lines = output.strip().splitlines() or [f"killed by signal {-process.returncode}"]
     return process.returncode, peak, lines[-1]
 
 

@@ -33,14 +33,14 @@ class Peer:
     """The parent's end: starts the other process and tells it what to prune."""
 
     def __init__(self, python: str, module: str, folder: Path, *flags: str):
-        self._masks, self._told = (folder / f"{module}{''.join(flags)}.{end}" for end in ("masks", "log"))
-        with self._told.open("w") as told:
+        self._masks, self._stderr = (folder / f"{module}{''.join(flags)}.{end}" for end in ("masks", "log"))
+        with self._stderr.open("w") as output:
             self._process = subprocess.Popen(
                 [python, "-m", module, str(folder), str(self._masks), *flags],
                 cwd=Path(__file__).resolve().parents[1],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=told,
+                stderr=output,
                 text=True,
             )
         self.versions = self._answer()
@@ -63,8 +63,8 @@ class Peer:
     def _answer(self) -> str:
         answer = self._process.stdout.readline().strip()
         if not answer:
-            status, told = self._process.wait(), "".join(self._told.read_text().splitlines(keepends=True)[-5:])
-            raise SystemExit(f"{' '.join(self._process.args)}: ended with status {status}\n{told}")
+            status, output = self._process.wait(), "".join(self._stderr.read_text().splitlines(keepends=True)[-5:])
+            raise SystemExit(f"{' '.join(self._process.args)}: ended with status {status}\n{output}")
         return answer
 
 

@@ -100,8 +100,8 @@ def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, a
     print(f"{method}: floor {floor:.2f} s, {floor / statistics.median(times[OURS]):.0%} of ours")
     for side, values in times.items():
         ratios = [other / own for other, own in zip(values, times[OURS], strict=True)]
-        told = "" if side == OURS else f", {spread(ratios)} times ours"
-        print(f"  {side:16} {spread(values, ' s')}, {memory[side]:,.0f} MiB{told}")
+        ratio = "" if side == OURS else f", {spread(ratios)} times ours"
+        print(f"  {side:16} {spread(values, ' s')}, {memory[side]:,.0f} MiB{ratio}")
     split = {part: statistics.median(one[part] for one in parts[1:]) for part in parts[0]}
     print("  ours, by part: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in split.items()))
     found = engine.masks()

@@ -48,12 +48,12 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
 
     After the block all of them count as done, or none if it failed.
     """
-    told = 0.0
+    reported = 0.0
 
     def tick() -> None:
-        nonlocal told
-        if progress and told < windows:
-            told += windows / layers
+        nonlocal reported
+        if progress and reported < windows:
+            reported += windows / layers
             progress(windows / layers)
 
     try:
@@ -63,7 +63,7 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
         raise
     finally:
         if progress:
-            progress(windows - told)
+            progress(windows - reported)
 
 
 def waiting_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:

@@ -159,7 +159,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = next((told for words, told in _UNTRUSTED.items() if words in str(error)), reason)
+        reason = next((advice for words, advice in _UNTRUSTED.items() if words in str(error)), reason)
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"

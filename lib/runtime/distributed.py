@@ -91,9 +91,9 @@ class Ranks:
         """The first process's result of a function, in every process; for reading a file that may change, say."""
         if not self.are_several:
             return function()
-        told = self.tell(json.dumps(function()) if self.is_first else None, 0)
-        assert told is not None
-        return json.loads(told)
+        content = self.tell(json.dumps(function()) if self.is_first else None, 0)
+        assert content is not None
+        return json.loads(content)
 
     def wait(self) -> None:
         """Blocks until all processes have called it."""

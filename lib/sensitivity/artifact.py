@@ -1,4 +1,4 @@
-"""The artefact: a small JSON file of a model's connection sensitivities, bound to the weights they come from."""
+"""The artifact: a small JSON file of a model's connection sensitivities, bound to the weights they come from."""
 
 import hashlib
 import json
@@ -67,14 +67,14 @@ def digest_of(windows: torch.Tensor) -> str:
     return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
-def write(path: Path, artefact: Artifact) -> None:
+def write(path: Path, artifact: Artifact) -> None:
     """Writes the file atomically; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": _FORMAT, **asdict(artefact)})
+    write_json(path, {"format": _FORMAT, **asdict(artifact)})
 
 
 def read(path: Path) -> Artifact:
-    """Reads the file. Raises `InputError` if it is missing, broken, or not an artefact."""
+    """Reads the file. Raises `InputError` if it is missing, broken, or not an artifact."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -108,23 +108,23 @@ def _spread(values: dict) -> Spread:
     return spread
 
 
-def check_settings(artefact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
-    """Raises `InputError` unless the artefact was computed with these settings, on these windows (N, T)."""
+def check_settings(artifact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
+    """Raises `InputError` unless the artifact was computed with these settings, on these windows (N, T)."""
     for name, value in asdict(settings).items():
-        if name != "dataset" and (found := getattr(artefact.settings, name)) != value:
+        if name != "dataset" and (found := getattr(artifact.settings, name)) != value:
             raise InputError(f"gradients {path}: made with {name} {found}, not {value}; make another")
-    if artefact.text != digest_of(windows):
+    if artifact.text != digest_of(windows):
         raise InputError(
             f"gradients {path}: made on other text than {settings.dataset} is now (or by another tokenizer); {_ADVICE}"
         )
 
 
-def check_model(artefact: Artifact, path: Path, model: str, decoder: Decoder) -> None:
-    """Raises `InputError` unless the artefact was computed from exactly these weights."""
+def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder) -> None:
+    """Raises `InputError` unless the artifact was computed from exactly these weights."""
     linears = find_linears(decoder)
     sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
-    found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artefact.layers]
-    if artefact.fingerprint != fingerprint(decoder) or found != sizes:
+    found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artifact.layers]
+    if artifact.fingerprint != fingerprint(decoder) or found != sizes:
         raise InputError(
             f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); {_ADVICE}"
         )

@@ -30,7 +30,7 @@ def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Ten
 
 
 def state_folder(path: Path) -> Path:
-    """The folder of an artefact's resume state, next to it; exists while it is being computed."""
+    """The folder of an artifact's resume state, next to it; exists while it is being computed."""
     return path.with_suffix(".state")
 
 
@@ -91,7 +91,7 @@ class _Unfinished:
 
 
 def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artifact | None:
-    """Reads an artefact; None if its file is missing and not required. Raises `InputError` like `artifact.read`."""
+    """Reads an artifact; None if its file is missing and not required. Raises `InputError` like `artifact.read`."""
     if not must_exist and not ranks.agree(path.exists):
         return None
     return artifact.read(path)

@@ -38,7 +38,7 @@ class SaveGradient:
 
     @property
     def plot(self) -> Path:
-        """The plot's path, next to the artefact."""
+        """The plot's path, next to the artifact."""
         return self.output.with_suffix(".png")
 
 
@@ -80,9 +80,9 @@ def run(settings: SaveGradient) -> Artifact:
 
 
 def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artifact | None:
-    """The artefact of an earlier run with these settings; None if there is none.
+    """The artifact of an earlier run with these settings; None if there is none.
 
-    Raises `InputError` if the artefact has other settings, text or model, unless this run will overwrite it, because of
+    Raises `InputError` if the artifact has other settings, text or model, unless this run will overwrite it, because of
     `overwrite` or because it resumes.
     """
     if not ranks.agree(settings.output.exists):
@@ -109,7 +109,7 @@ def show_written(report: Report, settings: SaveGradient, found: Artifact, peak_b
 
 
 def draw(settings: SaveGradient, found: Artifact) -> bool:
-    """Draws the plot of an artefact; False without matplotlib."""
+    """Draws the plot of an artifact; False without matplotlib."""
     title = f"{short_name(settings.source.name)}: {settings.gradients.gradient_type}"
     return plot_sensitivity(settings.plot, importance(found.layers), title)
 

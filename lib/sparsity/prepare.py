@@ -106,14 +106,18 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         zero_shot=zero_shot,
     )
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        size = sum(linear.weight.nbytes for linear in workspace.linears)
-        if size > free_host_memory():
-            raise InputError(
-                f"--model {settings.model}: host memory has no room for a second copy of its weights, from which each "
-                "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
-            )
-        workspace.weights = [linear.weight.detach().to("cpu", copy=True) for linear in workspace.linears]
+        workspace.weights = _dense_copies(settings.model, workspace.linears)
     return workspace
+
+
+def _dense_copies(model: str, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
+    """Copies of the linears' weights in host memory. Raises `InputError` if there is no room for them."""
+    if sum(linear.weight.nbytes for linear in linears) > free_host_memory():
+        raise InputError(
+            f"--model {model}: host memory has no room for a second copy of its weights, from which each "
+            "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
+        )
+    return [linear.weight.detach().to("cpu", copy=True) for linear in linears]
 
 
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
