@@ -14,6 +14,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by whichever test comes first
+
 import lib.engine.activations  # noqa: E402
 import lib.engine.tail  # noqa: E402
 import lib.reporting.plots  # noqa: E402

@@ -1,7 +1,5 @@
 """The kernels of accelerators against the plain versions; without an accelerator in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
@@ -11,9 +9,7 @@ from lib.sparsity.pruners import SparseGpt
 from tests.sparsity.test_sparsegpt import hessian_of, problem
 
 IS_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if IS_CUDA else "cpu"
-if not IS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+DEVICE = "cuda" if IS_CUDA else "cpu"  # where conftest.py turns the interpreter on
 pytest.importorskip("triton", reason="needs triton, which comes with PyTorch for CUDA")
 
 
