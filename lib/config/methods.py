@@ -96,7 +96,7 @@ DEPTH_METHODS = _registry(
     ),
     DepthMethod(
         name="sleb",
-        implementation="lib.depth.searches:search_sleb",
+        implementation="lib.depth.searches:search_greedy",
         help="greedy: at each step the whole layer whose removal gives the lowest loss",
         paper="arXiv:2402.09025",
         flags=_TEXT,
@@ -104,7 +104,7 @@ DEPTH_METHODS = _registry(
     ),
     DepthMethod(
         name="blockpruner",
-        implementation="lib.depth.searches:search_blockpruner",
+        implementation="lib.depth.searches:search_greedy",
         help="greedy: at each step the attention or FFN whose removal gives the lowest loss",
         paper="arXiv:2406.10594",
         flags=_TEXT,

@@ -1,15 +1,10 @@
-"""Depth pruning by the policies of other papers, with the same losses, budget and plans as PP-LLMs.
-
-A policy removes sublayers until no removal brings the removed parameters nearer to the target.
-"""
+"""Depth pruning of whole layers in a fixed order, until no removal brings the parameters nearer to the target."""
 
 import random
 from collections.abc import Sequence
 
 from lib.config.plan import Plan
-from lib.depth.greedy import Round
-from lib.depth.moves import Move, OnStep, greedy, in_turn, sublayers, whole_layers
-from lib.depth.trial_losses import Sweep
+from lib.depth.moves import in_turn, whole_layers
 from lib.models.decoder import Decoder
 
 
@@ -24,13 +19,3 @@ def random_layers(decoder: Decoder, target: float, seed: int) -> Plan:
     moves = whole_layers(decoder)
     random.Random(seed).shuffle(moves)
     return in_turn(decoder, moves, target)
-
-
-def sleb(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Round[Move]]]:
-    """SLEB (arXiv:2402.09025): at each step removes the whole layer whose removal gives the lowest loss."""
-    return greedy(sweep, whole_layers(sweep.decoder), target, on_step)
-
-
-def blockpruner(sweep: Sweep, target: float, on_step: OnStep | None = None) -> tuple[Plan, list[Round[Move]]]:
-    """BlockPruner (arXiv:2406.10594): at each step removes the attention or FFN whose removal gives the lowest loss."""
-    return greedy(sweep, sublayers(sweep.decoder), target, on_step)

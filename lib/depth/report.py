@@ -1,7 +1,5 @@
 """The console lines of a run of `ppllms.py`."""
 
-from pathlib import Path
-
 import torch
 
 from lib.config.depth import DepthPruning
@@ -10,7 +8,6 @@ from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
 from lib.depth.greedy import Round
 from lib.evaluation.perplexity import Perplexity
-from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
@@ -114,13 +111,3 @@ def show_perplexity(
         report.print("Perplexity (dense -> pruned), ± standard error over windows")
     size = f"{len(windows)} windows of {windows.shape[1]} tokens"
     report.print(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
-
-
-def show_written(report: Report, result: Path, plot: Path | str | None, model: Path | None) -> None:
-    report.print()
-    report.print("Written")
-    report.print(f"  result  {result}")
-    if plot:
-        report.print(f"  plot    {plot}")
-    if model:
-        report.print(f"  model   {model}: {how_to_load(model)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lib.config.depth import DepthPruning
@@ -14,11 +13,8 @@ from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_pruned
 from lib.models.limits import dtype_name
-from lib.models.loading import load_config
-from lib.reporting.console import Report
 from lib.reporting.plots import REMOVALS, plot_removals
 from lib.runs.single import NO_PLOT, Run
-from lib.runtime.distributed import Ranks
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -29,13 +25,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     plan: Plan  # what is removed; known once `prune` has searched
 
-    @classmethod
-    def check(cls, cells: Sequence[DepthPruning]) -> None:
-        check_config(cells, load_config(cells[0].source))
-
-    @classmethod
-    def prepare(cls, report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> DepthWorkspace:
-        return prepare(report, cells, ranks)
+    check_config = staticmethod(check_config)
+    load = staticmethod(prepare)
 
     def with_settings(self, settings: DepthPruning) -> DepthRun:
         """A run of other settings on the same workspace."""
@@ -127,9 +118,6 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
     def save_model(self, folder: Path, overwrite: bool) -> None:
         tokenizer, save_format = self.workspace.tokenizer, self.settings.save_format
         save_pruned(self.decoder, self.plan, tokenizer, folder, save_format, overwrite)
-
-    def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
-        depth_report.show_written(self.report, result, plot, self.settings.save_model)
 
 
 for _method in DEPTH_METHODS.values():  # a method without an implementation fails here, not in the middle of a run

@@ -5,7 +5,6 @@ Each function here is the `implementation` of an entry in `lib.config.methods.DE
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ from lib.depth import report as depth_report
 from lib.depth.beam import beam
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import Round, choose_candidates, greedy_search
-from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
+from lib.depth.moves import greedy, moves_of
+from lib.depth.policies import random_layers, shortgpt
 from lib.depth.prepare import budget_of, check_decoder, find_counts
 from lib.errors import InputError
 
@@ -48,21 +48,12 @@ def search_shortgpt(run: DepthRun) -> tuple[Plan, dict]:
     return shortgpt(run.decoder, bi_scores, run.settings.prune_rate), {"bi_scores": bi_scores}
 
 
-def search_sleb(run: DepthRun) -> tuple[Plan, dict]:
-    """SLEB: greedy over whole layers."""
-    return _search_greedily(run, sleb)
-
-
-def search_blockpruner(run: DepthRun) -> tuple[Plan, dict]:
-    """BlockPruner: greedy over attentions and FFNs."""
-    return _search_greedily(run, blockpruner)
-
-
-def _search_greedily(run: DepthRun, policy: Callable) -> tuple[Plan, dict]:
-    sweep = run.workspace.sweep(run.settings.seed)
+def search_greedy(run: DepthRun) -> tuple[Plan, dict]:
+    """SLEB (whole layers) and BlockPruner (sublayers): at each step the removal that gives the lowest loss."""
+    sweep, moves = run.workspace.sweep(run.settings.seed), moves_of(run.settings.depth_method, run.decoder)
     depth_report.show_policy(run.report, run.settings.method, len(sweep.windows))
     with run.report.timed("search"):
-        plan, steps = policy(sweep, run.settings.prune_rate, partial(depth_report.show_step, run.report))
+        plan, steps = greedy(sweep, moves, run.settings.prune_rate, partial(depth_report.show_step, run.report))
     return plan, {"rounds": describe_rounds(steps)}
 
 

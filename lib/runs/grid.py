@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lib.config.sources import labels, short_name
 from lib.errors import InputError, RunError, is_out_of_memory
+from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, csv_table, entries, markdown
@@ -55,7 +56,8 @@ class _GridRun:
         missing = {key: self.cells[key] for key in left}
         models = [dict(pairs) for _, pairs in groupby(missing.items(), key=lambda pair: pair[1].source.name)]
         for of_model in models:
-            self.kind.check(list(of_model.values()))
+            cells = list(of_model.values())
+            self.kind.check_config(cells, load_config(cells[0].source))
         report.open(self.folder, resume=not self.overwrite)
         again = "the same command without --overwrite" if self.overwrite else "the same command"
         count = len(self.cells)
@@ -83,7 +85,7 @@ class _GridRun:
         name, report = next(iter(missing.values())).source.name, self.report
         report.print(f"Model       {name}: {len(missing)} cells")
         report.seconds = {}
-        workspace = self._attempt(name, partial(self.kind.prepare, report, list(missing.values()), self.ranks))
+        workspace = self._attempt(name, partial(self.kind.load, report, list(missing.values()), self.ranks))
         if isinstance(workspace, Exception):
             return [workspace] * len(missing)
         failed: list[Exception] = []

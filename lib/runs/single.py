@@ -5,7 +5,7 @@ state, perplexity and result.json are here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
-from lib.runtime.distributed import Ranks, join
+from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage.atomic import RESULT
@@ -61,15 +62,8 @@ class Run(ABC, Generic[Settings, Space]):
 
     # What a tool defines
 
-    @classmethod
-    @abstractmethod
-    def check(cls, cells: Sequence[Settings]) -> None:
-        """Checks runs on one model as far as possible without its weights. Raises `InputError`."""
-
-    @classmethod
-    @abstractmethod
-    def prepare(cls, report: Report, cells: Sequence[Settings], ranks: Ranks) -> Space:
-        """Loads and checks everything that runs on one model need. Raises `InputError`."""
+    check_config: ClassVar[Callable[..., int]]  # (cells of one model, its config): raises `InputError`
+    load: ClassVar[Callable[..., Any]]  # (report, cells of one model, ranks) -> their workspace, all of it checked
 
     @abstractmethod
     def show_model(self) -> None:
@@ -90,10 +84,6 @@ class Run(ABC, Generic[Settings, Space]):
     @abstractmethod
     def save_model(self, folder: Path, overwrite: bool) -> None:
         """Saves the pruned model."""
-
-    @abstractmethod
-    def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
-        """Prints which files were written."""
 
     def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
         """Gives the model its dense weights back before the next cell of a grid."""
@@ -155,6 +145,19 @@ class Run(ABC, Generic[Settings, Space]):
         self.show_written(path, plot, log)
         return result
 
+    def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
+        """Prints which files were written."""
+        print_line, model = self.report.print, self.settings.save_model
+        print_line()
+        print_line("Written")
+        print_line(f"  result  {result}")
+        if plot:
+            print_line(f"  plot    {plot}")
+        if model:
+            print_line(f"  model   {model}: {how_to_load(model)}")
+        if log:
+            print_line(f"  log     {log}: a row for each text")
+
     def execute_cell(self, keep: Callable[[dict], object]) -> dict:
         """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
         result = self.compute()
@@ -180,7 +183,7 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
         return before
     state = State(folder / FOLDER, settings.key, ranks, settings.resume)
     with state.advise_resume(how_to_resume(folder)):
-        workspace = kind.prepare(report, [settings], ranks)
+        workspace = kind.load(report, [settings], ranks)
         workspace.state = state
         with state.session(report.seconds):
             report.open(folder, resume=settings.resume)

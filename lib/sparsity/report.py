@@ -1,11 +1,9 @@
 """The console output of an `alp_prune.py` run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
-from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
@@ -86,14 +84,3 @@ def show_zero_shot(report: Report, zero_shot: dict) -> None:
         report.print(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
     if zero_shot["shown"]:
         report.print(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")
-
-
-def show_written(report: Report, result: Path, plot: Path | str | None, model: Path | None, log: Path | None) -> None:
-    report.print()
-    report.print("Written")
-    report.print(f"  result  {result}")
-    report.print(f"  plot    {plot}")
-    if model:
-        report.print(f"  model   {model}: {how_to_load(model)}")
-    if log:
-        report.print(f"  log     {log}: a row for each text")

@@ -12,13 +12,11 @@ from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_weights
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
-from lib.models.loading import load_config
 from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
-from lib.reporting.console import Report, timed
+from lib.reporting.console import timed
 from lib.reporting.plots import SPARSITY, plot_sparsity
 from lib.runs.single import NO_PLOT, Run
-from lib.runtime.distributed import Ranks
 from lib.sensitivity.compute import Sensitivities, state_folder
 from lib.sensitivity.gradients import LayerSensitivity
 from lib.sparsity import report as sparsity_report
@@ -39,13 +37,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
     tool = "alp_prune"
     x_axis = "sparsity"
 
-    @classmethod
-    def check(cls, cells: Sequence[SparsityPruning]) -> None:
-        check_config(cells, load_config(cells[0].source))
-
-    @classmethod
-    def prepare(cls, report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> SparsityWorkspace:
-        return prepare(report, cells, ranks)
+    check_config = staticmethod(check_config)
+    load = staticmethod(prepare)
 
     def restore(self) -> None:
         self.workspace.restore()
@@ -221,10 +214,6 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     def save_model(self, folder: Path, overwrite: bool) -> None:
         save_weights(self.decoder.model, self.workspace.tokenizer, folder, overwrite)
-
-    def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
-        assert plot is not None, "`draw` always returns a path or a reason"
-        sparsity_report.show_written(self.report, result, plot, self.settings.save_model, log)
 
     def describe(self) -> dict:
         settings, workspace, allocator = self.settings, self.workspace, self.settings.method.allocation

@@ -7,11 +7,12 @@ import pytest
 
 import lib.depth.prepare
 import lib.depth.run
+from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.depth.beam import beam
-from lib.depth.moves import Move, greedy, sublayers, whole_layers
-from lib.depth.policies import blockpruner, random_layers, shortgpt, sleb
+from lib.depth.moves import Move, greedy, moves_of, sublayers, whole_layers
+from lib.depth.policies import random_layers, shortgpt
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
 from lib.export.huggingface import save_pruned
@@ -38,13 +39,14 @@ def rate_of(decoder, *moves) -> float:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "OPT", "GPTNeoX", "FalconSerial", "Mixtral"])
-@pytest.mark.parametrize("policy, moves_of", [(sleb, whole_layers), (blockpruner, sublayers)])
-def test_greedy_policies_are_those_of_whole_forwards(family, policy, moves_of, batcher):
+@pytest.mark.parametrize("method, offered", [("sleb", whole_layers), ("blockpruner", sublayers)])
+def test_greedy_policies_are_those_of_whole_forwards(family, method, offered, batcher):
     model, windows = tiny_model(family), tiny_windows(3)
     decoder = Decoder(tiny_model(family))
-    moves = moves_of(decoder)
+    moves = moves_of(DEPTH_METHODS[method], decoder)
+    assert moves == offered(decoder)
     whole = [Move(layer, True, True) for layer in (0, 1)]
-    plan, steps = policy(Sweep(decoder, windows, batcher), rate_of(decoder, *whole))
+    plan, steps = greedy(Sweep(decoder, windows, batcher), moves, rate_of(decoder, *whole))
     base = Plan(4)
     for number, step in enumerate(steps):
         expected = oracle(model, windows, base, step.losses)
@@ -58,10 +60,10 @@ def test_greedy_policies_are_those_of_whole_forwards(family, policy, moves_of, b
 def test_every_move_is_offered_that_comes_nearer_and_no_other(batcher):
     decoder = Decoder(tiny_model("Llama"))
     attention = rate_of(decoder, Move(0, attention=True))
-    plan, (step,) = blockpruner(Sweep(decoder, tiny_windows(2), batcher), attention)
+    plan, (step,) = greedy(Sweep(decoder, tiny_windows(2), batcher), sublayers(decoder), attention)
     assert set(step.losses) == {*(Move(i, attention=True) for i in range(4)), *(Move(i, ffn=True) for i in range(4))}
     target = rate_of(decoder, *(Move(i, ffn=True) for i in range(2)))
-    plan, steps = blockpruner(Sweep(decoder, tiny_windows(2), batcher), target)
+    plan, steps = greedy(Sweep(decoder, tiny_windows(2), batcher), sublayers(decoder), target)
     removed = decoder.removed_parameters(plan) / decoder.total_parameters
     for move in sublayers(decoder):
         if move.layer not in (plan.mha_removed if move.attention else plan.ffn_removed):
@@ -104,7 +106,9 @@ def test_a_model_pruned_before_loses_what_it_has(batcher, tmp_path):
     decoder = Decoder(load_model(ModelSource(str(tmp_path / "out"))))
     assert whole_layers(decoder) == [Move(2, True, True), Move(3, True, True)]
     assert Move(0, ffn=True) not in sublayers(decoder) and Move(0, attention=True) in sublayers(decoder)
-    plan, _ = sleb(Sweep(decoder, tiny_windows(2), Batcher(2)), rate_of(decoder, Move(2, True, True)))
+    plan, _ = greedy(
+        Sweep(decoder, tiny_windows(2), Batcher(2)), whole_layers(decoder), rate_of(decoder, Move(2, True, True))
+    )
     assert plan.mha_removed in ((2,), (3,))
 
 
@@ -176,8 +180,8 @@ def test_the_beam_is_never_worse_than_the_others(family, target, batcher):
     decoder, windows = Decoder(tiny_model(family)), tiny_windows(3)
     sweep = Sweep(decoder, windows, batcher)
     others = {
-        "sleb": sleb(sweep, target)[0],
-        "blockpruner": blockpruner(sweep, target)[0],
+        "sleb": greedy(sweep, whole_layers(decoder), target)[0],
+        "blockpruner": greedy(sweep, sublayers(decoder), target)[0],
         "shortgpt": shortgpt(decoder, [0.3, 0.1, 0.2, 0.4], target),
     }
     found = beam(sweep, target, 1, others)
@@ -215,7 +219,10 @@ def test_nothing_is_measured_twice(batcher, monkeypatch):
 
     monkeypatch.setattr(sweep, "_measure", watched)
     for target in (0.2, 0.3):
-        others = {"blockpruner": blockpruner(sweep, target)[0], "sleb": sleb(sweep, target)[0]}
+        others = {
+            "blockpruner": greedy(sweep, sublayers(decoder), target)[0],
+            "sleb": greedy(sweep, whole_layers(decoder), target)[0],
+        }
         beam(sweep, target, 2, others)
     assert len(measured) == len(set(measured)) == len(sweep.asked)
 

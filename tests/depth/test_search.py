@@ -9,7 +9,7 @@ import lib.depth.trial_losses
 from lib.config.plan import Mode, Plan
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.greedy import choose_candidates, greedy_search
-from lib.depth.policies import blockpruner, sleb
+from lib.depth.moves import greedy, sublayers, whole_layers
 from lib.depth.trial_losses import Sweep, Trial
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder
@@ -46,14 +46,14 @@ def test_the_kept_prefix_is_used_only_under_the_modes_it_was_made_with(batcher):
             assert sweep.losses(base, [Trial(layer, closed)]) == pytest.approx(fresh, rel=1e-6)
 
 
-@pytest.mark.parametrize("policy", [sleb, blockpruner, None])
+@pytest.mark.parametrize("moves_of", [whole_layers, sublayers, None])
 @pytest.mark.parametrize("states", [0, 1, 2, 5])
-def test_with_room_for_few_states_the_losses_are_the_same(states, policy, batcher, monkeypatch):
+def test_with_room_for_few_states_the_losses_are_the_same(states, moves_of, batcher, monkeypatch):
     decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(4)
 
     def search():
         sweep = Sweep(decoder, windows, batcher)
-        return policy(sweep, 0.35) if policy else greedy_search(sweep, [3, 2, 1], 3)
+        return greedy(sweep, moves_of(decoder), 0.35) if moves_of else greedy_search(sweep, [3, 2, 1], 3)
 
     expected = search()
     size = windows.numel() * decoder.config.hidden_size * 4
