@@ -35,7 +35,7 @@ from lib.models.linears import find_linears
 from lib.models.loading import load_model
 from lib.runtime.setup import quiet_libraries
 from lib.sparsity.pruners import Magnitude
-from lib.sparsity.semi_structured import compressed
+from lib.sparsity.semi_structured_kernels import compressed
 
 KERNELS = "half of the weights zero, 2:4 in torch's kernels"
 

@@ -24,7 +24,7 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
-from lib.sparsity import semi_structured
+from lib.sparsity import semi_structured_kernels
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
     gradients = {asked: known for asked, known in found.items() if known}
     with report.timed("load"):
         if settings.semi_structured:
-            semi_structured.check_device(resolve_device(settings.source.device))
+            semi_structured_kernels.check_device(resolve_device(settings.source.device))
         config = load_config(settings.source)
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(settings.source)
@@ -140,7 +140,7 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     if settings.pattern.is_structured and settings.method.pruning.prunes:
         check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
     if settings.semi_structured:
-        semi_structured.check_linears(linears, decoder.has_weights)
+        semi_structured_kernels.check_linears(linears, decoder.has_weights)
     if settings.quantization and settings.quantization.group_size:
         check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
     return linears

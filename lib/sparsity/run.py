@@ -20,7 +20,7 @@ from lib.runs.single import NO_PLOT, Run
 from lib.sensitivity.compute import Sensitivities, state_folder
 from lib.sensitivity.gradients import LayerSensitivity
 from lib.sparsity import report as sparsity_report
-from lib.sparsity import semi_structured
+from lib.sparsity import semi_structured_kernels
 from lib.sparsity.densities import spread_densities, uniform_densities
 from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
 from lib.sparsity.outlier_scores import Summary, layer_scores
@@ -170,14 +170,17 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         """Inside, the pruned model runs in torch's 2:4 kernels, if requested."""
         if not self.settings.semi_structured:
             return nullcontext()
-        return semi_structured.compressed(self.workspace.linears)
+        return semi_structured_kernels.compressed(self.workspace.linears)
 
     def compare_speed(self) -> dict[str, float]:
         """Tokens per second through the layers on one batch of evaluation windows, dense and in the 2:4 kernels."""
         input_ids = next(iter(self.workspace.eval_windows.values()))[: self.workspace.batcher.size]
-        dense = semi_structured.tokens_per_second(self.decoder, input_ids)
+        dense = semi_structured_kernels.tokens_per_second(self.decoder, input_ids)
         with self.sparse_kernels():
-            return {"dense": dense, "semi_structured": semi_structured.tokens_per_second(self.decoder, input_ids)}
+            return {
+                "dense": dense,
+                "semi_structured": semi_structured_kernels.tokens_per_second(self.decoder, input_ids),
+            }
 
     def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:
         """Adds the speed in 2:4 kernels and the zero-shot accuracy, if requested."""

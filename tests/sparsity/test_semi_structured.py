@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.models.loading import load_model
-from lib.sparsity import semi_structured
+from lib.sparsity import semi_structured_kernels
 from lib.sparsity.pruners import Magnitude
 from tests.command import run_alp
 from tests.families import tiny_model, tiny_windows
@@ -42,14 +42,14 @@ def test_it_is_for_2_4_only(alp_arguments, monkeypatch, capsys, flags):
 
 def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
     with pytest.raises(InputError, match="layer 0 self_attn.q_proj is in float32.*--dtype bfloat16"):
-        semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE))))
+        semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE))))
     with pytest.raises(InputError, match="layer 0 self_attn.q_proj is 32 x 32, no multiple of 32 x 64"):
-        semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama").bfloat16())))
-    semi_structured.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
+        semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama").bfloat16())))
+    semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
 
 
 def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypatch, capsys):
-    monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
+    monkeypatch.setattr(semi_structured_kernels, "check_device", lambda device: None)
     monkeypatch.setattr(lib.sparsity.prepare, "load_model", None)
     assert run_alp(*alp_arguments, *FLAGS, monkeypatch=monkeypatch) == 2
     assert "no multiple of 32 x 64" in capsys.readouterr().err
@@ -58,14 +58,14 @@ def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypat
 def test_kernels_that_do_not_run_are_refused():
     """As where torch was built without them: here there is no such device at all."""
     with pytest.raises(InputError, match="torch's 2:4 kernels do not run here"):
-        semi_structured._try_kernels(torch.device("cpu"))
+        semi_structured_kernels._try_kernels(torch.device("cpu"))
 
 
 def test_the_weights_come_back_even_from_an_error(monkeypatch):
-    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight * 2)
+    monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", lambda weight: weight * 2)
     linears = list(find_linears(Decoder(tiny_model("Llama")))[0].values())
     before = [linear.weight.clone() for linear in linears]
-    with pytest.raises(RuntimeError), semi_structured.compressed(linears):
+    with pytest.raises(RuntimeError), semi_structured_kernels.compressed(linears):
         assert all(torch.equal(linear.weight, 2 * weight) for linear, weight in zip(linears, before, strict=True))
         raise RuntimeError
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears, before, strict=True))
@@ -79,9 +79,9 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
         compressed.append(weight)
         return torch.zeros_like(weight)
 
-    monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
-    monkeypatch.setattr(semi_structured, "check_linears", lambda linears, has_dtype: None)
-    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", stand_in)
+    monkeypatch.setattr(semi_structured_kernels, "check_device", lambda device: None)
+    monkeypatch.setattr(semi_structured_kernels, "check_linears", lambda linears, has_dtype: None)
+    monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", stand_in)
     assert run_alp(*alp_arguments, *FLAGS, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     assert compressed and all((w.reshape(-1, 4) == 0).sum(dim=1).eq(2).all() for w in compressed)
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -104,7 +104,7 @@ def test_the_kernels_give_what_the_dense_weights_give():
     for linear in linears:
         linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])
     expected = model(input_ids=ids).logits.float()
-    with semi_structured.compressed(linears):
+    with semi_structured_kernels.compressed(linears):
         found = model(input_ids=ids).logits.float()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     assert torch.equal(model(input_ids=ids).logits.float(), expected)
