@@ -83,6 +83,9 @@ def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: fl
     axes.axhline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), color="0.4", va="bottom")
     axes.set(xlabel=across, ylabel="perplexity", yscale="log")
+    left, right = axes.get_xlim()
+    if right - left < 0.1:  # points of one setting: at least ten percent, which the labels can tell apart
+        axes.set_xlim((left + right) / 2 - 0.05, (left + right) / 2 + 0.05)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
