@@ -23,6 +23,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
 
 
+def printable(text: str) -> str:
+    """The text with its control characters as escapes: names in files of others may hold codes for terminals."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def describe_failure(error: BaseException) -> str | None:
     """One line for an error that the user caused or can fix; None for a bug in the program."""
     if isinstance(error, KeyboardInterrupt):
@@ -30,7 +35,7 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some"
     if isinstance(error, InputError | RunError | OSError):
-        return " ".join(str(error).split())
+        return printable(" ".join(str(error).split()))
     if is_out_of_memory(error):
         return (
             "out of memory, with batches as small as can be; lower --seqlen (of gradients --grad_seqlen), "
