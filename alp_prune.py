@@ -30,6 +30,7 @@ from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError
 from lib.storage import log_tsv
 from lib.storage.atomic import check_writable
+from lib.storage.resume_state import check_state_folder
 
 AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)
@@ -179,7 +180,8 @@ def check(args: argparse.Namespace) -> None:
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
     else:
-        checks.check_output(args, args.model[0])
+        files = [args.gradients, log_folder_of(args), *(args.tasks or ())]
+        checks.check_output(args, [*args.model, *used_texts, *(str(file) for file in files if file)])
     if args.gradients and (len(args.model) > 1 or len(args.seed) > 1):
         raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
     if log_folder := log_folder_of(args):
@@ -222,7 +224,9 @@ def cells(args: argparse.Namespace) -> list[dict]:
         raise InputError(f"--gradients: {asked} does not use them; leave them out")
     for one in found:
         if uses_gradients(one) and not args.gradients:
-            check_writable(one["gradients"].path(one["source"].name, args.dtype).parent, "gradients")
+            path = one["gradients"].path(one["source"].name, args.dtype)
+            check_writable(path.parent, "gradients")
+            check_state_folder(path.with_suffix(".state"), "gradients")
     return found
 
 
@@ -298,7 +302,6 @@ def main() -> None:
         args.output_dir = args.output_dir or checks.grid_output_dir("alp_prune", args)
     check(args)
     runs = cells(args)
-    args.output_dir = args.output_dir or checks.default_output_dir("alp_prune", runs[0]["model_name"])
     from lib.runs.grid import run_grid  # these import torch
     from lib.runs.single import run_single
     from lib.sparsity.run import SparsityRun

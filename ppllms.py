@@ -32,7 +32,7 @@ from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
 from lib.errors import InputError
 from lib.export import gguf
-from lib.storage.atomic import RESULT
+from lib.storage.output_folder import RESULT
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
@@ -187,7 +187,8 @@ def check(args: argparse.Namespace) -> None:
         if not args.eval_ppl:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
-        checks.check_output(args, args.model_name[0])
+        plan = [str(args.apply_plan)] if args.apply_plan else []
+        checks.check_output(args, [*args.model_name, *used_texts, *plan])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
@@ -216,7 +217,6 @@ def main() -> None:
     if is_grid:
         args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
-    args.output_dir = args.output_dir or checks.default_output_dir("ppllms", args.model_name[0])
     from lib.depth.run import DepthRun  # these import torch
     from lib.runs.grid import run_grid
     from lib.runs.single import run_single

@@ -12,10 +12,11 @@ import argparse
 import sys
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import is_first_process, run_script
+from lib.cli.exit_status import run_script
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
+from lib.runtime.launcher import launched
 from lib.storage import resume_state
 from lib.storage.atomic import check_writable
 
@@ -58,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
     sources.check_model(args.model)
     sources.check_text(args.gradients.dataset)
     checks.check_device(args)
-    if is_first_process():
+    if launched().is_first:
         check_output(args)
     if sources.is_hub_model(args.model) or sources.is_hub_text(args.gradients.dataset):
         checks.prefer_cache_without_network()
@@ -73,7 +74,9 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
-    if not (args.overwrite or args.resume) and resume_state.is_unfinished(args.output.with_suffix(".state")):
+    state = args.output.with_suffix(".state")
+    resume_state.check_state_folder(state, f"--output {args.output}")
+    if not (args.overwrite or args.resume) and resume_state.is_unfinished(state):
         raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")
 

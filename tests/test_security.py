@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 import alp_prune
 import ppllms
 import save_gradient
-from lib.cli import checks
 from lib.config.gradients import GradientSettings
-from lib.config.sources import ModelSource, check_model
+from lib.config.sources import ModelSource, check_model, short_name
 from lib.data.corpora import load_corpus
 from lib.errors import InputError
 from lib.models.loading import load_model, load_tokenizer
+from lib.storage import output_folder
+from lib.storage.results_jsonl import digest
 from tests.command import ROOT, run
 from tests.families import tiny_model
 
@@ -409,6 +410,7 @@ def test_links_in_model_folders_are_read_and_never_written_through(model, tiny_f
         flags = [*flags_of(ppllms, model, text_file), "--save_model", here / "saved"]
         assert run(*flags, monkeypatch=monkeypatch) == 0
     assert not [path for path in (here / "saved").iterdir() if path.is_symlink()]
+    (model / "log.txt").unlink()
     model.rename(here / "old")
     with nothing_changes_outside(here):
         flags = [*flags_of(ppllms, tiny_folder, text_file), "--save_model", here / "old", "--overwrite"]
@@ -435,7 +437,8 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_of_a_model_or_text_leads_out_of_our_folders(here, name):
-    assert checks.default_output_dir("ppllms", name).resolve().parent == here / "runs"
+    with output_folder.chosen(None, f"ppllms-{short_name(name)[:80]}") as folder:
+        assert folder.resolve().parent == here / "runs"
     for model, text in ((name, "c4"), ("nobody/model", name), (name, name)):
         assert GradientSettings(text).path(model, "float16").resolve().parent == here / "gradients"
 
@@ -505,6 +508,7 @@ def test_names_in_the_results_of_a_grid_become_no_paths(tiny_folder, text_file, 
     for line in lines:
         line["result"] |= dict.fromkeys(("model", "model_name", "dataset", "prune_method", "gradients"), OUTSIDE)
         line["result"]["perplexity"] = {OUTSIDE: next(iter(line["result"]["perplexity"].values()))}
+        line["digest"] = digest({"key": line["key"], "result": line["result"]})
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (here / "grid/table.md").unlink()
     with nothing_changes_outside(here):

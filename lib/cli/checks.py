@@ -4,16 +4,16 @@ import argparse
 import hashlib
 import os
 import socket
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.cli.exit_status import is_first_process
-from lib.config.sources import expand, is_hub_model, locate_model, short_name
+from lib.config.sources import expand, locate_model
 from lib.errors import InputError
-from lib.storage import results_jsonl, resume_state
-from lib.storage.atomic import RESULT, check_model_folder, check_writable
+from lib.runtime.launcher import launched
+from lib.storage import resume_state
+from lib.storage.model_folder import check_holds_none_of, check_model_folder
+from lib.storage.output_folder import RESULT, STATE, check_output_folder
 
 NOT_ASKED = (
     "output_dir",
@@ -32,18 +32,11 @@ def check_device(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
     if args.device_map and args.offload != "auto":
         raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
-    are_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # processes, started by a launcher
+    are_several = launched().are_several
     if args.device_map and are_several:
         raise InputError("--device_map: several processes have a device each; leave it out")
     if ":" in args.device and are_several:
         raise InputError(f"--device {args.device}: several processes have a device each; give its kind only")
-
-
-def default_output_dir(tool: str, model: str) -> Path:
-    """`runs/<tool>-<model>-<time>`, with a number appended if that exists."""
-    base = Path("runs") / f"{tool}-{short_name(model)[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
-    return base if not base.exists() else next(name for name in names if not name.exists())
 
 
 def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
@@ -58,33 +51,39 @@ def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 
 
-def check_output(args: argparse.Namespace, model: str) -> None:
-    """Raises `InputError` unless a run on `model` can write its files and overwrites nothing else."""
-    if not is_first_process():
+def check_output(args: argparse.Namespace, used: Iterable[str]) -> None:
+    """Raises `InputError` unless a run can write its files and replaces nothing else.
+
+    `used` names the models, texts and files that the run reads.
+    """
+    if not launched().is_first:
         return  # only the first process writes, and it may have begun
     output_dir = args.output_dir
-    check_writable(output_dir or Path("runs"), "--output_dir")
     if args.resume and not output_dir:
         raise InputError("--resume: needs --output_dir, the folder of the run that is to go on")
-    if output_dir and not args.overwrite and not args.resume:
-        if (output_dir / RESULT).exists():
-            raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
-        if resume_state.is_unfinished(output_dir / resume_state.FOLDER):
-            advice = "add --resume to go on with it, or --overwrite to begin anew"
-            raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
-    if output_dir and (output_dir / results_jsonl.FILE).exists():
-        raise InputError(f"--output_dir {output_dir}: holds a grid of results; name another folder")
-    if not args.save_model:
-        return
-    is_own = args.resume and resume_state.was_saving(output_dir / resume_state.FOLDER, args.save_model)
+    check_output_folder(output_dir or Path("runs"), "run")
+    if output_dir:
+        state = output_dir / STATE
+        resume_state.check_state_folder(state, f"--output_dir {output_dir}")
+        if not args.overwrite and not args.resume:
+            if (output_dir / RESULT).exists():
+                raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
+            if resume_state.is_unfinished(state):
+                advice = "add --resume to go on with it, or --overwrite to begin anew"
+                raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
+    if args.save_model:
+        check_save_model(args, used)
+
+
+def check_save_model(args: argparse.Namespace, used: Iterable[str]) -> None:
+    """Raises `InputError` unless the model can be saved, and nothing that the run uses lies in that folder."""
+    folder, output_dir = args.save_model, args.output_dir or Path("runs")
+    paths = [Path(locate_model(name)) for name in used]
+    check_holds_none_of(folder, [Path.cwd(), output_dir, *filter(Path.exists, paths)], "--save_model")
+    is_own = args.resume and resume_state.was_saved(output_dir / STATE, folder)
     is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or the run is refused later
     if not is_own and not is_finished:
-        check_model_folder(args.save_model, args.overwrite, "--save_model")
-    target, output = args.save_model.resolve(), (output_dir or Path("runs")).resolve()
-    if target == output or target in output.parents:
-        raise InputError(f"--save_model {args.save_model}: --output_dir lies in it; name another folder")
-    if not is_hub_model(model) and target == Path(locate_model(model)).resolve():
-        raise InputError(f"--save_model {args.save_model}: is the model that is pruned; name another folder")
+        check_model_folder(folder, args.overwrite, "--save_model")
 
 
 def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
@@ -96,12 +95,12 @@ def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
 
 
 def check_grid_output(args: argparse.Namespace) -> None:
-    """Raises `InputError` unless the folder of a grid can be written and holds no result of a single run."""
-    check_writable(args.output_dir, "--output_dir")
-    if (args.output_dir / RESULT).exists():
-        raise InputError(f"--output_dir {args.output_dir}: holds the result of a single run; name another folder")
+    """Raises `InputError` unless the folder of a grid can be written and holds nothing else of our names."""
     if args.save_model:
         raise InputError("--save_model: saves one model; leave it out, or give one value for each flag")
+    if launched().is_first:
+        check_output_folder(args.output_dir, "grid")
+        resume_state.check_state_folder(args.output_dir / STATE, f"--output_dir {args.output_dir}")
 
 
 def prefer_cache_without_network() -> None:

@@ -20,7 +20,7 @@ class DepthPruning:
     source: ModelSource
     dataset: str
     eval_datasets: list[str]
-    output_dir: Path
+    output_dir: Path | None
     saved_plan: SavedPlan | None = None
     method: str = "ppllms"
     num_blocks: int | None = None

@@ -23,7 +23,7 @@ class SparsityPruning:
     gradients: GradientSettings
     calibration_dataset: str
     dataset: Sequence[str]
-    output_dir: Path
+    output_dir: Path | None
     alpha: float
     nsamples: int = 128
     seed: int = 0

@@ -13,8 +13,9 @@ from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_pruned
 from lib.models.limits import dtype_name
-from lib.reporting.plots import REMOVALS, plot_removals
+from lib.reporting.plots import plot_removals
 from lib.runs.single import NO_PLOT, Run
+from lib.storage.output_folder import REMOVALS
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -115,9 +116,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         has_plot = plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title)
         return plot if has_plot else NO_PLOT
 
-    def save_model(self, folder: Path, overwrite: bool) -> None:
-        tokenizer, save_format = self.workspace.tokenizer, self.settings.save_format
-        save_pruned(self.decoder, self.plan, tokenizer, folder, save_format, overwrite)
+    def save_model(self, folder: Path) -> None:
+        save_pruned(self.decoder, self.plan, self.workspace.tokenizer, folder, self.settings.save_format)
 
 
 for _method in DEPTH_METHODS.values():  # a method without an implementation fails here, not in the middle of a run

@@ -1,4 +1,4 @@
-"""Saves pruned checkpoints that stock tools load. Writes are atomic; formats are checked against the model in memory.
+"""Saves pruned checkpoints that stock tools load. Formats are checked against the model in memory.
 
 `hf`            without the removed sublayers and layers. If only whole layers were removed, a stock checkpoint;
                 otherwise the folder carries `modeling_pruned.py` and loads with `trust_remote_code=True`.
@@ -34,7 +34,6 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.weight_deltas import Changes, difference
-from lib.storage.atomic import atomic_folder
 
 OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 
@@ -70,29 +69,25 @@ def save_pruned(
     tokenizer,
     folder: Path,
     save_format: str = "hf",
-    overwrite: bool = False,
     max_shard_size: str | None = None,
 ) -> None:
-    """Prunes the model in memory by a plan and saves it with its tokenizer and generation config.
+    """Prunes the model in memory by a plan and writes it, with tokenizer and generation config, to a new folder.
 
-    `decoder` must not be used afterwards. Raises `InputError` for a folder that cannot be written, and `RunError` for a
-    model that the format cannot hold.
+    `decoder` must not be used afterwards. Raises `RunError` for a model that the format cannot hold.
     """
-    with atomic_folder(folder, overwrite, "--save_model") as draft:
-        with TemporaryDirectory(prefix=".changes-", dir=draft) as changes:
-            if save_format == "masked":
-                zero_sublayers(decoder, plan, Changes(Path(changes)))
-            else:
-                compact(decoder, plan)
-            _write(decoder.model, tokenizer, draft, max_shard_size, save_format)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".changes-", dir=folder) as changes:
+        if save_format == "masked":
+            zero_sublayers(decoder, plan, Changes(Path(changes)))
+        else:
+            compact(decoder, plan)
+        _write(decoder.model, tokenizer, folder, max_shard_size, save_format)
 
 
-def save_weights(
-    model: PreTrainedModel, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
-) -> None:
-    """Saves a model whose weights were changed in place, in the form it was loaded from, with its tokenizer."""
-    with atomic_folder(folder, overwrite, "--save_model") as draft:
-        _write(model, tokenizer, draft, max_shard_size, "hf")
+def save_weights(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None = None) -> None:
+    """Writes a model whose weights were changed in place, in the form it was loaded from, to a new folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(model, tokenizer, folder, max_shard_size, "hf")
 
 
 def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:

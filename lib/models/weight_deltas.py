@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lib.errors import START_OVER, InputError
-from lib.storage.atomic import atomic_file
+from lib.models.sealed_tensors import Sealed, broken, save_sealed
 
 _ZEROS, _WEIGHT = "zeros.", "weight."  # prefixes of a weight's path within its layer
 _FILE = "layer-{:05d}.safetensors"
@@ -44,13 +41,10 @@ class Changes:
         self._changed: dict[int, dict[str, str]] = {}  # layer -> path of a weight -> its prefix
         for path in sorted(folder.glob("layer-*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
-                    kinds = [name.split(".", 1) for name in file.keys()]  # noqa: SIM118
+                kinds = [name.split(".", 1) for name in Sealed(path).names]
                 self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
-            except (SafetensorError, ValueError, OSError) as error:
-                raise InputError(
-                    f"{path}: broken, so what it was part of cannot go on ({error}); {START_OVER}"
-                ) from error
+            except ValueError as error:
+                raise broken(path, error) from error
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed
@@ -58,8 +52,8 @@ class Changes:
     def write(self, layer: int, differences: Mapping[str, Difference]) -> None:
         """Writes the changes of a layer, {path within the layer: `difference`}, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / _FILE.format(layer)) as draft:
-            save_file({kind + path: tensor for path, (kind, tensor) in differences.items()}, draft)
+        tensors = {kind + path: tensor for path, (kind, tensor) in differences.items()}
+        save_sealed(self.folder / _FILE.format(layer), tensors)
         self.add(layer, differences)
 
     def add(self, layer: int, differences: Mapping[str, Difference]) -> None:
@@ -71,6 +65,5 @@ class Changes:
         kind = self._changed.get(layer, {}).get(path)
         if kind is None:
             return weight
-        with safe_open(self.folder / _FILE.format(layer), framework="pt") as file:
-            kept = file.get_tensor(kind + path)
+        kept = Sealed(self.folder / _FILE.format(layer)).tensor(kind + path)
         return with_zeros(weight, kept) if kind == _ZEROS else kept.to(weight.device, copy=True)

@@ -4,16 +4,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lib.reporting.plots import REMOVALS, SPARSITY
-from lib.storage.atomic import RESULT, clear_drafts, write_json
-
-LOG = "log.txt"
+from lib.errors import printable
+from lib.storage.atomic import write_json
+from lib.storage.output_folder import LOG, REMOVALS, RESULT, SPARSITY
 
 
 @contextmanager
@@ -47,20 +46,11 @@ class Report:
         assert self._folder is not None, "the report has no output folder before `open`"
         return self._folder
 
-    def open(self, folder: Path, resume: bool = False) -> None:
-        """Creates the output folder, deletes an earlier result there, and writes the lines so far to log.txt.
-
-        With `resume`, appends to the existing log.
-        """
+    def open(self, folder: Path) -> None:
+        """Writes the lines so far to log.txt in the output folder; an earlier log there is continued."""
         self._folder = folder
-        if not self.is_first:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (RESULT, REMOVALS, SPARSITY):
-            (folder / name).unlink(missing_ok=True)
-            clear_drafts(folder / name)
-        with (folder / LOG).open("a" if resume else "w", encoding="utf-8") as log:
-            log.write("".join(line + "\n" for line in self._lines))
+        if self.is_first:
+            self._write_log(*self._lines)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
@@ -72,20 +62,25 @@ class Report:
             self._is_quiet = False
 
     def print(self, text: str = "") -> None:
-        """Prints and logs a line; a closed stdout does not end the run."""
+        """Prints and logs a line. A closed stdout, one that lacks a character, or a log that is full ends no run."""
         if not self.is_first:
             return
+        text = printable(text)
         self._lines.append(text)
         if self._folder:
-            with (self._folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(text + "\n")
+            self._write_log(text)
         if self._is_quiet:
             return
         try:
-            tqdm.write(text)
+            encoding = sys.stdout.encoding or "utf-8"
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
-        except BrokenPipeError:
+        except (OSError, ValueError):
             sys.stdout = open(os.devnull, "w")
+
+    def _write_log(self, *lines: str) -> None:
+        with suppress(OSError), (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write("".join(line + "\n" for line in lines))
 
     def timed(self, name: str) -> AbstractContextManager:
         """Adds the seconds of the block to `seconds[name]`."""
@@ -95,14 +90,24 @@ class Report:
     def progress(self, total: int, label: str) -> Iterator[Callable[[float], object]]:
         """Shows a progress bar if stderr is a terminal; yields the function that advances it."""
         with tqdm(total=total, desc=label, disable=None if self.is_first else True, leave=False) as bar:
-            yield bar.update
+
+            def advance(count: float) -> None:
+                with suppress(OSError, ValueError):  # the terminal is gone
+                    bar.update(count)
+
+            yield advance
 
     def result(self, content: dict) -> Path:
-        """Writes result.json atomically and returns its path."""
+        """Writes result.json atomically, in place of an earlier one; returns its path."""
         path = self.folder / RESULT
         if self.is_first:
             write_json(path, content)
         return path
+
+    def discard_plots(self) -> None:
+        """Deletes the plots of an earlier result."""
+        for name in (REMOVALS, SPARSITY):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def columns(cells: Sequence[str], per_row: int) -> list[str]:

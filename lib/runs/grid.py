@@ -19,7 +19,9 @@ from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import release_memory
 from lib.runtime.setup import set_up
+from lib.storage import output_folder
 from lib.storage.atomic import atomic_file
+from lib.storage.output_folder import CSV, GRID_PLOT, TABLE
 from lib.storage.results_jsonl import ResultsFile, canonical
 
 Result = TypeVar("Result")
@@ -58,7 +60,9 @@ class _GridRun:
         for of_model in models:
             cells = list(of_model.values())
             self.kind.check_config(cells, load_config(cells[0].source))
-        report.open(self.folder, resume=not self.overwrite)
+        if report.is_first:
+            output_folder.claim(self.folder, "grid")
+        report.open(self.folder)
         again = "the same command without --overwrite" if self.overwrite else "the same command"
         count = len(self.cells)
         done = f", {count - len(missing)} of them done before" if len(missing) < count else ""
@@ -132,7 +136,7 @@ class _GridRun:
         """Writes the tables of all finished cells, in the order of the cells and under their present names."""
         results = [_named(result, cell) for key, cell in self.cells.items() if (result := self.results.find(key))]
         found = entries(results)
-        for name, content in (("table.md", markdown(found)), ("table.csv", csv_table(found))):
+        for name, content in ((TABLE, markdown(found)), (CSV, csv_table(found))):
             with atomic_file(self.folder / name) as draft:
                 draft.write_text(content, encoding="utf-8")
         return found
@@ -143,14 +147,14 @@ class _GridRun:
         report.print()
         report.print(markdown(found))
         report.print("Written")
-        for name in ("table.md", "table.csv"):
+        for name in (TABLE, CSV):
             report.print(f"  table   {folder / name}")
         measured = [entry for entry in found if entry.metric == "perplexity"]
         models, texts = labels(entry.model for entry in measured), labels(entry.text for entry in measured)
         for model, text in dict.fromkeys((entry.model, entry.text) for entry in measured):
             here = [entry for entry in measured if (entry.model, entry.text) == (model, text)]
             names = f"{models[model]}-{texts[text]}" if model != text else models[model]
-            path = folder / f"perplexity-{re.sub(r'[^A-Za-z0-9_.-]', '-', names)[-150:]}.png"
+            path = folder / GRID_PLOT.format(re.sub(r"[^A-Za-z0-9_.-]", "-", names)[-150:])
             dense = next(entry.value for entry in here if entry.is_dense)
             title = f"{models[model]}: perplexity on {texts[text]}"
             lines = _lines([entry for entry in here if not entry.is_dense])

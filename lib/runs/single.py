@@ -6,7 +6,8 @@ state, perplexity and result.json are here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,6 +16,7 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan
+from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import Perplexity, perplexity
@@ -25,10 +27,13 @@ from lib.reporting.environment import environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
+from lib.runtime.launcher import launched
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
-from lib.storage.atomic import RESULT
-from lib.storage.resume_state import FOLDER, State, check_saved, digest, finished, how_to_resume
+from lib.storage import output_folder
+from lib.storage.output_folder import RESULT, STATE
+from lib.storage.results_jsonl import digest
+from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
 NO_PLOT = "none: matplotlib is not installed (pip install matplotlib)"
 
@@ -82,8 +87,8 @@ class Run(ABC, Generic[Settings, Space]):
         """Draws the plot; returns its path, why there is none, or None where there is nothing to draw."""
 
     @abstractmethod
-    def save_model(self, folder: Path, overwrite: bool) -> None:
-        """Saves the pruned model."""
+    def save_model(self, folder: Path) -> None:
+        """Writes the pruned model to an empty folder."""
 
     def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
         """Gives the model its dense weights back before the next cell of a grid."""
@@ -125,19 +130,20 @@ class Run(ABC, Generic[Settings, Space]):
             return Perplexity(*self.state.once(f"perplexity of {stage} on {text}", measure))
 
     def execute(self) -> dict:
-        """Prunes, measures, then writes result.json, plot, model and log. What was found is written before the rest."""
+        """Prunes, measures, writes result.json and the model; then all that only shows, which cannot fail the run."""
         result = self.compute()
         self.report.seconds.setdefault("save", 0.0)
         if not self.report.is_first:
             return result
         path, settings = self.report.result(result), self.settings
-        plot = self.draw(result)
+        self.report.discard_plots()
         if settings.save_model:
             with self.report.timed("save"):
-                overwrite = self.state.claim_model_folder(settings.save_model, settings.overwrite)
-                self.save_model(settings.save_model, overwrite)
+                with self.state.saving(settings.save_model, settings.overwrite) as draft:
+                    self.save_model(draft)
             result["saved_model"] = str(settings.save_model.resolve())
             self.report.result(result)
+        plot = self.draw(result)
         try:
             self.evaluate_tasks(result, self.report.result)
         finally:
@@ -174,20 +180,23 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     Raises `InputError`, and `RunError` that says what is kept and how to resume.
     """
     set_up()
-    ranks = join(resolve_device(settings.source.device))
-    folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # its name may contain the time
-    settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)
-    if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
-        check_saved(before, settings.save_model)
-        report.print(f"Finished before: {folder / RESULT}")
-        return before
-    state = State(folder / FOLDER, settings.key, ranks, settings.resume)
-    with state.advise_resume(how_to_resume(folder)):
-        workspace = kind.load(report, [settings], ranks)
-        workspace.state = state
-        with state.session(report.seconds):
-            report.open(folder, resume=settings.resume)
-            return kind(report, settings, workspace).execute()
+    ranks, report = join(resolve_device(settings.source.device)), Report(launched().is_first)
+    stem = f"{kind.tool}-{short_name(settings.model_name)[:80]}"
+    with output_folder.chosen(settings.output_dir, stem) if report.is_first else nullcontext() as chosen:
+        folder = Path(ranks.agree(lambda: str(chosen)))
+        if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
+            check_saved(before, settings.save_model)
+            report.print(f"Finished before: {folder / RESULT}")
+            return before
+        state = State(folder / STATE, settings.key, ranks, settings.resume)
+        with state.advise_resume(how_to_resume(folder)):
+            workspace = kind.load(report, [settings], ranks)
+            workspace.state = state
+            if report.is_first:
+                output_folder.claim(folder, "run")
+            with state.session(report.seconds):
+                report.open(folder)
+                return kind(report, settings, workspace).execute()
 
 
 def run_cell(
@@ -198,7 +207,7 @@ def run_cell(
     keep: Callable[[dict], object],
 ) -> dict:
     """The result of one cell of a grid, which resumes like a single run."""
-    workspace.state = State.of_cell(report.folder / FOLDER, settings.key, workspace.batcher.ranks)
+    workspace.state = State.of_cell(report.folder / STATE, settings.key, workspace.batcher.ranks)
     run = kind(report, settings, workspace)
     run.restore()
     with workspace.state.session(report.seconds):

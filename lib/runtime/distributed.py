@@ -6,7 +6,6 @@ are combined before any process continues, so all take the same decisions. Only 
 
 import atexit
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from lib.runtime.launcher import launched
 
 Json = TypeVar("Json")
 
@@ -105,7 +106,7 @@ ALONE = Ranks()
 
 def join(device: torch.device) -> Ranks:
     """Connects to the other processes of this run, if a launcher started several. `device` is that of this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not launched().are_several:
         return ALONE
     from accelerate import PartialState
 

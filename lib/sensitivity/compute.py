@@ -1,26 +1,22 @@
 """A model's sensitivities: computed, resumed, or read from a file."""
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource
 from lib.data.sampling import sampled_windows
-from lib.errors import START_OVER, InputError
 from lib.models.decoder import Decoder
+from lib.models.sealed_tensors import Sealed, broken, save_sealed
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.runtime.distributed import ALONE, Ranks
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
 from lib.sensitivity.gradients import LayerSensitivity, connection_sensitivity
-from lib.storage.atomic import atomic_file, clear_drafts
 from lib.storage.resume_state import State
 
 
@@ -61,8 +57,6 @@ class Sensitivities:
         model, text = self.key["model"], self.key["text"]
         found = Artifact(self.source.name, model, text, settings, layers, environment(decoder.device))
         if self.ranks.is_first:
-            if state.folder == state_folder(self.path):  # then no other run writes this file
-                clear_drafts(self.path)
             artifact.write(self.path, found)
         return found
 
@@ -76,18 +70,15 @@ class _Unfinished:
     def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
         if not self._ranks.agree(self._path.exists):
             return None
+        file = Sealed(self._path)
         try:
-            with safe_open(self._path, framework="pt") as file:
-                layers = json.loads(file.metadata()["layers"])
-                return [artifact.layer_of_json(layer) for layer in layers], file.get_tensor("gradient").clone()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._path}: broken, so that run cannot go on ({error}); {START_OVER}") from error
+            return [artifact.layer_of_json(layer) for layer in file.content], file.tensor("gradient")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise broken(self._path, error) from error
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
         if self._ranks.is_first:
-            metadata = {"layers": json.dumps([asdict(layer) for layer in found])}
-            with atomic_file(self._path) as draft:
-                save_file({"gradient": gradient}, draft, metadata)
+            save_sealed(self._path, {"gradient": gradient}, [asdict(layer) for layer in found])
 
 
 def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artifact | None:

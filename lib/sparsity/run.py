@@ -15,7 +15,7 @@ from lib.models.linears import InputGroup
 from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
-from lib.reporting.plots import SPARSITY, plot_sparsity
+from lib.reporting.plots import plot_sparsity
 from lib.runs.single import NO_PLOT, Run
 from lib.sensitivity.compute import Sensitivities, state_folder
 from lib.sensitivity.gradients import LayerSensitivity
@@ -28,6 +28,7 @@ from lib.sparsity.prepare import SparsityWorkspace, check_config, prepare
 from lib.sparsity.pruners import Pruner
 from lib.sparsity.stages import make_pruner, make_quantizer
 from lib.storage import log_tsv
+from lib.storage.output_folder import SPARSITY
 from lib.storage.resume_state import State, discard
 
 
@@ -206,7 +207,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         if not self.settings.log:
             return None
         name = "rows with tasks" if "zero_shot" in result else "rows"
-        rows = self.state.once(name, lambda: log_tsv.rows(result, self.settings.output_dir))
+        rows = self.state.once(name, lambda: log_tsv.rows(result, self.report.folder))
         return log_tsv.append(self.settings.log, rows)
 
     def draw(self, result: dict) -> Path | str:
@@ -215,8 +216,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         title = f"{settings.model_name}: {settings.method.name}, {target:g} {settings.pattern}"
         return plot if plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title) else NO_PLOT
 
-    def save_model(self, folder: Path, overwrite: bool) -> None:
-        save_weights(self.decoder.model, self.workspace.tokenizer, folder, overwrite)
+    def save_model(self, folder: Path) -> None:
+        save_weights(self.decoder.model, self.workspace.tokenizer, folder)
 
     def describe(self) -> dict:
         settings, workspace, allocator = self.settings, self.workspace, self.settings.method.allocation

@@ -1,4 +1,4 @@
 """Files on disk: atomic writes, resume state, results.jsonl, and the log of runs.
 
-May import `errors`; never torch.
+May import `files` and `errors`; never torch.
 """

@@ -1,18 +1,20 @@
 """Atomic writes: a file or folder appears complete under its name, or not at all."""
 
+import ctypes
+import fcntl
 import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import FULL_DISK, InputError, RunError
 
-RESULT = "result.json"
-_DRAFT, _REPLACED = ".{}.partial-", "-replaced"
+_DRAFT, _ASIDE = ".{}.partial-", "-aside"
+_EXCHANGE, _AT_CWD = 2, -100  # of renameat2 in Linux
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -22,34 +24,27 @@ def check_writable(folder: Path, flag: str) -> None:
         if not existing.is_dir():
             raise InputError(f"{flag} {folder}: {existing} is not a folder; name another")
         tempfile.TemporaryFile(dir=existing).close()
-        longest = os.pathconf(existing, "PC_NAME_MAX") - len(_DRAFT.format("") + 8 * "x" + _REPLACED)
+        longest = os.pathconf(existing, "PC_NAME_MAX") - len(_DRAFT.format("") + 8 * "x" + _ASIDE)
         if len(os.fsencode(folder.name)) > longest:
             raise InputError(f"{flag} {folder}: the name is too long; at most {longest} bytes")
     except OSError as error:
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); name another") from error
 
 
-def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
-    """Raises `InputError` unless a model may be saved there: the folder is empty, or `overwrite` and holds a model."""
-    check_writable(folder, flag)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{flag} {folder}: exists and is not empty; name another folder or add --overwrite")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{flag} {folder}: holds no model, so --overwrite does not replace it; name another folder")
-
-
 @contextmanager
-def atomic_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
+def atomic_folder(folder: Path, on_complete: Callable[[Path], object] = lambda draft: None) -> Iterator[Path]:
     """Yields a temporary folder that replaces `folder` when the block succeeds, and is deleted when it fails.
 
-    Raises `InputError` as `check_model_folder` does, and `RunError` when the disk is full.
+    `on_complete` gets the finished folder just before. There is always one of the two: they change places in one step
+    where the system can, else the old one is put back when the second step fails. Raises `RunError` when the disk is
+    full.
     """
-    check_model_folder(folder, overwrite, flag)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(folder)
+    clear_drafts(folder)
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
+    lock = _lock(draft)
     try:
         with _disk_full_named(folder):
             yield draft
@@ -57,16 +52,39 @@ def atomic_folder(folder: Path, overwrite: bool, flag: str) -> Iterator[Path]:
             for path in (draft, *draft.rglob("*")):  # some libraries make files readable by their owner only
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
                 _sync(path)
+        on_complete(draft)
         if folder.exists():
-            replaced = draft.with_name(draft.name + _REPLACED)
-            folder.rename(replaced)
-            draft.rename(folder)
-            shutil.rmtree(replaced)
+            _exchange(draft, folder)
         else:
             draft.rename(folder)
         _sync(folder.parent)
     finally:
+        _unlock(lock)
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _exchange(draft: Path, folder: Path) -> None:
+    """Swaps two folders, so that `draft` is the old one afterwards."""
+    with suppress(OSError, AttributeError):  # file systems, systems and C libraries that lack it
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+        if swap(_AT_CWD, os.fsencode(draft), _AT_CWD, os.fsencode(folder), _EXCHANGE) == 0:
+            return
+    aside = draft.with_name(draft.name + _ASIDE)
+    folder.rename(aside)
+    try:
+        draft.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    aside.rename(draft)
+
+
+def _put_back(folder: Path) -> None:
+    """Gives an old folder its name back that a process left aside when it was killed between two steps."""
+    if not folder.exists():
+        for aside in folder.parent.glob(_DRAFT.format(glob.escape(folder.name)) + "*" + _ASIDE):
+            aside.rename(folder)
+            return
 
 
 @contextmanager
@@ -75,24 +93,56 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises `RunError` when the disk is full.
     """
+    clear_drafts(path)
     draft = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
     try:
         with _disk_full_named(path):
-            yield draft
-            _sync(draft)
-        draft.replace(path)
+            draft.touch()
+            lock = _lock(draft)
+            try:
+                yield draft
+                _sync(draft)
+            finally:
+                _unlock(lock)
+            draft.replace(path)
         _sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def clear_drafts(path: Path) -> None:
-    """Deletes the temporary files of killed processes that were writing `path`; no other process may be writing it."""
+    """Deletes what killed processes left of writing `path`; a draft that another process is writing is locked."""
     for draft in path.parent.glob(_DRAFT.format(glob.escape(path.name)) + "*"):
+        lock = _lock(draft)
+        if lock is None:
+            continue
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+        _unlock(lock)
+
+
+def _lock(draft: Path) -> int | None:
+    """Locks a draft until the returned descriptor is closed or this process ends.
+
+    None when another process holds it, or where the file system locks nothing.
+    """
+    try:
+        descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,13 +1,17 @@
 """results.jsonl, the finished cells of a grid: one line per cell, appended atomically. Does not import torch."""
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
 
 from lib.errors import InputError
+from lib.files import parse_json, read_file
+from lib.storage.atomic import atomic_file
+from lib.storage.output_folder import RESULTS
 
-FILE = "results.jsonl"
+_LARGEST = 2**32  # bytes of a file
 
 
 class ResultsFile:
@@ -19,18 +23,25 @@ class ResultsFile:
         All processes of a run hold the results; only the one with `is_writer` writes them. An incomplete last line,
         which a power failure can leave, is ignored.
         """
-        self.path, self._overwrite, self._is_writer = folder / FILE, overwrite, is_writer
+        self.path, self._overwrite, self._is_writer = folder / RESULTS, overwrite, is_writer
         self._found: dict[str, dict] = {}
-        content = self.path.read_bytes() if self.path.exists() and not overwrite else b""
+        try:
+            content = b"" if overwrite else read_file(self.path, _LARGEST)
+        except (FileNotFoundError, NotADirectoryError):
+            content = b""
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: cannot be read ({error}); {_ADVICE}") from error
         for number, line in enumerate(content.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
+                if entry.pop("digest") != digest(entry):
+                    raise ValueError("its digest is another")
                 self._found[canonical(entry["key"])] = dict(entry["result"])
-            except (ValueError, KeyError, TypeError) as error:
-                advice = "move the file away, or name another --output_dir"
-                raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                what = f"line {number} is not of a grid's results ({error})"
+                raise InputError(f"{self.path}: {what}; {_ADVICE}") from error
 
     def find(self, key: str) -> dict | None:
         """The result of the cell with that canonical key, or None."""
@@ -41,13 +52,16 @@ class ResultsFile:
 
         With `overwrite`, the first cell replaces the existing file.
         """
-        line = (json.dumps({"key": json.loads(key), "result": result}, allow_nan=False) + "\n").encode()
+        entry = {"key": json.loads(key), "result": result}
+        line = (json.dumps({**entry, "digest": digest(entry)}, allow_nan=False) + "\n").encode()
         self._found[key] = json.loads(line)["result"]
         if not self._is_writer:
             return
         if self._overwrite:
-            self.path.unlink(missing_ok=True)
+            with atomic_file(self.path) as draft:
+                draft.write_bytes(line)
             self._overwrite = False
+            return
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
@@ -58,6 +72,15 @@ class ResultsFile:
             os.fsync(file.fileno())
 
 
+_ADVICE = "move the file away, or name another --output_dir"
+
+
 def canonical(key: dict) -> str:
     """A key as JSON text; equal keys give equal text."""
     return json.dumps(key, sort_keys=True, allow_nan=False)
+
+
+def digest(content: dict) -> str:
+    """SHA-256 of what can be written as JSON."""
+    as_read = json.loads(json.dumps(content, allow_nan=False))  # where every name is a text
+    return hashlib.sha256(canonical(as_read).encode()).hexdigest()

@@ -1,14 +1,11 @@
 """Resume state: the finished parts of a run, kept in its output folder until the run ends. Does not import torch.
 
-`state.json` maps names to finished results. Large results are files beside it, written atomically and named by what
-they hold.
+`state.json` maps names to finished results, with a digest of it all. Large results are files beside it, written
+atomically and named by what they hold. The first line of `lock` is the mark that says that a folder is a state.
 """
 
 import fcntl
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.errors import START_OVER, InputError, RunError, describe_failure
-from lib.storage.atomic import RESULT, check_model_folder, clear_drafts, write_json
-from lib.storage.results_jsonl import canonical
+from lib.files import read_file, read_json
+from lib.storage.atomic import atomic_folder, clear_drafts, write_json
+from lib.storage.model_folder import check_model_folder, signature
+from lib.storage.output_folder import RESULT, STATE
+from lib.storage.results_jsonl import digest
 
-FOLDER, FILE = "state", "state.json"
-_FORMAT, _LOCK, _SAVING = "state/1", "lock", "saving"
+FILE = "state.json"
+_FORMAT, _LOCK, _SAVED = "state/2", "lock", "saved"
+_MARK = b"resume state of a pruning run\n"
 
 
 class Processes(Protocol):
@@ -60,7 +61,7 @@ class State:
     def of_cell(cls, folder: Path, key: dict, processes: Processes) -> "State":
         """The state of one cell of a grid, or of one part of a run: resumes a state with that key, discards any other.
 
-        While another run holds the folder, this state gets a folder of its own beside it.
+        While another run holds the folder, or it is no state, this state gets a folder of its own beside it.
         """
 
         def choose() -> tuple[str, bool]:
@@ -108,7 +109,6 @@ class State:
         if self._is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
-            clear_drafts(self.folder / FILE)
             self._write(self._values)  # first, so that the key covers every file added later
 
     @property
@@ -128,7 +128,7 @@ class State:
 
     def _write(self, values: dict[str, object]) -> None:
         content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self._seconds}
-        write_json(self.folder / FILE, content)
+        write_json(self.folder / FILE, {**content, "digest": digest(content)})
 
     def once(self, name: str, compute: Callable[[], object]):
         """The value kept under a name; computes and keeps it if there is none."""
@@ -139,8 +139,7 @@ class State:
     def close(self) -> None:
         """Deletes the state of a finished run."""
         if self._lock is not None:
-            (self.folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _delete(self.folder)
             self._release()
 
     def _release(self) -> None:
@@ -149,18 +148,27 @@ class State:
             os.close(self._lock)
             self._lock = None
 
-    def claim_model_folder(self, folder: Path, overwrite: bool) -> bool:
-        """Records, before a model is saved, that this run writes to the folder.
+    @contextmanager
+    def saving(self, folder: Path, overwrite: bool) -> Iterator[Path]:
+        """Yields a temporary folder for a model, which replaces `folder` when the block succeeds.
 
-        Returns whether to replace an existing model there: with `overwrite`, or when this run had claimed the folder
-        before it was killed. Raises `InputError` as `check_model_folder` does.
+        An existing model is replaced with `overwrite`, or if this run had saved it before it was killed. Raises
+        `InputError` as `check_model_folder` does.
         """
-        is_own = self.get(_SAVING) == str(folder.resolve())
+        is_own = _is_saved(self._values, folder)
         check_model_folder(folder, overwrite or is_own, "--save_model")
-        if is_own:
-            clear_drafts(folder.resolve())
-        self.put(_SAVING, str(folder.resolve()))
-        return overwrite or is_own
+
+        def keep(draft: Path | None) -> None:
+            self.put(_SAVED, {"folder": str(folder.resolve()), "signature": draft and signature(draft)})
+
+        def complete(draft: Path) -> None:
+            check_model_folder(folder, overwrite or is_own, "--save_model")  # again: saving took its time
+            keep(draft)
+
+        if not is_own:
+            keep(None)  # a run that is stopped here has something finished
+        with atomic_folder(folder, complete) as draft:
+            yield draft
 
     @contextmanager
     def advise_resume(self, again: str) -> Iterator[None]:
@@ -181,24 +189,28 @@ class State:
 _ADVICE = "give the settings it was begun with, another folder, or --overwrite without --resume to begin anew"
 
 
-def digest(key: dict) -> str:
-    """SHA-256 of a key."""
-    return hashlib.sha256(canonical(key).encode()).hexdigest()
-
-
 def read(folder: Path) -> dict | None:
     """The content of a state, or None. Raises `InputError` for a broken one."""
     path = folder / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        found = content.pop("digest")
         is_state = content["format"] == _FORMAT and isinstance(content["key"], str)
         if not is_state or not all(isinstance(content[name], dict) for name in ("values", "seconds")):
-            raise ValueError("no state of a run")
+            raise ValueError("no state of this version")
+        if found != digest(content):
+            raise ValueError("its digest is another")
         return content
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: broken, so that run cannot go on ({error}); {START_OVER}") from error
+
+
+def check_state_folder(folder: Path, flag: str) -> None:
+    """Raises `InputError` for a folder that is there and is no state, by its mark, or is a link."""
+    if os.path.lexists(folder) and not _is_state(folder):
+        raise InputError(f"{flag}: {folder} is there, and no state of a run, so it is not replaced; name another")
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -207,18 +219,23 @@ def is_unfinished(folder: Path) -> bool:
     return content is not None and (bool(content["values"]) or _has_layers(folder))
 
 
-def was_saving(folder: Path, model: Path) -> bool:
-    """True when the run whose state is in `folder` had started to save its model to `model`."""
+def was_saved(folder: Path, model: Path) -> bool:
+    """True when `model` is as the run whose state is in `folder` had saved it."""
     content = read(folder)
-    return content is not None and content["values"].get(_SAVING) == str(model.resolve())
+    return content is not None and _is_saved(content["values"], model)
+
+
+def _is_saved(values: dict[str, Any], model: Path) -> bool:
+    saved = values.get(_SAVED)
+    return model.is_dir() and saved == {"folder": str(model.resolve()), "signature": signature(model)}
 
 
 def discard(folder: Path) -> None:
-    """Deletes a state. Raises `InputError` when a run holds it."""
+    """Deletes a state. Raises `InputError` when a run holds it, or it is none."""
     if folder.is_dir():
-        os.close(_locked(folder))
-        (folder / FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        descriptor = _locked(folder)
+        _delete(folder)
+        os.close(descriptor)
 
 
 def how_to_resume(output_dir: Path) -> str:
@@ -232,11 +249,11 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
 
     Raises `InputError` when the folder holds the result of another key, unless `overwrite`.
     """
-    path, folder = output_dir / RESULT, output_dir / FOLDER
+    path, folder = output_dir / RESULT, output_dir / STATE
     if not path.exists() or read(folder):
         return None
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        found = read_json(path)
         if found["key"] == digest(key):
             discard(folder)  # left by a run that was killed while it ended
             return found
@@ -257,15 +274,53 @@ def _has_layers(folder: Path) -> bool:
     return any(folder.rglob("*.safetensors"))
 
 
-def _locked(folder: Path) -> int:
-    """Locks a state until the returned descriptor is closed or this process ends.
+def _is_state(folder: Path) -> bool:
+    """True for a folder with our mark, or one that a run was killed in before it wrote the mark."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return True
+    try:
+        content = read_file(folder / _LOCK) if not (folder / _LOCK).is_symlink() else None
+    except (OSError, ValueError):
+        return False
+    return content == _MARK or (content == b"" and names == [_LOCK])
 
-    Raises `InputError` when another run holds it.
+
+def _delete(folder: Path) -> None:
+    """Deletes the files of a state, the mark last, and the folder; anything else in it stays."""
+    (folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
+    clear_drafts(folder / FILE)
+    for pattern in ("*.safetensors", "*/layer-*.safetensors", ".*.partial-*", "*/.layer-*.partial-*"):
+        for path in folder.glob(pattern):
+            if not path.parent.is_symlink():
+                path.unlink(missing_ok=True)
+    for path in (*(path for path in folder.iterdir() if path.is_dir()), folder):
+        with suppress(OSError):  # it holds something else
+            if path == folder and [left.name for left in folder.iterdir()] == [_LOCK]:
+                (folder / _LOCK).unlink()
+            path.rmdir()
+
+
+def _locked(folder: Path) -> int:
+    """Locks a state, and marks it, until the returned descriptor is closed or this process ends.
+
+    Raises `InputError` when another run holds it, or the folder is no state.
     """
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+    check_state_folder(folder, "state")
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise InputError(f"{folder}: another run is at work on it; wait for it, or name another folder") from error
+    try:
+        if os.fstat(descriptor).st_size == 0:
+            os.write(descriptor, _MARK)
+    except OSError:
+        (folder / _LOCK).unlink()
+        os.close(descriptor)
+        folder.rmdir()
+        raise
     return descriptor

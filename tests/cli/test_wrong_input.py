@@ -17,6 +17,7 @@ from lib.cli import checks
 from lib.errors import RunError
 from tests.command import GOES_ON, ROOT, run
 from tests.families import tiny_model
+from tests.runs.interruption import files_of
 
 
 @pytest.mark.parametrize(
@@ -131,14 +132,17 @@ def test_weights_that_are_missing_are_not_made_up(arguments, tiny_folder, tmp_pa
     assert "1 weights are not in the checkpoint (model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
 
 
-def test_folders_that_overlap_are_refused_before_the_work(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
+def test_folders_that_overlap_are_refused_before_the_work(
+    arguments, tiny_folder, text_file, tmp_path, monkeypatch, capsys
+):
     copy = tmp_path / "model"
     shutil.copytree(tiny_folder, copy)
     for flags, problem in [
-        (["--output_dir", tmp_path / "x/run", "--save_model", tmp_path / "x"], "--output_dir lies in it"),
-        (["--output_dir", tmp_path / "a/../b", "--save_model", tmp_path / "b"], "--output_dir lies in it"),
-        (["--model_name", copy, "--save_model", copy, "--overwrite"], "is the model that is pruned"),
-        (["--save_model", copy.parent, "--overwrite"], "holds no model, so --overwrite does not replace it"),
+        (["--output_dir", tmp_path / "x/run", "--save_model", tmp_path / "x"], "would replace"),
+        (["--output_dir", tmp_path / "a/../b", "--save_model", tmp_path / "b"], "would replace"),
+        (["--model_name", copy, "--save_model", copy, "--overwrite"], f"would replace {copy}, which this run uses"),
+        (["--save_model", copy.parent, "--overwrite"], "would replace"),
+        (["--save_model", text_file.parent, "--overwrite"], f"would replace {text_file}"),
         (["--save_model", tmp_path / ("x" * 250)], "the name is too long"),
     ]:
         assert run(*arguments, *flags, monkeypatch=monkeypatch) == 2
@@ -148,9 +152,9 @@ def test_folders_that_overlap_are_refused_before_the_work(arguments, tiny_folder
 
 def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkeypatch, capsys):
     assert run(*arguments, monkeypatch=monkeypatch) == 0
-    first = (tmp_path / "run/result.json").read_text()
+    first = files_of(tmp_path / "run")
     assert run(*arguments, monkeypatch=monkeypatch) == 2
-    assert "add --overwrite" in capsys.readouterr().err and (tmp_path / "run/result.json").read_text() == first
+    assert "add --overwrite" in capsys.readouterr().err and files_of(tmp_path / "run") == first
 
     def fail(*args):
         raise RunError("no")
@@ -158,7 +162,9 @@ def test_an_earlier_result_is_kept_or_replaced_whole(arguments, tmp_path, monkey
     monkeypatch.setattr(lib.depth.searches, "block_influence", fail)
     assert run(*arguments, "--overwrite", monkeypatch=monkeypatch) == 1
     assert "nothing is finished yet, and the same command starts again" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
+    log = first.pop("log.txt")
+    left = files_of(tmp_path / "run")
+    assert left.pop("log.txt").startswith(log) and left == first
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments, tmp_path, monkeypatch, capsys):
@@ -167,10 +173,10 @@ def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments,
 
     monkeypatch.setattr(lib.depth.run, "save_pruned", fail)
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 1
-    assert (
-        capsys.readouterr().err
-        == "ppllms.py: failed: no space left on the disk; free some; what is finished is kept: " + GOES_ON
+    told = (
+        f"ppllms.py: failed: no space left to write {tmp_path / 'out'}; free some, or name a folder on another disk; "
     )
+    assert capsys.readouterr().err == told + f"what is finished is kept: {GOES_ON}"
     assert json.loads((tmp_path / "run/result.json").read_text())["mha_removed"]
 
 
@@ -193,7 +199,7 @@ def test_too_little_text_a_foreign_tokenizer_and_a_full_folder_are_told(
     demo_tokenizer.save_pretrained(tmp_path / "model")
     assert run(*arguments, "--model_name", tmp_path / "model", monkeypatch=monkeypatch) == 2
     assert "use the tokenizer that belongs to it" in capsys.readouterr().err
-    assert run(*arguments, "--save_model", text_file.parent, monkeypatch=monkeypatch) == 2
+    assert run(*arguments, "--save_model", tmp_path / "model", monkeypatch=monkeypatch) == 2
     assert "add --overwrite" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

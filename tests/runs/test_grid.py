@@ -24,7 +24,8 @@ from lib.errors import InputError, RunError
 from lib.models.loading import load_model
 from lib.reporting.plots import has_matplotlib
 from lib.sparsity.run import SparsityRun
-from lib.storage.results_jsonl import FILE, ResultsFile, canonical
+from lib.storage.output_folder import RESULTS as FILE
+from lib.storage.results_jsonl import ResultsFile, canonical
 from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")
@@ -440,7 +441,7 @@ def test_an_output_folder_among_text_is_refused(alp_grid, text_file, tmp_path, c
 def test_folders_of_runs_and_of_grids_are_not_mixed(alp_grid, alp_arguments, tmp_path, monkeypatch, capsys):
     assert run_alp(*alp_arguments, "--prune_method", "magnitude", monkeypatch=monkeypatch) == 0
     alp_grid("--sparsity_ratio", 0.5, 0.6, status=2, folder=tmp_path / "run")
-    assert "holds the result of a single run" in capsys.readouterr().err
+    assert "holds a single run" in capsys.readouterr().err
     alp_grid("--prune_method", "magnitude", "--sparsity_ratio", 0.5, 0.6)
     command = [*alp_arguments[: alp_arguments.index("--output_dir")], "--output_dir", tmp_path / "grid", "--overwrite"]
     assert run_alp(*command, monkeypatch=monkeypatch) == 2

@@ -291,7 +291,7 @@ def test_a_file_that_was_cut_off_is_refused(command, name, file, tmp_path, refus
 def test_what_another_run_is_at_work_on_is_left_alone(command, name, flag, tmp_path, refused):
     asked = command(name)
     asked.run(tmp_path / "run", at=STOPPED_AT[name], is_after=True)
-    with (asked.state(tmp_path / "run") / "lock").open("w") as lock:
+    with (asked.state(tmp_path / "run") / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert refused(asked, "another run is at work on it", flag)
     assert asked.run(tmp_path / "run", "--resume")[0] == 0

@@ -1,0 +1,88 @@
+"""Output folders: the names of a run's files, and the mark that says that they are ours. Imports no torch."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from lib.errors import InputError
+from lib.files import read_json
+from lib.storage.atomic import check_writable, write_json
+
+Kind = Literal["run", "grid"]
+RESULT, LOG, STATE = "result.json", "log.txt", "state"
+RESULTS, TABLE, CSV = "results.jsonl", "table.md", "table.csv"
+REMOVALS, SPARSITY, GRID_PLOT = "block_influence.png", "sparsity.png", "perplexity-{}.png"
+MARK = "run.json"  # written before all others
+_FORMAT = "output/1"
+_NAMES = (RESULT, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
+_IN_WORDS = {"run": "a single run", "grid": "a grid of results"}
+
+
+def check_output_folder(folder: Path, kind: Kind, flag: str = "--output_dir") -> None:
+    """Raises `InputError` unless a run, or a grid, may write there.
+
+    The files of our names must be ours, by the mark in the folder. Links are never written through.
+    """
+    check_writable(folder, flag)
+    ours = [path for name in _NAMES if os.path.lexists(path := folder / name)]
+    ours += folder.glob(GRID_PLOT.format("*"))
+    if link := next((path for path in (*ours, folder / MARK) if path.is_symlink()), None):
+        raise InputError(f"{flag} {folder}: {link.name} is a link, which is not written through; name another folder")
+    marked = _read_mark(folder, flag)
+    if marked is None and ours:
+        advice = f"it has no {MARK} of ours, so nothing there is replaced; name another folder"
+        raise InputError(f"{flag} {folder}: holds {ours[0].name}; {advice}")
+    if marked not in (None, kind):
+        raise InputError(f"{flag} {folder}: holds {_IN_WORDS[marked]}; name another folder")
+
+
+def claim(folder: Path, kind: Kind) -> None:
+    """Makes the folder and its mark, before anything else is written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).exists():
+        write_json(folder / MARK, {"format": _FORMAT, "holds": kind})
+
+
+@contextmanager
+def chosen(given: Path | None, stem: str) -> Iterator[Path]:
+    """The given folder; without one a new folder `runs/<stem>-<time>`, which is removed if it stays empty."""
+    if given:
+        yield given
+        return
+    has_runs = Path("runs").is_dir()
+    folder = _make_new(Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+            if not has_runs:
+                folder.parent.rmdir()
+
+
+def _make_new(base: Path) -> Path:
+    """Makes a folder of that name, with a number appended if it exists, and returns it."""
+    base.parent.mkdir(exist_ok=True)
+    for number in range(1, 1000):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise InputError(f"{base}: exists, as do its successors; give --output_dir")
+
+
+def _read_mark(folder: Path, flag: str) -> Kind | None:
+    """What a folder is marked to hold; None without a mark."""
+    path = folder / MARK
+    try:
+        content = read_json(path)
+        if content["format"] != _FORMAT or content["holds"] not in _IN_WORDS:
+            raise ValueError("another format")
+        return content["holds"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{flag} {folder}: {MARK} there is not of this version ({error}); name another") from error
