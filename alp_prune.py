@@ -180,8 +180,8 @@ def check(args: argparse.Namespace) -> None:
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
     else:
-        files = [args.gradients, log_folder_of(args), *(args.tasks or ())]
-        checks.check_output(args, [*args.model, *used_texts, *(str(file) for file in files if file)])
+        files = [path for path in (args.gradients, log_folder_of(args)) if path]
+        checks.check_output(args, [*args.model, *used_texts, *(args.tasks or ()), *files])
     if args.gradients and (len(args.model) > 1 or len(args.seed) > 1):
         raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
     if log_folder := log_folder_of(args):

@@ -187,7 +187,7 @@ def check(args: argparse.Namespace) -> None:
         if not args.eval_ppl:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
-        plan = [str(args.apply_plan)] if args.apply_plan else []
+        plan = [args.apply_plan] if args.apply_plan else []
         checks.check_output(args, [*args.model_name, *used_texts, *plan])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None

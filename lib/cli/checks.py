@@ -51,10 +51,10 @@ def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 
 
-def check_output(args: argparse.Namespace, used: Iterable[str]) -> None:
+def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     """Raises `InputError` unless a run can write its files and replaces nothing else.
 
-    `used` names the models, texts and files that the run reads.
+    `used` names the models and texts that the run reads, and the paths of other files.
     """
     if not launched().is_first:
         return  # only the first process writes, and it may have begun
@@ -75,11 +75,12 @@ def check_output(args: argparse.Namespace, used: Iterable[str]) -> None:
         check_save_model(args, used)
 
 
-def check_save_model(args: argparse.Namespace, used: Iterable[str]) -> None:
+def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     """Raises `InputError` unless the model can be saved, and nothing that the run uses lies in that folder."""
     folder, output_dir = args.save_model, args.output_dir or Path("runs")
-    paths = [Path(locate_model(name)) for name in used]
-    check_holds_none_of(folder, [Path.cwd(), output_dir, *filter(Path.exists, paths)], "--save_model")
+    named = (Path(locate_model(name)) for name in used if isinstance(name, str))
+    paths = [name for name in used if isinstance(name, Path)]
+    check_holds_none_of(folder, [Path.cwd(), output_dir, *paths, *filter(Path.exists, named)], "--save_model")
     is_own = args.resume and resume_state.was_saved(output_dir / STATE, folder)
     is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or the run is refused later
     if not is_own and not is_finished:

@@ -69,7 +69,7 @@ class Report:
         self._lines.append(text)
         if self._folder:
             self._write_log(text)
-        if self._is_quiet:
+        if self._is_quiet or sys.stdout is None:  # it was closed before the start
             return
         try:
             encoding = sys.stdout.encoding or "utf-8"

@@ -135,6 +135,7 @@ class Run(ABC, Generic[Settings, Space]):
         self.report.seconds.setdefault("save", 0.0)
         if not self.report.is_first:
             return result
+        self.state.put("measured", True)  # so that a run that is stopped from here on is not taken for finished
         path, settings = self.report.result(result), self.settings
         self.report.discard_plots()
         if settings.save_model:

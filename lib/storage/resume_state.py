@@ -158,16 +158,11 @@ class State:
         is_own = _is_saved(self._values, folder)
         check_model_folder(folder, overwrite or is_own, "--save_model")
 
-        def keep(draft: Path | None) -> None:
-            self.put(_SAVED, {"folder": str(folder.resolve()), "signature": draft and signature(draft)})
-
-        def complete(draft: Path) -> None:
+        def keep(draft: Path) -> None:
             check_model_folder(folder, overwrite or is_own, "--save_model")  # again: saving took its time
-            keep(draft)
+            self.put(_SAVED, {"folder": str(folder.resolve()), "signature": signature(draft)})
 
-        if not is_own:
-            keep(None)  # a run that is stopped here has something finished
-        with atomic_folder(folder, complete) as draft:
+        with atomic_folder(folder, keep) as draft:
             yield draft
 
     @contextmanager

@@ -42,6 +42,22 @@ WORK = [
 ]
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model")
 
+COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
+RUNS = {
+    "ppllms": ("depth", COUNTS),
+    "ppllms-disk": ("depth", [*COUNTS, "--offload", "disk", "--save_format", "masked"]),
+    "blockpruner": ("depth", ["--method", "blockpruner", "--prune_rate", 0.1]),
+    "beam": ("depth", ["--method", "beam", "--prune_rate", 0.1]),
+    "random": ("depth", ["--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]),
+    "wanda_alp": ("alp", ["--prune_method", "wanda_alp", "--grad_nsamples", 3, "--grad_seqlen", 16]),
+    "sparsegpt": ("alp", ["--prune_method", "sparsegpt"]),
+    "gptq": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq"]),
+    "gptq-disk": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq", "--offload", "disk"]),
+    "sparsegpt-gptq": ("alp", ["--prune_method", "sparsegpt", "--wbits", 4]),
+    "owl": ("alp", ["--prune_method", "wanda_owl"]),
+    "save_gradient": ("gradient", []),
+}
+
 
 def stop() -> None:
     raise KeyboardInterrupt

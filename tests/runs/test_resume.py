@@ -4,70 +4,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import alp_prune
 import lib.sparsity.layerwise
-import ppllms
-import save_gradient
 from tests.command import GOES_ON, run
-from tests.runs.interruption import Command, Interruption, files_of, litter_of
+from tests.runs.interruption import RUNS, Command, Interruption, files_of, litter_of
 
 STOPPED = "failed: stopped; what is finished is kept: " + GOES_ON
 NOTHING_YET = "failed: stopped; nothing is finished yet, and the same command starts again\n"
 
 
-@pytest.fixture
-def depth(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
-    model = ["--model_name", tiny_folder, "--eval_datasets", text_file, "--save_model", "out"]
-    text = ["--dataset", text_file, "--nsamples", 3]
-    return lambda *flags: Command(ppllms, [*model, *(text if "random" not in flags else []), *flags], monkeypatch)
-
-
-@pytest.fixture
-def alp(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
-    text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 4]
-    flags = ["--model", tiny_folder, *text, "--sparsity_ratio", 0.5, "--save_model", "out"]
-    return lambda *more: Command(alp_prune, [*flags, *more], monkeypatch)
-
-
-@pytest.fixture
-def gradient(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
-    flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
-    return lambda *more: Command(save_gradient, [*flags, *more], monkeypatch)
-
-
-COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
-RUNS = {
-    "ppllms": ("depth", COUNTS),
-    "ppllms-disk": ("depth", [*COUNTS, "--offload", "disk", "--save_format", "masked"]),
-    "blockpruner": ("depth", ["--method", "blockpruner", "--prune_rate", 0.1]),
-    "beam": ("depth", ["--method", "beam", "--prune_rate", 0.1]),
-    "random": ("depth", ["--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]),
-    "wanda_alp": ("alp", ["--prune_method", "wanda_alp", "--grad_nsamples", 3, "--grad_seqlen", 16]),
-    "sparsegpt": ("alp", ["--prune_method", "sparsegpt"]),
-    "gptq": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq"]),
-    "gptq-disk": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq", "--offload", "disk"]),
-    "sparsegpt-gptq": ("alp", ["--prune_method", "sparsegpt", "--wbits", 4]),
-    "owl": ("alp", ["--prune_method", "wanda_owl"]),
-    "save_gradient": ("gradient", []),
-}
 EVERY_STEP = ("ppllms", "save_gradient", "random")  # of others, some: each run takes its time
 LONG = ("blockpruner", "beam", "sparsegpt", "owl", "gptq")  # run by -m slow
-
-
-@pytest.fixture
-def command(request) -> Callable[[str], Command]:
-    def of(name: str) -> Command:
-        kind, flags = RUNS[name]
-        return request.getfixturevalue(kind)(*flags)
-
-    return of
 
 
 # Going on -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""Commands that can be stopped at each of the steps that they keep."""
+
+from collections.abc import Callable
+
+import pytest
+
+import alp_prune
+import ppllms
+import save_gradient
+from tests.runs.interruption import RUNS, Command
+
+
+@pytest.fixture
+def depth(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
+    model = ["--model_name", tiny_folder, "--eval_datasets", text_file, "--save_model", "out"]
+    text = ["--dataset", text_file, "--nsamples", 3]
+    return lambda *flags: Command(ppllms, [*model, *(text if "random" not in flags else []), *flags], monkeypatch)
+
+
+@pytest.fixture
+def alp(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
+    text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 4]
+    flags = ["--model", tiny_folder, *text, "--sparsity_ratio", 0.5, "--save_model", "out"]
+    return lambda *more: Command(alp_prune, [*flags, *more], monkeypatch)
+
+
+@pytest.fixture
+def gradient(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
+    flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
+    return lambda *more: Command(save_gradient, [*flags, *more], monkeypatch)
+
+
+@pytest.fixture
+def command(request) -> Callable[[str], Command]:
+    def of(name: str) -> Command:
+        kind, flags = RUNS[name]
+        return request.getfixturevalue(kind)(*flags)
+
+    return of
