@@ -17,7 +17,7 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".gz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _HUB_TEXT = re.compile(_HUB_ID.pattern + r"(:[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def check_model(name: str) -> None:
         raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
     if not (folder / "config.json").is_file():
         raise InputError(f"model {name}: no config.json in this folder; give one that save_pretrained() wrote")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")

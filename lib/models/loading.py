@@ -12,6 +12,7 @@ import torch
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
+from lib.models.checkpoint import check_file_sizes, check_loaded
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
@@ -55,6 +56,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     config = _load_config(source)
     stock = _stock_of_pruned(config)
     outline = load_outline(config, source.trust_remote_code)
+    if outline is not None:
+        check_file_sizes(source.name, outline)
     place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
     device_map: str | dict[str, str] | None = source.device_map
     folder = None
@@ -75,14 +78,11 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             trust_remote_code=source.trust_remote_code,
             cache_dir=source.cache_dir,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by `check_loaded`, which can name them
         )
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        needs_code = hasattr(config, "auto_map") and not source.trust_remote_code
-        advice = "its own code may know better: add --trust_remote_code" if needs_code else "give a complete checkpoint"
-        raise InputError(
-            f"{source.name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}"
-        )
+    needs_code = hasattr(config, "auto_map") and not source.trust_remote_code
+    advice = "its own code may know better: add --trust_remote_code" if needs_code else None
+    check_loaded(source.name, model, loaded, advice)
     if stock:
         model = _as_pruned_here(model, stock)
     if folder:
