@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.config.sources import WEIGHT_FILES, locate_model
+from lib.config.model_files import WEIGHT_FILES
+from lib.config.sources import locate_model
 from lib.errors import InputError
 from lib.models.modeling_pruned import LAYERS_NAMES, find_name
 

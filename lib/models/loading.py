@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib.config.model_files import adapter_advice, check_config
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
@@ -21,7 +22,19 @@ if TYPE_CHECKING:
 
 
 def load_config(source: ModelSource):
-    """The text model's config. Raises `InputError` if it cannot be loaded or has the format nemotron-nas."""
+    """The text model's config.
+
+    Raises `InputError` if it cannot be loaded, has sizes that cannot be built, has the format nemotron-nas, or comes
+    with an adapter.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    located = locate_model(source.name)
+    with _loading_errors(source.name):
+        if find_adapter_config_file(located, cache_dir=source.cache_dir):
+            raise InputError(f"model {source.name}: {adapter_advice(source.name)}")
+        check_config(source.name, PreTrainedConfig.get_config_dict(located, cache_dir=source.cache_dir)[0])
     config = _load_config(source)
     if getattr(config, "model_type", None) == "nemotron-nas":
         raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
@@ -144,9 +157,10 @@ def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
     return model
 
 
-_UNTRUSTED = {  # words in an error -> our reason, where the library's own advice does not apply
+_REASONS = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
+    "above report": "its weights do not have the form that its config says",
 }
 
 
@@ -155,11 +169,14 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     """Turns errors of transformers and the hub into one line that says what to do."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = next((advice for words, advice in _UNTRUSTED.items() if words in str(error)), reason)
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
+        reason = next((advice for words, advice in _REASONS.items() if words in str(error)), reason)
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"
