@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BUFFERS = re.compile(r"rotary|inv_freq|masked_bias$|(attn|attention)\.bias$|position_ids$")  # of old checkpoints
+_UNNOTICED = 2**27  # parameters, half a gigabyte in fp32
 _GIVE = "give the config.json that belongs to these weights"
 
 
 def check_file_sizes(name: str, outline: "PreTrainedModel") -> None:
-    """Raises `InputError` for a local folder whose files are too small for the model, which would fill the memory."""
+    """Raises `InputError` if a local model would take memory that its files cannot account for.
+
+    Where the difference is small, `check_loaded` tells which weights are at fault.
+    """
     folder = Path(locate_model(name))
     if not folder.is_dir():
         return
     held = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in folder.glob(pattern))
     per_byte = 8 if getattr(outline.config, "quantization_config", None) else 1
     parameters = outline.num_parameters()
-    if parameters > held * per_byte:
+    if parameters > held * per_byte + _UNNOTICED:
         raise InputError(f"{name}: {held:,} bytes of weights cannot hold the {parameters:,} of its config; {_GIVE}")
 
 
