@@ -1,9 +1,11 @@
 """Loads configs, tokenizers and models from a hub id or a local folder, with one-line errors."""
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from lib.runtime.device import resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LARGEST_GROWTH = 2**12  # of text by a tokenizer's normalizer
 
 
 def load_config(source: ModelSource):
@@ -42,19 +46,31 @@ def load_config(source: ModelSource):
 
 
 def load_tokenizer(source: ModelSource):
-    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has a chat template with an unsafe name."""
+    """The model's tokenizer.
+
+    Raises `InputError` if it cannot be loaded, would fill the memory, or has a chat template with an unsafe name.
+    """
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
         )
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer and (growth := _growth(json.loads(normalizer.__getstate__()))) > _LARGEST_GROWTH:
+        what = f"the normalizer of its tokenizer can make text {growth:,} times as long"
+        raise InputError(f"{source.name}: {what}; copy the model's own tokenizer.json")
     templates = getattr(tokenizer, "chat_template", None)
     for name, template in templates.items() if isinstance(templates, dict) else ():
         if not re.fullmatch(r"\w[\w .-]{0,79}", str(name)) or not isinstance(template, str):
             advice = "its name becomes that of a file when the model is saved; rename it in the tokenizer's files"
             raise InputError(f"{source.name}: chat template {name!r} is no text with a plain name; {advice}")
     return tokenizer
+
+
+def _growth(normalizer: dict) -> int:
+    """How many times as long a normalizer of `tokenizers`, given as its JSON, can make a text by replacing parts."""
+    return prod(map(_growth, normalizer.get("normalizers", ()))) * max(1, len(normalizer.get("content", "")))
 
 
 def load_model(source: ModelSource) -> "PreTrainedModel":

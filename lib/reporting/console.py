@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lib.errors import printable
 from lib.reporting.plots import REMOVALS, SPARSITY
 from lib.storage.atomic import RESULT, clear_drafts, write_json
 
@@ -72,9 +73,10 @@ class Report:
             self._is_quiet = False
 
     def print(self, text: str = "") -> None:
-        """Prints and logs a line; a closed stdout does not end the run."""
+        """Prints and logs a line, control characters as escapes; a closed stdout does not end the run."""
         if not self.is_first:
             return
+        text = printable(text)
         self._lines.append(text)
         if self._folder:
             with (self._folder / LOG).open("a", encoding="utf-8") as log:

@@ -214,6 +214,17 @@ def test_a_broken_file_is_one_line(file, content, model):
     load_config_or_refuse(model)
 
 
+@pytest.mark.parametrize("contents", [["e" * 10**5], ["ee"] * 40], ids=["long", "often"])
+def test_a_tokenizer_that_makes_text_explode_is_refused(contents, model):
+    path = model / "tokenizer.json"
+    steps = [{"type": "Replace", "pattern": {"String": "e"}, "content": content} for content in contents]
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "normalizer": {"type": "Sequence", "normalizers": steps}})
+    )
+    with pytest.raises(InputError, match="can make text [0-9,]+ times as long; copy the model's own tokenizer.json"):
+        load_tokenizer(ModelSource(str(model)))
+
+
 def test_errors_of_safetensors_are_one_line_wherever_they_come_up():
     from safetensors import SafetensorError
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lib.config.sources import ModelSource
@@ -94,6 +95,17 @@ def test_buffers_of_old_checkpoints_and_parts_that_are_no_decoder_do_no_harm(fam
     model = tiny_model(family)
     weights = {name: model.get_input_embeddings().weight if "lm_head" in name else torch.ones(2) for name in more}
     load_model(ModelSource(str(_save(family, tmp_path / "model", weights=weights)), device="cpu"))
+
+
+def test_the_text_part_of_a_multimodal_checkpoint_is_loaded_alone(tmp_path):
+    text = dict(vocab_size=96, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28)
+    vision |= dict(patch_size=14, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    transformers.Llama4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert any(name.startswith("vision_model.") for name in load_file(tmp_path / "model.safetensors"))
+    assert type(load_model(ModelSource(str(tmp_path), device="cpu"))).__name__ == "Llama4ForCausalLM"
 
 
 def test_layers_that_predict_further_tokens_do_no_harm(tmp_path):
