@@ -199,10 +199,11 @@ def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) ->
     """Writes a GGUF file without what the plan removes, and prints both sizes."""
     check_plan_stays(saved.path, {"--gguf": target})
     found = gguf.apply_plan(source, target, saved.plan, overwrite)
-    print(f"Plan        {saved.path}, found for {printable(saved.model)}")
+    print(printable(f"Plan        {saved.path}, found for {saved.model}"))
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
-        print(f"{what:<12}{name}: {size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB")
+        sizes = f"{size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB"
+        print(printable(f"{what:<12}{name}: {sizes}"))
     if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 

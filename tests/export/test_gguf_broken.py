@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import lib.export.gguf as gguf_file
-from lib.config.plan import Plan
+import ppllms
+from lib.config.plan import Plan, SavedPlan
 from lib.errors import InputError, RunError, describe_failure
 from lib.export.gguf import apply_plan, check
 from tests.families import tiny_model
@@ -198,6 +199,15 @@ def test_a_file_that_was_not_written_as_meant_does_not_appear(where, source, tmp
     with pytest.raises((RunError, InputError), match="--gguf"):
         apply_plan(source, tmp_path / "out.gguf", PLAN)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_not_utf8_is_pruned_and_printed(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9.gguf")
+    Path(name).write_bytes(source.read_bytes())
+    saved = SavedPlan(Path("result.json"), "model", PLAN, 1)
+    ppllms.prune_gguf(Path(name), Path("out.gguf"), saved, False)
+    assert r"caf\udce9.gguf (llama): 4 layers" in capsys.readouterr().out
 
 
 # Mutations ------------------------------------------------------------------------------------------------------------
