@@ -30,7 +30,7 @@ from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
-from lib.errors import InputError
+from lib.errors import InputError, printable
 from lib.export import gguf
 from lib.storage.output_folder import RESULT
 
@@ -200,10 +200,11 @@ def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) ->
     """Writes a GGUF file without what the plan removes, and prints both sizes."""
     check_plan_stays(saved.path, {"--gguf": target})
     found = gguf.apply_plan(source, target, saved.plan, overwrite)
-    print(f"Plan        {saved.path}, found for {saved.model}")
+    print(printable(f"Plan        {saved.path}, found for {saved.model}"))
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
-        print(f"{what:<12}{name}: {size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB")
+        sizes = f"{size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB"
+        print(printable(f"{what:<12}{name}: {sizes}"))
     if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 

@@ -28,13 +28,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def _is_of_a_file(error: BaseException) -> bool:
+    """True for errors about files that are no `OSError`: those of safetensors, and of pathlib for a link to itself."""
+    return type(error).__name__ == "SafetensorError" or str(error).startswith("Symlink loop")
+
+
 def describe_failure(error: BaseException) -> str | None:
     """One line for an error that the user caused or can fix; None for a bug in the program."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some"
-    if isinstance(error, InputError | RunError | OSError):
+    if isinstance(error, InputError | RunError | OSError) or _is_of_a_file(error):
         return printable(" ".join(str(error).split()))
     if is_out_of_memory(error):
         return (

@@ -1,7 +1,6 @@
 """What the names of models and texts refer to, and checks of them that need no network. Imports no torch."""
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -10,14 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.config.model_files import check_folder, hub_id_of, refuse_path
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".gz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _HUB_TEXT = re.compile(_HUB_ID.pattern + r"(:[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def expand(name: str) -> Path:
 
 def is_demo(model: str) -> bool:
     """True for the bundled model, by name or by path."""
-    return model == "demo" or expand(model).resolve() == DEMO_MODEL
+    return model == "demo" or "\0" not in model and os.path.realpath(expand(model)) == str(DEMO_MODEL)
 
 
 def locate_model(name: str) -> str:
@@ -91,30 +89,20 @@ def labels(names: Iterable[str]) -> dict[str, str]:
 
 def check_model(name: str) -> None:
     """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
-    if is_demo(name) or is_hub_model(name):
+    if is_demo(name):
         return
-    folder = expand(name)
-    if not folder.is_dir():
-        raise InputError(f"model {name}: no such folder; give a hub id or a folder with config.json and weights")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {name}: no config.json in this folder; give one that save_pretrained() wrote")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise InputError(f"model {name}: no weights (*.safetensors) in this folder; give one with its weights")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
-    for index in sorted(folder.rglob("*.index.json")):
-        _check_index(name, index)
-
-
-def _check_index(name: str, index: Path) -> None:
-    """Raises `InputError` for an index of weights that names files outside its folder."""
+    if address := hub_id_of(name):
+        raise InputError(f"model {name}: is an address of the hub; give {address}")
+    if is_hub_model(name):
+        return
+    path = expand(name)
     try:
-        files = [Path(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return  # the loader reports a broken index
-    for file in files:
-        if file.is_absolute() or ".." in file.parts:
-            raise InputError(f"model {name}: {index.name} names weights outside the folder ({file}); copy them into it")
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"model {name}: its path is not UTF-8, which libraries cannot read; rename it") from error
+    if not path.is_dir():
+        raise InputError(f"model {name}: {refuse_path(path)}")
+    check_folder(name, path)
 
 
 def is_hub_text(name: str) -> bool:

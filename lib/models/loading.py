@@ -1,26 +1,44 @@
 """Loads configs, tokenizers and models from a hub id or a local folder, with one-line errors."""
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib.config.model_files import adapter_advice, check_config
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
+from lib.models.checkpoint import check_file_sizes, check_loaded
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LARGEST_GROWTH = 2**12  # of text by a tokenizer's normalizer
+
 
 def load_config(source: ModelSource):
-    """The text model's config. Raises `InputError` if it cannot be loaded or has the format nemotron-nas."""
+    """The text model's config.
+
+    Raises `InputError` if it cannot be loaded, has sizes that cannot be built, has the format nemotron-nas, or comes
+    with an adapter.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    located = locate_model(source.name)
+    with _loading_errors(source.name):
+        if find_adapter_config_file(located, cache_dir=source.cache_dir):
+            raise InputError(f"model {source.name}: {adapter_advice(source.name)}")
+        check_config(source.name, PreTrainedConfig.get_config_dict(located, cache_dir=source.cache_dir)[0])
     config = _load_config(source)
     if getattr(config, "model_type", None) == "nemotron-nas":
         raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
@@ -28,19 +46,31 @@ def load_config(source: ModelSource):
 
 
 def load_tokenizer(source: ModelSource):
-    """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has a chat template with an unsafe name."""
+    """The model's tokenizer.
+
+    Raises `InputError` if it cannot be loaded, would fill the memory, or has a chat template with an unsafe name.
+    """
     from transformers import AutoTokenizer
 
     with _loading_errors(source.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
         )
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer and (growth := _growth(json.loads(normalizer.__getstate__()))) > _LARGEST_GROWTH:
+        what = f"the normalizer of its tokenizer can make text {growth:,} times as long"
+        raise InputError(f"{source.name}: {what}; copy the model's own tokenizer.json")
     templates = getattr(tokenizer, "chat_template", None)
     for name, template in templates.items() if isinstance(templates, dict) else ():
         if not re.fullmatch(r"\w[\w .-]{0,79}", str(name)) or not isinstance(template, str):
             advice = "its name becomes that of a file when the model is saved; rename it in the tokenizer's files"
             raise InputError(f"{source.name}: chat template {name!r} is no text with a plain name; {advice}")
     return tokenizer
+
+
+def _growth(normalizer: dict) -> int:
+    """How many times as long a normalizer of `tokenizers`, given as its JSON, can make a text by replacing parts."""
+    return prod(map(_growth, normalizer.get("normalizers", ()))) * max(1, len(normalizer.get("content", "")))
 
 
 def load_model(source: ModelSource) -> "PreTrainedModel":
@@ -55,6 +85,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     config = _load_config(source)
     stock = _stock_of_pruned(config)
     outline = load_outline(config, source.trust_remote_code)
+    if outline is not None:
+        check_file_sizes(source.name, outline)
     place = "none" if source.device_map else offload.choose(source.offload, outline, _dtype_of(source, config), device)
     device_map: str | dict[str, str] | None = source.device_map
     folder = None
@@ -75,14 +107,11 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             trust_remote_code=source.trust_remote_code,
             cache_dir=source.cache_dir,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by `check_loaded`, which can name them
         )
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        needs_code = hasattr(config, "auto_map") and not source.trust_remote_code
-        advice = "its own code may know better: add --trust_remote_code" if needs_code else "give a complete checkpoint"
-        raise InputError(
-            f"{source.name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}"
-        )
+    needs_code = hasattr(config, "auto_map") and not source.trust_remote_code
+    advice = "its own code may know better: add --trust_remote_code" if needs_code else None
+    check_loaded(source.name, model, loaded, advice)
     if stock:
         model = _as_pruned_here(model, stock)
     if folder:
@@ -144,9 +173,10 @@ def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
     return model
 
 
-_UNTRUSTED = {  # words in an error -> our reason, where the library's own advice does not apply
+_REASONS = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
+    "above report": "its weights do not have the form that its config says",
 }
 
 
@@ -155,11 +185,14 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     """Turns errors of transformers and the hub into one line that says what to do."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = next((advice for words, advice in _UNTRUSTED.items() if words in str(error)), reason)
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
+        reason = next((advice for words, advice in _REASONS.items() if words in str(error)), reason)
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"

@@ -6,6 +6,8 @@ import torch
 
 from lib.config.quantization import Quantization
 
+_LARGEST = torch.finfo(torch.bfloat16).max
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -17,7 +19,11 @@ class Grid:
 
     @classmethod
     def of(cls, weight: torch.Tensor, quantization: Quantization) -> "Grid":
-        """The grid that spans each row of a weight (rows, columns): from min to max, or symmetric about zero."""
+        """The grid that spans each row of a weight (rows, columns), fp32: from min to max, or symmetric about zero.
+
+        Its values are finite in bf16 too, and its steps normal numbers, so that rows of huge or denormal weights are
+        rounded by no more than a step.
+        """
         max_level = 2**quantization.bits - 1
         least = weight.amin(dim=1, keepdim=True).clamp(max=0)
         most = weight.amax(dim=1, keepdim=True).clamp(min=0)
@@ -26,11 +32,14 @@ class Grid:
             least = -most
         is_empty = most == least
         least, most = least.masked_fill(is_empty, -1.0), most.masked_fill(is_empty, 1.0)
-        scale = (most - least) / max_level
+        span = most - least
+        scale = torch.where(span.isfinite(), span / max_level, most / max_level - least / max_level)
+        scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
         if quantization.is_symmetric:
             zero = torch.full_like(scale, (max_level + 1) // 2)
         else:
             zero = (-least / scale).round()
+        scale = torch.minimum(scale, _LARGEST / torch.maximum(zero, max_level - zero))
         return cls(scale, zero, max_level)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:

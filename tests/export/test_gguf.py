@@ -212,7 +212,7 @@ def test_weights_pass_through_without_filling_the_memory(tmp_path):
 def test_an_interrupted_write_leaves_what_was_there(error, existing, source, tmp_path, monkeypatch):
     target = tmp_path / "out.gguf"
     if existing:
-        target.write_bytes(b"old")
+        target.write_bytes(b"GGUF, old")
 
     def break_off(descriptor):
         assert [path for path in tmp_path.iterdir() if path.stat().st_size > 10_000]  # the draft, beside the target
@@ -221,15 +221,15 @@ def test_an_interrupted_write_leaves_what_was_there(error, existing, source, tmp
     monkeypatch.setattr(os, "fsync", break_off)
     with pytest.raises(RunError if isinstance(error, OSError) else type(error)):
         apply_plan(source, target, MIXED, overwrite=True)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.gguf", b"old")] * existing
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.gguf", b"GGUF, old")] * existing
 
 
 def test_an_existing_file_is_replaced_only_when_asked(source, tmp_path):
     target = tmp_path / "out.gguf"
-    target.write_bytes(b"old")
+    target.write_bytes(b"GGUF, old")
     with pytest.raises(InputError, match="out.gguf exists.*--overwrite"):
         apply_plan(source, target, MIXED)
-    assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"GGUF, old"
     apply_plan(source, target, MIXED, overwrite=True)
     assert target.read_bytes()[:4] == b"GGUF"
 
@@ -275,10 +275,13 @@ def _without(part: str):
         (_tensor("blk.1.attn_q.scale"), "tensor blk.1.attn_q.scale belongs to no"),
         (_tensor("blk.1.ffn_gate_inp.weight"), "tensor blk.1.ffn_gate_inp.weight belongs to no"),
         (_tensor("mm.weight"), "tensor mm.weight belongs to no"),
-        (_without("blk.2."), "no tensors of block 2"),
+        (_without("blk.2."), "holds no tensor blk.2.attn_norm.weight"),
         (lambda writer: writer.add_array("some.key", [[1, 2], [4]]), "some.key is an empty list or one of lists"),
         (lambda writer: writer.add_string("llama.block_count", "four"), "llama.block_count, or one of a wrong type"),
-        (_number("llama.feed_forward_length", 2**31), "holds what the gguf package cannot write"),
+        (
+            _number("llama.feed_forward_length", 2**31),
+            r"ffn_gate.weight is \[32, 48\], and \[32, 2147483648\] by the keys",
+        ),
     ],
 )
 def test_files_that_would_not_run_as_the_pruned_model_are_refused(change, reason, tmp_path):

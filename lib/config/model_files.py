@@ -1,0 +1,134 @@
+"""Checks of the files that are given as a model, before any is loaded. Imports no torch."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.files import read_file, read_json
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+ADAPTER_FILE = "adapter_config.json"
+_OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_LARGEST_CONFIG, _LARGEST_TOKENIZER = 2**24, 2**28  # bytes; the largest tokenizers have some 40 MB
+_HUB_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)?)"
+)
+_GGUF_ADVICE = (
+    "give the model that it was made from, as a hub id or a folder; "
+    "--apply_plan RESULT --gguf IN OUT then prunes the GGUF file by the plan found"
+)
+
+_MOST_LAYERS, _MOST_EXPERTS, _LARGEST_SIZE, _LONGEST_CONTEXT = 2**12, 2**14, 2**24, 2**40
+_LIMITS = (  # (names in a config, least, most); models have up to 126 layers, 512 experts and 262,144 tokens
+    ("num_hidden_layers num_layers n_layer n_layers", 1, _MOST_LAYERS),
+    ("num_experts num_local_experts n_routed_experts moe_num_experts", 0, _MOST_EXPERTS),
+    ("hidden_size n_embd d_model vocab_size num_attention_heads n_head num_key_value_heads head_dim", 1, _LARGEST_SIZE),
+    ("intermediate_size n_inner ffn_dim ffn_hidden_size", 1, _LARGEST_SIZE),
+    ("max_position_embeddings n_positions", 1, _LONGEST_CONTEXT),
+)
+_RANGES = {name: (least, most) for names, least, most in _LIMITS for name in names.split()}
+
+
+def hub_id_of(address: str) -> str | None:
+    """The hub id in the address of a model's page or of a file there; None for anything else."""
+    found = _HUB_ADDRESS.match(address)
+    return found[1] if found else None
+
+
+def refuse_path(path: Path) -> str:
+    """Why a path that is no folder cannot be a model, and what to give instead."""
+    if path.is_symlink() and not path.exists():
+        return "is a link that leads nowhere; give the folder itself"
+    if not path.exists():
+        return "no such folder; give a hub id or a folder with config.json and weights"
+    if path.suffix.lower() == ".gguf":
+        return f"is a GGUF file, for llama.cpp; {_GGUF_ADVICE}"
+    if path.is_file() and any((path.parent / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+        return f"is a file of a model; give its folder {path.parent}"
+    return "is not a folder; give a hub id or a folder with config.json and weights"
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises `InputError` unless a folder has a config that can be built, weights and a tokenizer."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise InputError(f"model {name}: {adapter_advice(name)}")
+    others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _OTHER_WEIGHTS)
+    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    if not has_weights and any(file.lower().endswith(".gguf") for file in others):
+        raise InputError(f"model {name}: a folder of GGUF files, for llama.cpp; {_GGUF_ADVICE}")
+    config = folder / "config.json"
+    if not config.is_file():
+        below = sorted(path.parent for depth in ("*", "snapshots/*") for path in folder.glob(f"{depth}/config.json"))
+        what = f"but there is one in {below[-1]}; give that" if below else "give one that save_pretrained() wrote"
+        raise InputError(f"model {name}: no config.json in this folder{',' if below else ';'} {what}")
+    check_config(name, _read_config(name, config))
+    if not has_weights:
+        found = f" but {others[0]}" if others else ""
+        raise InputError(f"model {name}: no weights (*.safetensors) in this folder{found}; give one with its weights")
+    for file in (file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
+        if not file.is_file():
+            raise InputError(f"model {name}: {file.name} is no file, or a link that leads nowhere; copy the file there")
+    tokenizers = [folder / file for file in _TOKENIZER_FILES if (folder / file).is_file()]
+    if not tokenizers:
+        raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
+    for file in tokenizers:
+        if (size := file.stat().st_size) > _LARGEST_TOKENIZER:
+            raise InputError(
+                f"model {name}: {file.name} has {size:,} bytes, more than a tokenizer; copy the model's own"
+            )
+    for index in sorted(folder.rglob("*.index.json")):
+        _check_index(name, index)
+
+
+def adapter_advice(name: str) -> str:
+    """What is said of a model that is, or comes with, an adapter."""
+    merge = f'AutoPeftModelForCausalLM.from_pretrained("{name}").merge_and_unload().save_pretrained(FOLDER)'
+    return (
+        f"holds a PEFT adapter ({ADAPTER_FILE}), which cannot be pruned; merge it into its model with {merge}, "
+        "save the tokenizer there too, and give that folder"
+    )
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raises `InputError` for a config whose sizes are no sizes, or so large that building the model would not end.
+
+    At most 4,096 layers, 16,384 experts, and sizes of 2^24. `config` is the content of config.json.
+    """
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif key in _RANGES and value is not None:
+                least, most = _RANGES[key]
+                for number in value if isinstance(value, list) else [value]:
+                    if type(number) is not int or not least <= number <= most:
+                        given = f"{key} is {json.dumps(number)[:40]}"
+                        raise InputError(f"model {name}: config.json: {given}, not a number from {least} to {most:,}")
+
+
+def _read_config(name: str, path: Path) -> Any:
+    """The content of a config.json. Raises `InputError` for anything but an object."""
+    try:
+        config = json.loads(read_file(path, _LARGEST_CONFIG))  # some configs hold Infinity
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"model {name}: config.json cannot be read ({reason}); copy the model's own") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model {name}: config.json holds no object; copy the model's own")
+    return config
+
+
+def _check_index(name: str, index: Path) -> None:
+    """Raises `InputError` for an index of weights that names files outside its folder."""
+    try:
+        files = [Path(file) for file in read_json(index)["weight_map"].values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # the loader reports a broken index
+    for file in files:
+        if file.is_absolute() or ".." in file.parts:
+            raise InputError(f"model {name}: {index.name} names weights outside the folder ({file}); copy them into it")
