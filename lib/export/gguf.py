@@ -40,7 +40,7 @@ from lib.export.gguf_model import (
     read_gguf,
     split_name,
 )
-from lib.storage.atomic import atomic_file, check_writable, clear_drafts
+from lib.storage.atomic import atomic_file, check_writable
 
 Layout = list[tuple[str, str | tuple[int, ...]]]  # tensors by name: name of the source's tensor, or shape of zeros
 
@@ -112,7 +112,6 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
     layout = arrange(model.tensors, left, model.hidden_size, model.head_size)
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_drafts(target)
     try:
         with atomic_file(target) as draft:
             keys = _new_keys(model, add_stand_ins(left.values()))
