@@ -176,7 +176,7 @@ def check(args: argparse.Namespace) -> None:
     }
     for source in sorted(used_texts):
         sources.check_text(source)
-    checks.check_apart(args.output_dir or Path("runs"), used_texts)
+    checks.check_apart(args, used_texts)
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
     else:

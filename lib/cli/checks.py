@@ -87,12 +87,14 @@ def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> No
         check_model_folder(folder, args.overwrite, "--save_model")
 
 
-def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
-    """Raises `InputError` for an output folder inside a folder of text, which the next run would read as text."""
+def check_apart(args: argparse.Namespace, texts: Iterable[str]) -> None:
+    """Raises `InputError` for an output inside a folder of text, which the next run would read as text."""
+    outputs = {"--output_dir": args.output_dir or Path("runs"), "--save_model": args.save_model}
     for text in texts:
         folder = expand(text)
-        if folder.is_dir() and folder.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
-            raise InputError(f"--output_dir {output_dir}: lies in the folder of text {text}; name another")
+        for flag, output in outputs.items():
+            if output and folder.is_dir() and folder.resolve() in (output.resolve(), *output.resolve().parents):
+                raise InputError(f"{flag} {output}: lies in the folder of text {text}; name another")
 
 
 def check_grid_output(args: argparse.Namespace) -> None:

@@ -436,6 +436,8 @@ def test_an_output_folder_among_text_is_refused(alp_grid, text_file, tmp_path, c
     shutil.copy(text_file, text)
     alp_grid("--dataset", text, "--sparsity_ratio", 0.3, 0.5, status=2, folder=text / "runs")
     assert f"--output_dir {text / 'runs'}: lies in the folder of text {text}" in capsys.readouterr().err
+    alp_grid("--dataset", text, "--save_model", text / "out", status=2)
+    assert f"--save_model {text / 'out'}: lies in the folder of text {text}" in capsys.readouterr().err
 
 
 def test_folders_of_runs_and_of_grids_are_not_mixed(alp_grid, alp_arguments, tmp_path, monkeypatch, capsys):
