@@ -89,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), ALP_PRESETS, arguments)
     args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
+    args.prune_method = [parse_method(name).name for name in args.prune_method]
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
     return args
@@ -97,6 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_pruning_flags(group) -> None:
     group.add_argument(
         "--prune_method",
+        type=types.name,
         nargs="+",
         default=["wanda_alp"],
         help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
@@ -147,7 +149,12 @@ def add_allocation_flags(group) -> None:
 
 def add_quantization_flags(group) -> None:
     group.add_argument(
-        "--wbits", type=int, choices=WBITS, metavar="2..8|16", default=16, help="bits of a weight (default: 16, none)"
+        "--wbits",
+        type=types.count,
+        choices=WBITS,
+        metavar="2..8|16",
+        default=16,
+        help="bits of a weight (default: 16, none)",
     )
     group.add_argument("--gptq", action="store_true", help="round with error compensation; sparsegpt always does")
     group.add_argument("--sym", action="store_true", help="grids symmetric about zero")

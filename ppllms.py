@@ -53,7 +53,12 @@ def build_parser() -> flags.Parser:
         help="hub id or local folder, or several (default: the bundled demo, or that of the plan)",
     )
     group.add_argument(
-        "--method", choices=DEPTH_METHODS, nargs="+", default=["ppllms"], help="how to choose (default: ppllms)"
+        "--method",
+        type=types.choice(DEPTH_METHODS),
+        choices=DEPTH_METHODS,
+        nargs="+",
+        default=["ppllms"],
+        help="how to choose (default: ppllms)",
     )
     group.add_argument("--num_blocks", type=types.positive, help="decoder layers, checked against the model")
     group.add_argument(
@@ -93,7 +98,13 @@ def build_parser() -> flags.Parser:
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
-    group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
+    group.add_argument(
+        "--save_format",
+        type=types.choice(SAVE_FORMATS),
+        choices=SAVE_FORMATS,
+        default="hf",
+        help="default: hf (compact)",
+    )
     group = parser.add_argument_group("applying a plan")
     group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
     group.add_argument(
