@@ -16,11 +16,10 @@ Several methods, sparsities, models or seeds make a table; the same command resu
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import run_script
+from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
@@ -306,9 +305,10 @@ def main() -> None:
     check(args)
     runs = cells(args)
     args.output_dir = args.output_dir or checks.default_output_dir("alp_prune", runs[0]["model_name"])
-    from lib.runs.grid import run_grid  # these import torch
-    from lib.runs.single import run_single
-    from lib.sparsity.run import SparsityRun
+    with importing():
+        from lib.runs.grid import run_grid  # these import torch
+        from lib.runs.single import run_single
+        from lib.sparsity.run import SparsityRun
 
     shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
     settings = [SparsityPruning(**{**shared, **one}) for one in runs]
@@ -320,7 +320,7 @@ def main() -> None:
 
 def command() -> None:
     """Entry point of the script and of the installed console script."""
-    sys.exit(run_script("alp_prune.py", main))
+    end_script("alp_prune.py", main)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ A plan from an earlier run can be applied again, to the model or to a GGUF file 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import run_script
+from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
@@ -228,9 +227,10 @@ def main() -> None:
         args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
     args.output_dir = args.output_dir or checks.default_output_dir("ppllms", args.model_name[0])
-    from lib.depth.run import DepthRun  # these import torch
-    from lib.runs.grid import run_grid
-    from lib.runs.single import run_single
+    with importing():
+        from lib.depth.run import DepthRun  # these import torch
+        from lib.runs.grid import run_grid
+        from lib.runs.single import run_single
 
     shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
     runs = [
@@ -244,7 +244,7 @@ def main() -> None:
 
 def command() -> None:
     """Entry point of the script and of the installed console script."""
-    sys.exit(run_script("ppllms.py", main))
+    end_script("ppllms.py", main)
 
 
 if __name__ == "__main__":
