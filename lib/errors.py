@@ -103,7 +103,8 @@ def describe_disk(error: BaseException, path: os.PathLike | None = None) -> str 
             return "no space left on the disk; free some"
         return one_line(f"no space left to write {place}; free some, or name a folder on another disk")
     if number in _DISK_ADVICE:
-        return one_line(f"{f'{place}: ' if place else ''}{os.strerror(number)}; {_DISK_ADVICE[number]}")
+        what = str(error) if isinstance(error, RuntimeError) else os.strerror(number)
+        return one_line(f"{f'{place}: ' if place else ''}{what}; {_DISK_ADVICE[number]}")
     return None
 
 
@@ -132,7 +133,7 @@ def describe_failure(error: BaseException) -> str | None:
         return _describe_import(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{one_line(str(error.object))[:_LONGEST]}: a name that is not UTF-8; rename it"
-    return describe_disk(error) or (one_line(str(error)) if isinstance(error, OSError) else None)
+    return describe_disk(error) or (one_line(str(error)) if isinstance(error, OSError) or _errno(error) else None)
 
 
 def _describe_import(error: ImportError) -> str | None:

@@ -1,13 +1,15 @@
 """The types of flags: text to value, or one line that says what was expected. Imports no torch."""
 
 import argparse
+import errno
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lib.config.methods import Pattern, parse_pattern
 from lib.config.sources import expand
-from lib.errors import did_you_mean
+from lib.errors import describe_failure, did_you_mean, first_line
 
 
 def boolean(text: str) -> bool:
@@ -138,11 +140,13 @@ def name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty name")
     try:
-        parts = text.encode().split(b"/")
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: not UTF-8; rename it") from error
-    if "\0" in text or max(map(len, parts)) > 255 or len(text.encode()) > 4095:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}...: no file can have such a name")
+        if max(map(len, text.encode().split(b"/"))) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.stat(expand(text))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # of the hub, or to be written; the checks know
+    except (OSError, ValueError) as error:  # a loop of links, a name too long, or not UTF-8
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {describe_failure(error) or first_line(error)}") from error
     return text
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib.config.sources import ModelSource, locate_model
-from lib.errors import InputError, is_out_of_memory
+from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models import offload
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
@@ -158,8 +158,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = next((advice for words, advice in _UNTRUSTED.items() if words in str(error)), reason)
+        reason = next((advice for words, advice in _UNTRUSTED.items() if words in str(error)), first_line(error))
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"

@@ -114,6 +114,13 @@ def test_what_no_file_can_be_called_is_refused_at_parsing(function, text):
     refused(function, text)
 
 
+@pytest.mark.parametrize("function", [types.name, types.folder])
+def test_a_loop_of_links_is_refused_at_parsing(function, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop/model"):
+        assert "a link leads back to itself" in refused(function, str(path))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_may_be_in_any_case(name):
     assert parse_method(f" {name.title()}").name == name
