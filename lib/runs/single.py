@@ -30,8 +30,6 @@ from lib.runtime.setup import set_up
 from lib.storage.atomic import RESULT
 from lib.storage.resume_state import FOLDER, State, check_saved, digest, finished, how_to_resume
 
-NO_PLOT = "none: matplotlib is not installed (pip install matplotlib)"
-
 
 @dataclass(kw_only=True)
 class Workspace:
