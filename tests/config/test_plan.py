@@ -1,15 +1,14 @@
 """A file given as a plan holds one, or is refused in a line: whatever anybody may have written into it."""
 
-import copy
 import json
 import os
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.config.plan import SavedPlan, read_plan
 from lib.errors import InputError
+from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
 
 VALID = {
     "tool": "ppllms",
@@ -20,11 +19,6 @@ VALID = {
     "ffn_removed": [1, 2],
     "parameters": {"total": 1000, "removed": 250},
 }
-BOUNDED = settings(max_examples=200, derandomize=True, deadline=None, database=None)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-ANY_JSON = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=9), inner, max_size=5)
-)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +26,10 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("plans") / "result.json"
 
 
-def plan_or_line(path) -> SavedPlan | None:
+def plan_or_line(path, content: bytes | None = None) -> SavedPlan | None:
     """The plan in a file, whose fields are right; None where it is refused in one line."""
-    try:
-        saved = read_plan(path)
-    except InputError as error:
-        assert str(error).isprintable() and len(str(error)) < 1000 and str(path) in str(error)
+    saved = parse(path, content, lambda: read_plan(path))
+    if saved is None:
         return None
     plan = saved.plan
     assert type(plan.num_layers) is int and 0 < plan.num_layers <= 10_000
@@ -50,54 +42,18 @@ def plan_or_line(path) -> SavedPlan | None:
     return saved
 
 
-@BOUNDED
-@given(st.binary(max_size=200))
+@fuzz(st.binary(max_size=200))
 def test_bytes_are_no_plan(path, content):
-    path.write_bytes(content)
-    assert plan_or_line(path) is None
+    assert plan_or_line(path, content) is None
 
 
-@BOUNDED
-@given(ANY_JSON)
+@fuzz(ANY_JSON.map(written) | changed(VALID).map(written) | cut_or_flipped(written(VALID)))
 def test_json_is_a_plan_or_refused(path, content):
-    path.write_text(json.dumps(content))
-    assert plan_or_line(path) is None
-
-
-def places(content, before=()) -> list[tuple]:
-    """The places of all values in JSON, as keys and indices."""
-    found = [before] if before else []
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return found + [place for key, value in inner for place in places(value, (*before, key))]
-
-
-@BOUNDED
-@given(st.sampled_from(places(VALID)), ANY_JSON | st.integers(-3, 20_000), st.booleans())
-def test_a_plan_with_another_value_is_right_or_refused(path, place, value, is_removed):
-    content = copy.deepcopy(VALID)
-    owner = content
-    for key in place[:-1]:
-        owner = owner[key]
-    if is_removed:
-        del owner[place[-1]]
-    else:
-        owner[place[-1]] = value
-    path.write_text(json.dumps(content))
-    plan_or_line(path)
-
-
-@BOUNDED
-@given(st.integers(0, 199), st.integers(0, 255), st.integers(0, 3))
-def test_a_plan_with_another_byte_is_right_or_refused(path, at, byte, cut):
-    content = bytearray(json.dumps(VALID).encode())
-    content[at % len(content)] = byte
-    path.write_bytes(content[: len(content) - cut])
-    plan_or_line(path)
+    plan_or_line(path, content)
 
 
 def test_the_plan_that_is_changed_is_one(path):
-    path.write_text(json.dumps(VALID))
-    saved = plan_or_line(path)
+    saved = plan_or_line(path, written(VALID))
     assert (saved.model, saved.plan.mha_removed, saved.plan.ffn_removed) == ("some/model", (2,), (1, 2))
 
 
