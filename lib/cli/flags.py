@@ -1,6 +1,7 @@
 """The flags that the scripts share, and the parser that they are added to. Imports no torch."""
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,6 +37,12 @@ class Parser(argparse.ArgumentParser):
             advice = f"did you mean {meant}?" if meant else "--help lists all flags"
             self.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
         return found
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("=--"):  # which argparse takes for a flag with no value
+                self.error(f"argument {word[:-3]}: expected a value, not --")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -139,7 +146,7 @@ def parse_with_preset(
     """The arguments, and the names of those that were given; a preset sets the defaults of the others."""
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--preset", type=choice(presets))
-    with suppress(argparse.ArgumentError):  # which the parser itself reports
+    with suppress(argparse.ArgumentError, TypeError):  # which the parser itself reports
         name = ahead.parse_known_args(arguments)[0].preset
         parser.set_defaults(**presets.get(name, {}))
     args = parser.parse_args(arguments)

@@ -168,6 +168,8 @@ def test_words_are_taken_in_any_case_and_the_last_of_a_flag_counts(script, flags
         (alp_prune, ["--act_order"], "did you mean --act-order?"),
         (alp_prune, ["--sparcity_ratio", "0.5"], "did you mean --sparsity_ratio?"),
         (alp_prune, ["--zzz"], "--help lists all flags"),
+        (save_gradient, ["--model=--"], "argument --model: expected a value, not --"),
+        (ppllms, ["--preset=--"], "argument --preset: expected a value, not --"),
         (alp_prune, ["some words"], "--help lists all flags"),
         (ppllms, ["--save_format", "maskd"], "did you mean masked?"),
         (ppllms, ["--offload", "dsk"], "did you mean disk?"),
