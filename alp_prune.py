@@ -16,11 +16,10 @@ Several methods, sparsities, models or seeds make a table; the same command resu
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import run_script
+from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
@@ -90,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), ALP_PRESETS, arguments)
     args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
+    args.prune_method = [parse_method(name).name for name in args.prune_method]
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
     return args
@@ -98,6 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_pruning_flags(group) -> None:
     group.add_argument(
         "--prune_method",
+        type=types.name,
         nargs="+",
         default=["wanda_alp"],
         help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
@@ -148,7 +149,12 @@ def add_allocation_flags(group) -> None:
 
 def add_quantization_flags(group) -> None:
     group.add_argument(
-        "--wbits", type=int, choices=WBITS, metavar="2..8|16", default=16, help="bits of a weight (default: 16, none)"
+        "--wbits",
+        type=types.count,
+        choices=WBITS,
+        metavar="2..8|16",
+        default=16,
+        help="bits of a weight (default: 16, none)",
     )
     group.add_argument("--gptq", action="store_true", help="round with error compensation; sparsegpt always does")
     group.add_argument("--sym", action="store_true", help="grids symmetric about zero")
@@ -302,9 +308,10 @@ def main() -> None:
         args.output_dir = args.output_dir or checks.grid_output_dir("alp_prune", args)
     check(args)
     runs = cells(args)
-    from lib.runs.grid import run_grid  # these import torch
-    from lib.runs.single import run_single
-    from lib.sparsity.run import SparsityRun
+    with importing():
+        from lib.runs.grid import run_grid  # these import torch
+        from lib.runs.single import run_single
+        from lib.sparsity.run import SparsityRun
 
     shared = {name: value for name, value in vars(args).items() if name in SparsityPruning.__dataclass_fields__}
     settings = [SparsityPruning(**{**shared, **one}) for one in runs]
@@ -316,7 +323,7 @@ def main() -> None:
 
 def command() -> None:
     """Entry point of the script and of the installed console script."""
-    sys.exit(run_script("alp_prune.py", main))
+    end_script("alp_prune.py", main)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ A plan from an earlier run can be applied again, to the model or to a GGUF file 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import run_script
+from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
@@ -53,7 +52,12 @@ def build_parser() -> flags.Parser:
         help="hub id or local folder, or several (default: the bundled demo, or that of the plan)",
     )
     group.add_argument(
-        "--method", choices=DEPTH_METHODS, nargs="+", default=["ppllms"], help="how to choose (default: ppllms)"
+        "--method",
+        type=types.choice(DEPTH_METHODS),
+        choices=DEPTH_METHODS,
+        nargs="+",
+        default=["ppllms"],
+        help="how to choose (default: ppllms)",
     )
     group.add_argument("--num_blocks", type=types.positive, help="decoder layers, checked against the model")
     group.add_argument(
@@ -93,7 +97,13 @@ def build_parser() -> flags.Parser:
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
-    group.add_argument("--save_format", choices=SAVE_FORMATS, default="hf", help="default: hf (compact)")
+    group.add_argument(
+        "--save_format",
+        type=types.choice(SAVE_FORMATS),
+        choices=SAVE_FORMATS,
+        default="hf",
+        help="default: hf (compact)",
+    )
     group = parser.add_argument_group("applying a plan")
     group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
     group.add_argument(
@@ -218,9 +228,10 @@ def main() -> None:
     if is_grid:
         args.output_dir = args.output_dir or checks.grid_output_dir("ppllms", args)
     check(args)
-    from lib.depth.run import DepthRun  # these import torch
-    from lib.runs.grid import run_grid
-    from lib.runs.single import run_single
+    with importing():
+        from lib.depth.run import DepthRun  # these import torch
+        from lib.runs.grid import run_grid
+        from lib.runs.single import run_single
 
     shared = {name: value for name, value in vars(args).items() if name in DepthPruning.__dataclass_fields__}
     runs = [
@@ -234,7 +245,7 @@ def main() -> None:
 
 def command() -> None:
     """Entry point of the script and of the installed console script."""
-    sys.exit(run_script("ppllms.py", main))
+    end_script("ppllms.py", main)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ Writes a small JSON file, which alp_prune.py finds by the model and these settin
 """
 
 import argparse
-import sys
 
 from lib.cli import checks, flags, types
-from lib.cli.exit_status import run_script
+from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
@@ -84,14 +83,15 @@ def check_output(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     check(args)
-    from lib.sensitivity.run import SaveGradient, run  # imports torch
+    with importing():
+        from lib.sensitivity.run import SaveGradient, run  # imports torch
 
     run(SaveGradient(flags.model_source(args, args.model), args.gradients, args.output, args.overwrite, args.resume))
 
 
 def command() -> None:
     """Entry point of the script and of the installed console script."""
-    sys.exit(run_script("save_gradient.py", main))
+    end_script("save_gradient.py", main)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,49 @@
 """What surrounds a script: exit statuses, and one line on stderr for an error. Imports no torch."""
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
 
-from lib.errors import InputError, describe_failure
+from lib.errors import InputError, describe_failure, is_interrupt
 from lib.runtime.launcher import launched
+
+INTERRUPTED = 128 + signal.SIGINT  # as shells have it: 130
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds, before anything is written: Ctrl-C ends the process at once, with one line.
+
+    An exception would end in the middle of a C extension, which prints a traceback or aborts.
+    """
+
+    def end(*_) -> NoReturn:
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, f"{Path(sys.argv[0]).name}: stopped\n".encode())
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread() or _is_ignored():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_ignored() -> bool:
+    """True for a process in the background, which Ctrl-C does not concern."""
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def run_script(program: str, main: Callable[[], None]) -> int:
-    """Runs the main function of a script; returns its exit status: 0 done, 1 failed, 2 bad input."""
+    """Runs the main function of a script; returns its exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C."""
     rank = 0
     try:
         rank = launched().rank
@@ -18,8 +53,20 @@ def run_script(program: str, main: Callable[[], None]) -> int:
         message = describe_failure(error)
         if message is None:
             raise
-        is_input = isinstance(error, InputError)
+        status, kind = 1, "failed: "
+        if isinstance(error, InputError):
+            status, kind = 2, "error: "
+        elif is_interrupt(error):
+            status, kind = INTERRUPTED, ""
     if rank:
         message = f"process {rank}: {message}"
-    print(f"{program}: {'error' if is_input else 'failed'}: {message}", file=sys.stderr)
-    return 2 if is_input else 1
+    print(f"{program}: {kind}{message}", file=sys.stderr)
+    return status
+
+
+def end_script(program: str, main: Callable[[], None]) -> NoReturn:
+    """Runs the main function of a script and ends the process; Ctrl-C while it ends does so at once."""
+    status = run_script(program, main)
+    if not _is_ignored():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -1,16 +1,19 @@
 """The flags that the scripts share, and the parser that they are added to. Imports no torch."""
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 
-from lib.cli.types import count, folder, positive
+from lib.cli.types import choice, count, folder, name, positive
 from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
 from lib.config.methods import Entry
 from lib.config.sources import ModelSource
+from lib.errors import nearest, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OTHER_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 OFFLOADS = ("auto", "none", "cpu", "disk")
 
 
@@ -25,17 +28,42 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
 
+    def parse_args(self, args=None, namespace=None):
+        """The arguments; an unknown flag ends the script with the nearest one that there is."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            meant = nearest(word, self._option_string_actions) if word.startswith("-") else None
+            advice = f"did you mean {meant}?" if meant else "--help lists all flags"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
+        return found
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("=--"):  # which argparse takes for a flag with no value
+                self.error(f"argument {word[:-3]}: expected a value, not --")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def add_device_flags(group) -> None:
     """Adds the flags for how a model is loaded and where it runs."""
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the checkpoint")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    group.add_argument("--device_map", help="spread the model over devices, as in transformers: auto, balanced, ...")
+    group.add_argument(
+        "--dtype",
+        type=choice(DTYPES, _OTHER_NAMES),
+        choices=DTYPES,
+        default="auto",
+        help="default: auto, that of the checkpoint",
+    )
+    group.add_argument("--device", type=name, default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument(
+        "--device_map", type=name, help="spread the model over devices, as in transformers: auto, balanced, ..."
+    )
     group.add_argument(
         "--offload",
+        type=choice(OFFLOADS),
         choices=OFFLOADS,
         default="auto",
         help="where layers are kept between uses: none (on the device), cpu or disk (default: what fits)",
@@ -70,10 +98,18 @@ def add_gradient_flags(group, ngrad: str) -> None:
     group.add_argument(ngrad, type=positive, default=10, help="windows of text for the gradients (default: 10)")
     group.add_argument("--grad_seqlen", type=positive, default=64, help="tokens in such a window (default: 64)")
     group.add_argument(
-        "--grad_loss", choices=GRADIENT_LOSSES, default="last", help="the loss of the last token, or of all"
+        "--grad_loss",
+        type=choice(GRADIENT_LOSSES),
+        choices=GRADIENT_LOSSES,
+        default="last",
+        help="the loss of the last token, or of all",
     )
     group.add_argument(
-        "--grad_type", choices=GRADIENT_TYPES, default="l2", help="how gradients are summed (default: l2)"
+        "--grad_type",
+        type=choice(GRADIENT_TYPES),
+        choices=GRADIENT_TYPES,
+        default="l2",
+        help="how gradients are summed (default: l2)",
     )
 
 
@@ -96,7 +132,12 @@ def list_methods(title: str, methods: Mapping[str, Entry]) -> str:
 
 def add_preset(parser: Parser, presets: Mapping[str, dict]) -> None:
     """Adds the flag `--preset`."""
-    parser.add_argument("--preset", choices=presets, help="the settings of a whole table; other flags change them")
+    parser.add_argument(
+        "--preset",
+        type=choice(presets),
+        choices=presets,
+        help="the settings of a whole table; other flags change them",
+    )
 
 
 def parse_with_preset(
@@ -104,8 +145,8 @@ def parse_with_preset(
 ) -> tuple[argparse.Namespace, set[str]]:
     """The arguments, and the names of those that were given; a preset sets the defaults of the others."""
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    ahead.add_argument("--preset")
-    with suppress(argparse.ArgumentError):  # which the parser itself reports
+    ahead.add_argument("--preset", type=choice(presets))
+    with suppress(argparse.ArgumentError, TypeError):  # which the parser itself reports
         name = ahead.parse_known_args(arguments)[0].preset
         parser.set_defaults(**presets.get(name, {}))
     args = parser.parse_args(arguments)

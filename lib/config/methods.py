@@ -7,14 +7,13 @@ A method of weight pruning is a pair: a pruner, which knows one weight matrix an
 knows one number per layer. `wanda_alp` is (`wanda`, `alp`), `wanda` is (`wanda`, `uniform`), `dense` prunes nothing.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 
-from lib.errors import InputError
+from lib.errors import InputError, did_you_mean
 
 DENSE = "dense"
 UNIFORM = "uniform"
@@ -275,12 +274,14 @@ METHODS = {
 
 
 def parse_method(name: str) -> Method:
-    """The pair that a name stands for. Raises `InputError` that suggests the nearest name."""
-    if name in METHODS:
-        return METHODS[name]
-    nearest = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
-    advice = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(METHODS)}"
-    raise InputError(f"--prune_method {name}: no such method; {advice}")
+    """The pair that a name stands for, in any case; an allocator alone goes with Wanda.
+
+    Raises `InputError` that suggests the nearest name.
+    """
+    word = name.strip().lower()
+    if method := METHODS.get(word) or METHODS.get(f"wanda_{word}"):
+        return method
+    raise InputError(f"--prune_method {name}: no such method; {did_you_mean(name, METHODS)}")
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,14 @@ UNSTRUCTURED = Pattern()
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`unstructured`, or `n:m` with 0 < n < m. Raises `ValueError`."""
-    if text == "unstructured":
+    """`unstructured`, or `n:m` with 0 < n < m. Raises `ValueError`, which proposes what was meant if certain."""
+    word = text.strip().lower()
+    if word == str(UNSTRUCTURED):
         return UNSTRUCTURED
-    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"{text!r} is neither unstructured nor n:m with 0 < n < m, such as 2:4")
-    return Pattern(int(match[1]), int(match[2]))
+    found = re.fullmatch(r"([0-9]{1,6}) ?(:|/|-|_|,| |of) ?([0-9]{1,6})", word)
+    first, second = (int(found[1]), int(found[3])) if found else (0, 0)
+    if found and found[0] == f"{found[1]}:{found[3]}" and 0 < first < second:
+        return Pattern(first, second)
+    meant = Pattern(*sorted((first, second)))
+    advice = f"; did you mean {meant}?" if 0 < meant.n < meant.m else ", such as 2:4"
+    raise ValueError(f"{text!r} is neither unstructured nor n:m with 0 < n < m{advice}")

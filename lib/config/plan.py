@@ -1,10 +1,13 @@
 """Plans of depth pruning: which decoder layers lose their attention, which their FFN. Imports no torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, first_line
+from lib.files import read_json
+
+MOST_LAYERS = 10_000  # the largest models have some hundreds
 
 
 @dataclass(frozen=True)
@@ -71,24 +74,35 @@ class SavedPlan:
 def read_plan(path: Path) -> SavedPlan:
     """The plan in a `result.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("tool") != "ppllms":
-            raise ValueError("no result.json of ppllms.py")
-        removed = {name: content[name] for name in ("mha_removed", "ffn_removed")}
-        layers, model, total = content["num_layers"], content["model"], content["parameters"]["total"]
-        numbers = [layers, total, *removed["mha_removed"], *removed["ffn_removed"]]
-        path_of_model = content.get("model_path") or model
-        if not all(type(number) is int for number in numbers):
-            raise ValueError("numbers of layers and parameters must be whole")
-        if not all(isinstance(name, str) and name.strip() and name.isprintable() for name in (model, path_of_model)):
-            raise ValueError("the model must have a name")
-        plan = Plan(layers, **{name: tuple(value) for name, value in removed.items()})
+        saved = _saved_plan(path, read_json(path))
     except OSError as error:
         raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
     except KeyError as error:
         raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"--apply_plan {path}: holds no plan ({error}); give a run's result.json") from error
-    if len(plan.mha_removed) == layers:
+    except ValueError as error:
+        problem = first_line(error)
+        raise InputError(f"--apply_plan {path}: holds no plan ({problem}); give a run's result.json") from error
+    if len(saved.plan.mha_removed) == saved.plan.num_layers:
         raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
-    return SavedPlan(path, path_of_model, plan, total)
+    return saved
+
+
+def _saved_plan(path: Path, content: Any) -> SavedPlan:
+    """The plan in the content of a file. Raises `KeyError` and `ValueError`."""
+    if not isinstance(content, dict) or content.get("tool") != "ppllms":
+        raise ValueError("no result.json of ppllms.py")
+    removed = {name: content[name] for name in ("mha_removed", "ffn_removed")}
+    layers, model, parameters = content["num_layers"], content["model"], content["parameters"]
+    path_of_model = content.get("model_path") or model
+    if not all(isinstance(name, str) and name.strip() and name.isprintable() for name in (model, path_of_model)):
+        raise ValueError("the model must have a name")
+    if not isinstance(parameters, dict) or not all(isinstance(value, list) for value in removed.values()):
+        raise ValueError("the fields of a result have other types")
+    total = parameters["total"]
+    if not all(type(number) is int for number in (layers, total, *removed["mha_removed"], *removed["ffn_removed"])):
+        raise ValueError("numbers of layers and parameters must be whole")
+    if not 0 < layers <= MOST_LAYERS or total < 1:
+        raise ValueError(f"no model has {layers:,} layers and {total:,} parameters")
+    return SavedPlan(
+        path, path_of_model, Plan(layers, **{name: tuple(value) for name, value in removed.items()}), total
+    )

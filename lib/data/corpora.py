@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.config.sources import check_text, expand
-from lib.errors import InputError
+from lib.errors import InputError, first_line
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
@@ -109,8 +109,7 @@ def _input_errors(source: str, problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first_line = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"dataset {source}: {problem} ({first_line})") from error
+        raise InputError(f"dataset {source}: {problem} ({first_line(error.__cause__ or error)})") from error
 
 
 def _kind(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_pruned
 from lib.models.limits import dtype_name
 from lib.reporting.plots import plot_removals
-from lib.runs.single import NO_PLOT, Run
+from lib.runs.single import Run
 from lib.storage.output_folder import REMOVALS
 
 
@@ -113,8 +113,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             return None
         plot, rate = self.report.folder / REMOVALS, result["parameters"]["actual_rate"]
         title = f"{short_name(self.settings.model_name)}: {rate:.1%} of the parameters removed"
-        has_plot = plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title)
-        return plot if has_plot else NO_PLOT
+        return plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title) or plot
 
     def save_model(self, folder: Path) -> None:
         save_pruned(self.decoder, self.plan, self.workspace.tokenizer, folder, self.settings.save_format)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lib.config.sources import expand
-from lib.errors import InputError, RunError, is_out_of_memory
+from lib.errors import InputError, RunError, first_line, is_out_of_memory
 
 _METRICS = ("acc_norm,none", "acc,none")  # tables show the first that a task has
 
@@ -64,8 +64,7 @@ class ZeroShot:
         try:
             loaded = self._manager.load([name])
         except Exception as error:  # a task's own code and data can raise anything
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from error
+            raise InputError(f"--tasks {name}: cannot be loaded ({first_line(error)})") from error
         return [name] if name in loaded["tasks"] or name in loaded["groups"] else list(loaded["tasks"])
 
     def accuracy(self, model: nn.Module, tokenizer, batch_size: int) -> dict:
@@ -85,8 +84,7 @@ class ZeroShot:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise RunError(f"--eval_zero_shot: {type(error).__name__} in lm_eval: {reason}") from error
+            raise RunError(f"--eval_zero_shot: {type(error).__name__} in lm_eval: {first_line(error)}") from error
         results = {**found["results"], **found.get("groups", {})}
         tasks = {name: _numbers(results[name]) for name in self.names}
         shown = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lib.config.plan import Mode, Plan
-from lib.errors import InputError, is_out_of_memory
+from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models.architecture import Architecture
 from lib.models.modeling_pruned import (
     SKIP_ATTENTION,
@@ -91,7 +91,7 @@ class Decoder(Architecture):
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
                 if is_out_of_memory(error):
                     raise
-                reason = f"cannot run without its sublayers ({str(error).splitlines()[0]})"
+                reason = f"cannot run without its sublayers ({first_line(error)})"
             finally:
                 self.set_mode(index, Mode())
             if reason:

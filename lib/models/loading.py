@@ -13,7 +13,7 @@ import torch
 
 from lib.config.model_files import adapter_advice, check_config
 from lib.config.sources import ModelSource, locate_model
-from lib.errors import InputError, is_out_of_memory
+from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models import offload
 from lib.models.checkpoint import check_file_sizes, check_loaded
 from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
@@ -190,9 +190,7 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
     except Exception as error:  # libraries raise many types for a broken folder
         if is_out_of_memory(error):
             raise
-        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
-        reason = next((advice for words, advice in _REASONS.items() if words in str(error)), reason)
+        reason = next((advice for words, advice in _REASONS.items() if words in str(error)), first_line(error))
         if Path(locate_model(name)).is_dir():
             raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"

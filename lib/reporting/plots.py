@@ -1,23 +1,52 @@
-"""Plots of a run's results. Matplotlib is optional: each function returns whether it drew."""
+"""Plots of a run's results. Matplotlib is optional, and no fault of it ends a run.
+
+Each function returns None when it drew, else why there is no plot.
+"""
 
 import importlib.util
+import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
+
+from lib.errors import describe_failure, first_line
+from lib.storage.atomic import atomic_file
 
 _BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
 _COLOURS = (_BLUE, _RED, _GREEN, _YELLOW, "#aa3377", "#66ccee")
 _STROKES = ("-", "--", ":", "-.")
+_NO_MATPLOTLIB = "no plot: matplotlib is not installed (pip install matplotlib)"
+Given = ParamSpec("Given")
 
 
+def _told(draw: Callable[Given, None]) -> Callable[Given, str | None]:
+    """A function that draws, as one that returns why it could not."""
+
+    @wraps(draw)
+    def attempt(*args: Given.args, **options: Given.kwargs) -> str | None:
+        try:
+            if not has_matplotlib():
+                return _NO_MATPLOTLIB
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of glyphs that the font lacks, values that have no logarithm
+                draw(*args, **options)
+        except Exception as error:  # a broken installation can raise anything
+            return f"no plot: {describe_failure(error) or first_line(error)}"
+        return None
+
+    return attempt
+
+
+@_told
 def plot_removals(
     path: Path, bi_scores: Sequence[float], mha_removed: Sequence[int], ffn_removed: Sequence[int], title: str
-) -> bool:
-    """Block Influence by layer, coloured by what was removed. Returns False without matplotlib."""
-    if not has_matplotlib():
-        return False
+) -> None:
+    """Block Influence by layer, coloured by what was removed."""
     kinds: dict[str, tuple[str, Callable[[int], bool]]] = {
         "kept": (_BLUE, lambda layer: layer not in mha_removed and layer not in ffn_removed),
         "FFN removed": (_YELLOW, lambda layer: layer in ffn_removed and layer not in mha_removed),
@@ -31,24 +60,20 @@ def plot_removals(
                 axes.bar(layers, [bi_scores[layer] for layer in layers], color=colour, label=label)
         axes.set(ylabel="Block Influence", yscale="log")
         axes.legend(frameon=False)
-    return True
 
 
-def plot_sensitivity(path: Path, importance: Sequence[float], title: str) -> bool:
-    """ALP's importance by layer. Returns False without matplotlib."""
-    if not has_matplotlib():
-        return False
+@_told
+def plot_sensitivity(path: Path, importance: Sequence[float], title: str) -> None:
+    """ALP's importance by layer."""
     with _figure(path, len(importance), 1, title) as (axes,):
         _importance_bars(axes, importance)
-    return True
 
 
+@_told
 def plot_sparsity(
     path: Path, sparsity: Sequence[float], importance: Sequence[float] | None, target: float, title: str
-) -> bool:
-    """Measured sparsity by layer, below the importance that set it, if any. Returns False without matplotlib."""
-    if not has_matplotlib():
-        return False
+) -> None:
+    """Measured sparsity by layer, below the importance that set it, if any."""
     with _figure(path, len(sparsity), 2 if importance else 1, title) as rows:
         if importance:
             _importance_bars(rows[0], importance)
@@ -56,24 +81,20 @@ def plot_sparsity(
         rows[-1].axhline(target, color=_RED, linewidth=1, label=f"target {target:g}")
         rows[-1].set(ylabel="sparsity", ylim=(0, 1))
         rows[-1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-    return True
 
 
-def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> bool:
+@_told
+def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> None:
     """Perplexity against sparsity (or share removed): {method: [(share, perplexity), ...]}, one line per method.
 
-    The colour shows the pruner, the line style the allocator or pattern. Returns False without matplotlib.
+    The colour shows the pruner, the line style the allocator or pattern.
     """
-    if not has_matplotlib():
-        return False
-    import matplotlib
+    figure = _blank(7.5, 4.5)
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    axes = figure.subplots()
     parts = {name: _split_method(name) for name in lines}
     pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, points in lines.items():
         pruner, allocator = parts[name]
         colour = _COLOURS[pruners.index(pruner) % len(_COLOURS)]
@@ -87,13 +108,12 @@ def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: fl
         axes.set_xlim((left + right) / 2 - 0.05, (left + right) / 2 + 0.05)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", handlelength=3)
     _save(figure, path)
-    return True
 
 
 def has_matplotlib() -> bool:
@@ -116,14 +136,8 @@ def _importance_bars(axes, importance: Sequence[float]) -> None:
 @contextmanager
 def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence]:
     """Yields axes, one row above the other over the decoder layers; saves the figure when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    width = max(5.0, 0.28 * layers + 2)
-    figure, grid = plt.subplots(rows, 1, figsize=(width, 1.0 + 2.4 * rows), layout="constrained", sharex=True)
-    axes = [grid] if rows == 1 else list(grid)
+    figure = _blank(max(5.0, 0.28 * layers + 2), 1.0 + 2.4 * rows)
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     yield axes
     axes[0].set_title(title, loc="left", parse_math=False)
     axes[-1].set_xlabel("decoder layer")
@@ -133,10 +147,18 @@ def _figure(path: Path, layers: int, rows: int, title: str) -> Iterator[Sequence
     _save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _blank(width: float, height: float):
+    """An empty figure of that many inches, drawn in memory whatever the backend."""
+    os.environ.pop("MPLBACKEND", None)  # a name that matplotlib does not know would fail its import
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a cache of fonts that cannot be kept
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font lacks
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path) -> None:
+    with atomic_file(path) as draft:
+        figure.savefig(draft, format="png", dpi=150)

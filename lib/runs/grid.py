@@ -158,8 +158,8 @@ class _GridRun:
             dense = next(entry.value for entry in here if entry.is_dense)
             title = f"{models[model]}: perplexity on {texts[text]}"
             lines = _lines([entry for entry in here if not entry.is_dense])
-            if lines and not plot_grid(path, lines, dense, self.kind.x_axis, title):
-                report.print("  plots   none: matplotlib is not installed (pip install matplotlib)")
+            if lines and (problem := plot_grid(path, lines, dense, self.kind.x_axis, title)):
+                report.print(f"  plots   {problem}")
                 return
             if lines:
                 report.print(f"  plot    {path}")

@@ -35,8 +35,6 @@ from lib.storage.output_folder import RESULT, STATE
 from lib.storage.results_jsonl import digest
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
-NO_PLOT = "none: matplotlib is not installed (pip install matplotlib)"
-
 
 @dataclass(kw_only=True)
 class Workspace:

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from lib.errors import InputError
+from lib.errors import InputError, first_line
 
 
 def resolve_device(device: str) -> torch.device:
@@ -20,5 +20,5 @@ def resolve_device(device: str) -> torch.device:
         torch.zeros(1, device=device).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--device {device}: not available here; use cpu or auto ({reason})") from error

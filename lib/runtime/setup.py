@@ -3,14 +3,14 @@
 import logging
 import sys
 
+import datasets
+import transformers
+
 from lib.runtime.memory import keep_freed_memory
 
 
 def quiet_libraries() -> None:
     """Silences the libraries' hints and progress bars, except transformers' bars on a terminal."""
-    import datasets
-    import transformers
-
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # we manage offloaded weights ourselves
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

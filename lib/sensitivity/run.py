@@ -104,12 +104,11 @@ def show_written(report: Report, settings: SaveGradient, found: Artifact, peak_b
     seconds = report.seconds.get("gradients", 0.0)
     report.print(f"{seconds:.1f} s for the gradients; peak memory of the run {peak_bytes / 2**30:.2f} GiB")
     report.print(f"Written     {settings.output}")
-    has_plot = draw(settings, found)
-    report.print(f"            {settings.plot}" if has_plot else "            no plot: matplotlib is not installed")
+    report.print(f"            {draw(settings, found) or settings.plot}")
 
 
-def draw(settings: SaveGradient, found: Artifact) -> bool:
-    """Draws the plot of an artifact; False without matplotlib."""
+def draw(settings: SaveGradient, found: Artifact) -> str | None:
+    """Draws the plot of an artifact; returns why there is none, if so."""
     title = f"{short_name(settings.source.name)}: {settings.gradients.gradient_type}"
     return plot_sensitivity(settings.plot, importance(found.layers), title)
 

@@ -16,7 +16,7 @@ from lib.models.offload import fetched_by_forward, follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
 from lib.reporting.plots import plot_sparsity
-from lib.runs.single import NO_PLOT, Run
+from lib.runs.single import Run
 from lib.sensitivity.compute import Sensitivities, state_folder
 from lib.sensitivity.gradients import LayerSensitivity
 from lib.sparsity import report as sparsity_report
@@ -214,7 +214,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         settings, plot = self.settings, self.report.folder / SPARSITY
         target = settings.target_sparsity
         title = f"{settings.model_name}: {settings.method.name}, {target:g} {settings.pattern}"
-        return plot if plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title) else NO_PLOT
+        return plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title) or plot
 
     def save_model(self, folder: Path) -> None:
         save_weights(self.decoder.model, self.workspace.tokenizer, folder)

@@ -11,7 +11,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from lib.config.plan import Plan
 from lib.engine.finite import final_hidden_states
-from lib.errors import InputError
+from lib.errors import InputError, first_line
 from lib.models.decoder import Decoder
 
 _CAPABILITY = (8, 0)  # Ampere
@@ -42,7 +42,7 @@ def _try_kernels(device: torch.device) -> None:
         with compressed([linear]):
             linear(torch.ones(64, 128, dtype=torch.float16, device=device))
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out") from error
 
 

@@ -60,7 +60,7 @@ def test_without_evaluation_no_text_is_read(found, tmp_path, monkeypatch):
         ({"tool": "alp_prune"}, "holds no plan (no result.json of ppllms.py)"),
         ({"mha_removed": [0, 9]}, "mha_removed [0, 9] must name different layers below 4"),
         ({"ffn_removed": [1, 1]}, "ffn_removed [1, 1] must name different layers"),
-        ({"ffn_removed": "12"}, "numbers of layers and parameters must be whole"),
+        ({"ffn_removed": "12"}, "the fields of a result have other types"),
         ({"ffn_removed": 3}, "holds no plan"),
         ({"num_layers": None}, "numbers of layers and parameters must be whole"),
         ({"mha_removed": [0, 1, 2, 3]}, "removes every attention"),

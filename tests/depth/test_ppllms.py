@@ -185,8 +185,8 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
     flags += ["--seqlen", 4, "--batch_size", 1, "--output_dir", tmp_path / "run", "--save_model", tmp_path / "out"]
     flags += ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
     status, told = stopped("ppllms.py", *flags, at=b"Greedy search", kind=kind)
-    assert status == (1 if kind == signal.SIGINT else -signal.SIGKILL)
-    advice = f"ppllms.py: failed: stopped; what is finished is kept: {GOES_ON}".encode()
+    assert status == (130 if kind == signal.SIGINT else -signal.SIGKILL)
+    advice = f"ppllms.py: stopped; what is finished is kept: {GOES_ON}".encode()
     assert told == (advice if kind == signal.SIGINT else b"")
     found = sorted(path.name for path in tmp_path.rglob("*") if not path.name.startswith("."))
     assert found == ["lock", "log.txt", "run", "state", "state.json"]

@@ -210,7 +210,7 @@ def test_a_stopped_grid_says_what_is_kept(alp_grid, tmp_path, monkeypatch, capsy
         return prune(*args)
 
     monkeypatch.setattr(SparsityRun, "prune_stage", stopped)
-    alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7, status=1)
+    alp_grid("--prune_method", "wanda", "--sparsity_ratio", 0.3, 0.5, 0.7, status=130)
     assert "stopped; 1 of 3 cells are kept, and the same command goes on" in capsys.readouterr().err
     assert "30%" in (tmp_path / "grid/table.md").read_text()
 
@@ -293,7 +293,7 @@ def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_gr
     first = alp_grid(*axes)
     prune = SparsityRun.prune_stage
     monkeypatch.setattr(SparsityRun, "prune_stage", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert alp_grid(*axes, "--overwrite", status=1) == first
+    assert alp_grid(*axes, "--overwrite", status=130) == first
     assert "0 of 2 cells are kept, and the same command without --overwrite goes on" in capsys.readouterr().err
     monkeypatch.setattr(SparsityRun, "prune_stage", prune)
     again = alp_grid(*axes, "--overwrite")

@@ -14,8 +14,8 @@ import lib.sparsity.layerwise
 from tests.command import GOES_ON, run
 from tests.runs.interruption import RUNS, Command, Interruption, files_of, litter_of
 
-STOPPED = "failed: stopped; what is finished is kept: " + GOES_ON
-NOTHING_YET = "failed: stopped; nothing is finished yet, and the same command starts again\n"
+STOPPED = ": stopped; what is finished is kept: " + GOES_ON
+NOTHING_YET = ": stopped; nothing is finished yet, and the same command starts again\n"
 
 
 EVERY_STEP = ("ppllms", "save_gradient", "random")  # of others, some: each run takes its time
@@ -38,7 +38,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_result(command, name
         capsys.readouterr()
         status, stopped = asked.run(folder, at=at, is_after=is_after)
         told = capsys.readouterr().err
-        assert status == 1 and told.endswith((STOPPED, NOTHING_YET)), (what, told)
+        assert status == 130 and told.endswith((STOPPED, NOTHING_YET)), (what, told)
         assert asked.state(folder).exists() == told.endswith(STOPPED), what
         status, rest = asked.run(folder, "--resume")
         assert status == 0 and asked.found(folder) == expected, (what, capsys.readouterr().err)
@@ -103,7 +103,7 @@ def test_a_run_that_was_to_overwrite_another_goes_on_wherever_it_was_stopped(com
         folder = tmp_path / f"{at}"
         assert asked.run(folder)[0] == 0
         if at is not None:
-            assert asked.run(folder, *seed, "--overwrite", at=at)[0] == 1
+            assert asked.run(folder, *seed, "--overwrite", at=at)[0] == 130
         assert asked.run(folder, *seed, "--overwrite", "--resume")[0] == 0
         assert asked.found(folder) == asked.found(tmp_path / "whole") and not litter_of(folder), at
 
@@ -272,7 +272,7 @@ def test_a_cell_of_weights_that_was_stopped_goes_on_within_the_cell(alp, flags, 
     for at in (layers[2], layers[6], layers[-1]):
         folder = tmp_path / f"{at}"
         status, stopped = asked.run(folder, at=at, is_after=True)
-        assert status == 1 and capsys.readouterr().err.endswith("of 2 cells are kept, and the same command goes on\n")
+        assert status == 130 and capsys.readouterr().err.endswith("of 2 cells are kept, and the same command goes on\n")
         status, rest = asked.run(folder)
         assert status == 0 and not litter_of(folder)
         kinds = ("_prune_layer", "summarize")
@@ -289,7 +289,7 @@ def test_a_cell_of_depth_that_was_stopped_goes_on_within_the_cell(depth, tmp_pat
     assert status == 0
     for at in range(3, len(whole.steps), 2):
         status, stopped = asked.run(tmp_path / f"{at}", at=at, is_after=True)
-        assert status == 1
+        assert status == 130
         status, rest = asked.run(tmp_path / f"{at}")
         done = [one.work.count("_measured") for one in (stopped, rest, whole)]
         assert status == 0 and done[0] + done[1] == done[2] and not litter_of(tmp_path / f"{at}")

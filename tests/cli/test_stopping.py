@@ -1,0 +1,106 @@
+"""Ctrl-C is one line and status 130 wherever it comes, and a package that is missing or does not fit is one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib.cli.exit_status import run_script
+from lib.errors import PACKAGES, RunError, describe_failure
+from tests.command import ROOT
+
+SLOW = """
+import os, time
+open(os.environ["READY"], "w").close()
+{meanwhile}
+"""
+IN_PYTHON = "for _ in range(600): time.sleep(0.05)"
+IN_AN_EXTENSION = """
+import ctypes
+callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: time.sleep(0.05) or 0)
+for _ in range(600):  # an exception in the callback would be printed and lost
+    ctypes.CDLL(None).qsort((ctypes.c_int * 2)(2, 1), 2, 4, callback)
+"""
+
+
+@pytest.mark.parametrize("meanwhile", [IN_PYTHON, IN_AN_EXTENSION], ids=["python", "extension"])
+@pytest.mark.parametrize("script", ["ppllms.py", "alp_prune.py", "save_gradient.py"])
+def test_ctrl_c_while_packages_are_imported_is_one_line(script, meanwhile, tmp_path):
+    (tmp_path / "torch.py").write_text(SLOW.format(meanwhile=meanwhile))
+    ready = tmp_path / "ready"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "READY": str(ready)}
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command, pipe = [sys.executable, ROOT / script], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stderr=pipe, cwd=tmp_path, preexec_fn=listen) as process:
+        while not ready.exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1].decode()
+    assert (process.returncode, told) == (130, f"{script}: stopped\n")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["ready", "torch.py"]
+
+
+def test_a_run_that_is_stopped_ends_with_the_status_of_an_interrupt(capsys):
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RunError("stopped; 2 cells are kept") from error
+
+    assert run_script("x.py", main) == 130
+    assert capsys.readouterr().err == "x.py: stopped; 2 cells are kept\n"
+
+
+# Packages -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_packages_are_those_of_the_requirements():
+    required = [line.partition(">")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert sorted(required) == sorted(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    "package, content, words",
+    [
+        *((package, None, "is not installed") for package in ("torch", "transformers", "safetensors")),
+        ("safetensors", "", "does not fit this program"),
+    ],
+)
+def test_a_package_that_is_missing_or_too_old_is_one_line_with_the_command(package, content, words, tmp_path):
+    """Too old: without what is imported from it."""
+    refusal = f"raise ModuleNotFoundError('No module named {package}', name='{package}')\n"
+    (tmp_path / f"{package}.py").write_text(refusal if content is None else content)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "ppllms.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    told = done.stderr
+    assert done.returncode == 1 and told.count("\n") == 1, told
+    assert told.startswith(f"ppllms.py: failed: the package {package} {words}")
+    assert told.endswith("pip install -r requirements.txt -c constraints.txt\n")
+
+
+def test_a_library_that_names_the_missing_package_in_its_cause_is_understood():
+    missing = ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+    error = ModuleNotFoundError("Could not import module 'X'. Are this object's requirements defined correctly?")
+    error.__cause__ = missing
+    assert "the package tokenizers is not installed" in describe_failure(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'lib.nothing'", name="lib.nothing"),
+        ModuleNotFoundError("No module named 'somewhere'", name="somewhere"),
+        ImportError("cannot import name 'x' from 'lib.errors'", name="lib.errors"),
+        ImportError("no name"),
+    ],
+)
+def test_a_module_that_is_missing_by_our_fault_stays_a_traceback(error):
+    assert describe_failure(error) is None

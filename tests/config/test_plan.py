@@ -1,0 +1,92 @@
+"""A file given as a plan holds one, or is refused in a line: whatever anybody may have written into it."""
+
+import json
+import os
+
+import pytest
+from hypothesis import strategies as st
+
+from lib.config.plan import SavedPlan, read_plan
+from lib.errors import InputError
+from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
+
+VALID = {
+    "tool": "ppllms",
+    "model": "some/model",
+    "model_path": None,
+    "num_layers": 4,
+    "mha_removed": [2],
+    "ffn_removed": [1, 2],
+    "parameters": {"total": 1000, "removed": 250},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans") / "result.json"
+
+
+def plan_or_line(path, content: bytes | None = None) -> SavedPlan | None:
+    """The plan in a file, whose fields are right; None where it is refused in one line."""
+    saved = parse(path, content, lambda: read_plan(path))
+    if saved is None:
+        return None
+    plan = saved.plan
+    assert type(plan.num_layers) is int and 0 < plan.num_layers <= 10_000
+    assert type(saved.parameters) is int and saved.parameters > 0
+    assert isinstance(saved.model, str) and saved.model.strip() and saved.model.isprintable()
+    for layers in (plan.mha_removed, plan.ffn_removed):
+        assert len(set(layers)) == len(layers)
+        assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer in layers)
+    assert len(plan.mha_removed) < plan.num_layers and len(plan.modes) == plan.num_layers
+    return saved
+
+
+@fuzz(st.binary(max_size=200))
+def test_bytes_are_no_plan(path, content):
+    assert plan_or_line(path, content) is None
+
+
+@fuzz(ANY_JSON.map(written) | changed(VALID).map(written) | cut_or_flipped(written(VALID)))
+def test_json_is_a_plan_or_refused(path, content):
+    plan_or_line(path, content)
+
+
+def test_the_plan_that_is_changed_is_one(path):
+    saved = plan_or_line(path, written(VALID))
+    assert (saved.model, saved.plan.mha_removed, saved.plan.ffn_removed) == ("some/model", (2,), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"num_layers": 10**6, "mha_removed": [], "ffn_removed": []}, "no model has 1,000,000 layers"),
+        ({"num_layers": 10**19}, "too large a number"),
+        ({"num_layers": True}, "must be whole"),
+        ({"mha_removed": [False]}, "must be whole"),
+        ({"mha_removed": [2.0]}, "must be whole"),
+        ({"mha_removed": {"2": 2}}, "have other types"),
+        ({"mha_removed": list(range(10**5))}, "must name different layers below 4"),
+        ({"parameters": [1]}, "have other types"),
+        ({"parameters": {"total": -1}}, "no model has"),
+        ({"model": "a\x1b[31mb"}, "must have a name"),
+        ({"model": ["a"]}, "must have a name"),
+        ({"model": "\ud800"}, "must have a name"),
+        ({"extra": float("nan")}, "NaN is no number"),
+    ],
+)
+def test_what_no_run_writes_is_refused_by_name(path, change, problem):
+    path.write_text(json.dumps(VALID | change))
+    with pytest.raises(InputError, match="--apply_plan .*holds no plan .*; give a run's result.json") as told:
+        read_plan(path)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 1000
+    assert problem in str(told.value) or len(change.get("mha_removed", "")) > 100
+
+
+def test_pipes_folders_and_deep_json_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep").write_text("[" * 10**6)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "deep", "loop", "folder", "nothing"):
+        assert plan_or_line(tmp_path / name) is None

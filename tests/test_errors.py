@@ -1,0 +1,128 @@
+"""What ends a run is one line: what a disk refuses, in the words of Python or of a library, and what libraries say."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lib.errors import describe_disk, describe_failure, first_line, nearest
+
+DISK = Path("/dev/full")
+
+
+class Rust(SafetensorError):
+    """As safetensors raises it for a failed system call."""
+
+    def __init__(self, number: int):
+        super().__init__(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("kind", [lambda number: OSError(number, os.strerror(number)), Rust], ids=["os", "safetensors"])
+def test_a_disk_or_quota_that_is_full_is_told(kind, number):
+    assert describe_failure(kind(number)) == "no space left on the disk; free some"
+    told = "no space left to write a/b; free some, or name a folder on another disk"
+    assert describe_disk(kind(number), Path("a/b")) == told
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP])
+@pytest.mark.parametrize("kind", [lambda number: OSError(number, os.strerror(number)), Rust], ids=["os", "safetensors"])
+def test_other_refusals_of_a_disk_are_told_with_advice(kind, number):
+    what, _, advice = describe_failure(kind(number)).partition("; ")
+    assert what == os.strerror(number) and advice
+    assert describe_disk(kind(number), Path("a/b")) == f"a/b: {what}; {advice}"
+
+
+@pytest.mark.skipif(not DISK.exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: numpy.zeros(50_000).tofile(DISK),
+        lambda: torch.save(torch.zeros(50_000), DISK),
+        lambda: DISK.write_text("x" * 50_000),
+    ],
+    ids=["numpy", "torch", "python"],
+)
+def test_a_full_disk_is_recognized_in_the_errors_of_libraries(write):
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        write()
+    assert describe_failure(raised.value).startswith("no space left")
+
+
+def test_a_folder_that_is_gone_inside_safetensors_is_one_line(tmp_path):
+    with pytest.raises(SafetensorError) as raised:
+        save_file({"a": torch.zeros(3)}, tmp_path / "no/a.safetensors")
+    assert "No such file or directory" in describe_failure(raised.value)
+
+
+def test_a_loop_of_links_is_one_line_wherever_it_is_noticed(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for use in (lambda: (tmp_path / "loop").open(), lambda: (tmp_path / "loop").resolve(strict=True)):
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            use()
+        told = describe_failure(raised.value)
+        assert str(tmp_path / "loop") in told and told.endswith("mend it")
+
+
+def test_a_path_that_is_not_utf8_is_one_line():
+    with pytest.raises(UnicodeEncodeError) as raised:
+        "a\udcff".encode()
+    assert describe_failure(raised.value) == "a\\udcff: a name that is not UTF-8; rename it"
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), RuntimeError("no"), KeyError("x"), UnicodeError("x")])
+def test_faults_of_the_program_are_none_of_these(error):
+    assert describe_failure(error) is None
+
+
+def test_control_characters_of_a_path_are_shown_as_escapes():
+    told = describe_failure(OSError(errno.EACCES, "Permission denied", "a\x1b[31m\nb"))
+    assert told.isprintable() and "Permission denied" in told
+
+
+# Lines that are quoted ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  \n-----\n  one  two\nthree"), "one two"),
+        (ValueError(""), "ValueError"),
+        (ValueError(" \n"), "ValueError"),
+        (KeyError("model"), "KeyError: 'model'"),
+        (IndexError(), "IndexError"),
+        (ValueError("Validation error for 'layers':\n    TypeError: expected int"), None),
+        (ValueError("a\x1b[2Jb\x00"), "a\\x1b[2Jb\\x00"),
+    ],
+)
+def test_the_line_of_an_error_that_is_quoted_says_something(error, line):
+    assert first_line(error) == (line or "Validation error for 'layers': TypeError: expected int")
+
+
+def test_a_report_that_nobody_sees_is_not_pointed_to():
+    error = RuntimeError("We set `ignore_mismatched_sizes` to `False`. For details look at the above report!")
+    assert "report" not in first_line(error) and "shapes" in first_line(error)
+
+
+def test_a_quoted_line_is_of_bounded_length():
+    assert len(first_line(ValueError("x" * 10**6))) == 300
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("modle_name", "--model_name"),
+        ("--model", "--model_name"),
+        ("--Act_Order", "--act-order"),
+        ("zzz", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_word_is_one_that_differs_little_or_begins_alike(word, expected):
+    assert nearest(word, ["--model_name", "--method", "--act-order"]) == expected
