@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
 from lib.storage.atomic import check_writable
+from lib.storage.output_folder import check_plot
 
 
 def build_parser() -> flags.Parser:
@@ -68,11 +69,13 @@ def check_output(args: argparse.Namespace) -> None:
     """Raises `InputError` unless the file can be written and nothing else is overwritten."""
     if args.output.suffix != ".json":
         raise InputError(f"--output {args.output}: name a file that ends in .json")
-    for path in (args.output, args.output.with_suffix(".png")):  # the plot stands beside it
+    plot = args.output.with_suffix(".png")  # stands beside it
+    for path in (args.output, plot):
         if path.is_dir():
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
+    check_plot(plot, f"--output {args.output}")
     state = args.output.with_suffix(".state")
     resume_state.check_state_folder(state, f"--output {args.output}")
     if not (args.overwrite or args.resume) and resume_state.is_unfinished(state):

@@ -133,7 +133,8 @@ def describe_failure(error: BaseException) -> str | None:
         return _describe_import(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{one_line(str(error.object))[:_LONGEST]}: a name that is not UTF-8; rename it"
-    return describe_disk(error) or (one_line(str(error)) if isinstance(error, OSError) or _errno(error) else None)
+    is_of_a_file = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or _errno(error)
+    return describe_disk(error) or (one_line(str(error)) if is_of_a_file else None)
 
 
 def _describe_import(error: ImportError) -> str | None:

@@ -176,7 +176,6 @@ def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
 _REASONS = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
-    "above report": "its weights do not have the form that its config says",
 }
 
 

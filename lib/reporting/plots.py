@@ -16,6 +16,7 @@ from typing import ParamSpec
 
 from lib.errors import describe_failure, first_line
 from lib.storage.atomic import atomic_file
+from lib.storage.output_folder import PLOT_MARK
 
 _BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
 _COLOURS = (_BLUE, _RED, _GREEN, _YELLOW, "#aa3377", "#66ccee")
@@ -161,4 +162,4 @@ def _blank(width: float, height: float):
 
 def _save(figure, path: Path) -> None:
     with atomic_file(path) as draft:
-        figure.savefig(draft, format="png", dpi=150)
+        figure.savefig(draft, format="png", dpi=150, metadata={"Software": PLOT_MARK})

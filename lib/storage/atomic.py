@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib.errors import FULL_DISK, InputError, RunError
+from lib.errors import InputError, RunError, describe_disk
 
 _DRAFT, _ASIDE = ".{}.partial-", "-aside"
 _EXCHANGE, _AT_CWD = 2, -100  # of renameat2 in Linux
@@ -46,7 +46,7 @@ def atomic_folder(folder: Path, on_complete: Callable[[Path], object] = lambda d
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
     lock = _lock(draft)
     try:
-        with _disk_full_named(folder):
+        with _disk_errors_told(folder):
             yield draft
             mask = _umask()
             for path in (draft, *draft.rglob("*")):  # some libraries make files readable by their owner only
@@ -96,7 +96,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     clear_drafts(path)
     draft = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
     try:
-        with _disk_full_named(path):
+        with _disk_errors_told(path):
             draft.touch()
             lock = _lock(draft)
             try:
@@ -153,15 +153,14 @@ def write_json(path: Path, content: object) -> None:
 
 
 @contextmanager
-def _disk_full_named(path: Path) -> Iterator[None]:
-    """Turns the errors that libraries raise for a full disk into a `RunError`."""
+def _disk_errors_told(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses, to Python or inside a library, into a `RunError` that names the path."""
     try:
         yield
     except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in FULL_DISK or "No space left on device" in str(error)
-        if not is_full:
+        if isinstance(error, RunError) or not (told := describe_disk(error, path)):
             raise
-        raise RunError(f"no space left to write {path}; free some, or name a folder on another disk") from error
+        raise RunError(told) from error
 
 
 def _sync(path: Path) -> None:

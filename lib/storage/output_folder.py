@@ -16,6 +16,7 @@ RESULT, LOG, STATE = "result.json", "log.txt", "state"
 RESULTS, TABLE, CSV = "results.jsonl", "table.md", "table.csv"
 REMOVALS, SPARSITY, GRID_PLOT = "block_influence.png", "sparsity.png", "perplexity-{}.png"
 MARK = "run.json"  # written before all others
+PLOT_MARK = "pruning-run-plot"  # in the metadata of every plot
 _FORMAT = "output/1"
 _NAMES = (RESULT, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
 _IN_WORDS = {"run": "a single run", "grid": "a grid of results"}
@@ -37,6 +38,14 @@ def check_output_folder(folder: Path, kind: Kind, flag: str = "--output_dir") ->
         raise InputError(f"{flag} {folder}: holds {ours[0].name}; {advice}")
     if marked not in (None, kind):
         raise InputError(f"{flag} {folder}: holds {_IN_WORDS[marked]}; name another folder")
+
+
+def check_plot(path: Path, flag: str) -> None:
+    """Raises `InputError` unless a plot may be written to the path: it is free, empty, or a plot of ours."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{flag}: {path} is not a regular file, so it is not replaced; name another")
+    if path.exists() and (head := path.read_bytes()[:4096]) and PLOT_MARK.encode() not in head:
+        raise InputError(f"{flag}: {path} is no plot of ours, so it is not replaced; name another")
 
 
 def claim(folder: Path, kind: Kind) -> None:

@@ -101,6 +101,20 @@ def test_a_folder_of_the_users_beside_a_gradient_file_is_not_taken_for_its_state
     assert refused(tmp_path, f"{state.name} is there", *asked, script=alp_prune, monkeypatch=monkeypatch)
 
 
+@pytest.mark.draws
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_picture_beside_a_gradient_file_is_replaced_only_if_it_is_a_plot_of_ours(
+    tiny_folder, text_file, tmp_path, monkeypatch, refused, flag
+):
+    flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 2, "--grad_seqlen", 16]
+    flags += ["--output", tmp_path / "X.json"]
+    (tmp_path / "X.png").write_text("mine")
+    assert refused(tmp_path, "X.png is no plot of ours", *flags, flag, script=save_gradient, monkeypatch=monkeypatch)
+    (tmp_path / "X.png").unlink()
+    for more in ([], ["--overwrite"]):
+        assert run(*flags, *more, script=save_gradient, monkeypatch=monkeypatch) == 0
+
+
 def test_default_folders_of_one_second_are_two(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(output_folder.time, "strftime", lambda pattern: "now")
