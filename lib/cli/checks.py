@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.cli.exit_status import is_first_process
-from lib.config.sources import expand, is_hub_model, locate_model, short_name
+from lib.config.sources import is_hub_model, locate_model, parse_text, short_name
 from lib.errors import InputError
 from lib.storage import results_jsonl, resume_state
 from lib.storage.atomic import RESULT, check_model_folder, check_writable
@@ -90,7 +90,7 @@ def check_output(args: argparse.Namespace, model: str) -> None:
 def check_apart(output_dir: Path, texts: Iterable[str]) -> None:
     """Raises `InputError` for an output folder inside a folder of text, which the next run would read as text."""
     for text in texts:
-        folder = expand(text)
+        folder = parse_text(text).path
         if folder.is_dir() and folder.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
             raise InputError(f"--output_dir {output_dir}: lies in the folder of text {text}; name another")
 
