@@ -58,9 +58,7 @@ def choose(source: str, head: Sequence[Row], column: str | None, tokenizer) -> R
     found = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     if column:
         raise InputError(f"dataset {source}: no column `{column}` of text or chats; its columns are {found}")
-    raise InputError(
-        f"dataset {source}: no text among its columns {found}; name the one that holds it, as in PATH::column"
-    )
+    raise InputError(f"dataset {source}: no text column among {found}; name the one that holds it, as in PATH::column")
 
 
 def _likely(names: Sequence[str]) -> list[str]:

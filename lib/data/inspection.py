@@ -12,7 +12,7 @@ from lib.errors import printable
 _SHOWN = 60  # characters
 _DOCUMENTS, _CHARACTERS = 20, 5000  # to examine: so many documents, so much at the start and in the middle of each
 _JUNK = 0.02  # share of characters that no text has, from which on it is none
-_LETTERS, _IN_WORDS = 0.2, 0.5  # of all characters letters, and of these in words
+_SPACES, _LETTERS, _IN_WORDS = 0.1, 0.4, 0.65  # shares: of all characters spaces and letters, of letters those in words
 
 
 def describe_texts(calibration: Corpus | None, evaluation: Sequence[Corpus]) -> list[str]:
@@ -21,8 +21,8 @@ def describe_texts(calibration: Corpus | None, evaluation: Sequence[Corpus]) -> 
     for corpus in (*([calibration] if calibration else []), *evaluation):
         purpose = "calibration" if corpus is calibration else "evaluation"
         first = next((text for text in islice(corpus.documents, _DOCUMENTS) if text and text.strip()), "")
-        start = " ".join(printable(first[:_SHOWN]).split())
-        lines.append(f"Text        {corpus.name} ({purpose}): {corpus.label}, begins {start!r}")
+        start = " ".join(first[:_SHOWN].split())
+        lines.append(f'Text        {corpus.name} ({purpose}): {corpus.label}, begins "{start}"')
         if not looks_like_text(_sample(corpus)):
             lines.append(f"Warning     {corpus.name}: does not look like text; figures on it mean little")
     for corpus in evaluation:
@@ -30,25 +30,29 @@ def describe_texts(calibration: Corpus | None, evaluation: Sequence[Corpus]) -> 
             lines.append(
                 f"Warning     {corpus.name}: is calibration text too, so its perplexity is too good; use another"
             )
-    return lines
+    return list(map(printable, lines))
 
 
 def looks_like_text(sample: str) -> bool:
-    """False for noise: characters that no text has, or letters that hardly ever stand in words.
+    """False for noise: characters that no text has, or few spaces and letters that often stand in no words.
 
     A word is three letters or more of one case, with or without a capital; in scripts without cases it is any letter.
+    Formulas, games of chess and tables have few words too, but spaces.
     """
     classes = "".join(map(_class_of, sample))
     letters = len(re.findall("[lUo]", classes))
     in_words = sum(map(len, re.findall("U?l{2,}|U{3,}|o+", classes)))
     is_junk = classes.count("x") > _JUNK * len(classes)
-    return not is_junk and (letters < _LETTERS * len(classes) or in_words >= _IN_WORDS * letters)
+    is_dense = classes.count(" ") < _SPACES * len(classes) and letters > _LETTERS * len(classes)
+    return not is_junk and not (is_dense and in_words < _IN_WORDS * letters)
 
 
 def _class_of(character: str) -> str:
-    """`l` and `U` for a letter of a case, `o` for another, `x` for what no text has, `-` for the rest."""
+    """`l` and `U` for a letter of a case, `o` for another, ` ` for space, `x` for what no text has, `-` for the rest."""
+    if character.isspace():
+        return " "
     category = unicodedata.category(character)
-    if category in ("Cc", "Cn", "Co", "Cs") and not character.isspace() or character == "\ufffd":
+    if category in ("Cc", "Cn", "Co", "Cs") or character == "\ufffd":
         return "x"
     return {"Ll": "l", "Lu": "U"}.get(category, "o" if category[0] in "LM" else "-")
 
