@@ -48,7 +48,7 @@ def looks_like_text(sample: str) -> bool:
 
 
 def _class_of(character: str) -> str:
-    """`l` and `U` for a letter of a case, `o` for another, ` ` for space, `x` for what no text has, `-` for the rest."""
+    """`l`, `U`, `o` for letters of lower, upper or no case, ` ` for spaces, `x` for what no text has, else `-`."""
     if character.isspace():
         return " "
     category = unicodedata.category(character)

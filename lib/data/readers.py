@@ -138,7 +138,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{path}: line {rows.line_num} has more fields than the header; put text in quotes")
             yield row
     except csv.Error as error:
-        raise unreadable(f"{path}: line {rows.line_num}", error) from error
+        raise unreadable(f"{path}: after line {rows.line_num}", error) from error
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
