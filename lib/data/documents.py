@@ -1,7 +1,6 @@
 """Documents in a temporary file, so that text may be larger than memory."""
 
-import json
-import os
+import pickle
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -17,25 +16,17 @@ class Documents(Sequence[str | None]):
     def __init__(
         self, source: str, rows: Iterable[dict[str, Any]], render: Callable[[dict[str, Any]], str | None], largest: int
     ):
-        """Writes the rows, which JSON must be able to hold. Raises `InputError` for more than `largest` bytes."""
+        """Writes the rows. Raises `InputError` for more than `largest` bytes."""
         self._source, self._render = source, render
         self._file = tempfile.TemporaryFile(buffering=_BUFFER)
         self._ends = array("q", [0])  # of the rows, in bytes
         try:
             for row in rows:
-                self._ends.append(self._ends[-1] + self._file.write(self._packed(row)))
+                self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row)))
                 if self._ends[-1] > largest:
                     raise too_large(f"dataset {source}", largest)
-            self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
-
-    def _packed(self, row: dict[str, Any]) -> bytes:
-        try:
-            return json.dumps(row, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            where = f"dataset {self._source}: row {len(self)}"
-            raise InputError(f"{where} has half of a surrogate pair, which is no character; repair it") from error
 
     @property
     def bytes(self) -> int:
@@ -47,9 +38,12 @@ class Documents(Sequence[str | None]):
 
     def __getitem__(self, index):
         start, end = self._ends[range(len(self))[index]], self._ends[range(1, len(self) + 1)[index]]
-        row = json.loads(os.pread(self._file.fileno(), end - start, start))
+        self._file.seek(start)
+        row = pickle.loads(self._file.read(end - start))  # which only this process could write
         try:
-            return self._render(row)
+            text = self._render(row)
+            (text or "").encode()  # raises for half of a surrogate pair, which no tokenizer takes
+            return text
         except ValueError as error:
             raise InputError(f"dataset {self._source}: row {index}: {error}") from error
 
