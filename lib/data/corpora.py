@@ -109,4 +109,5 @@ def _rows_of_tables(source: str, tables: Sequence, columns: Sequence[str] | None
         for table in tables:
             names = [name for name in table.column_names if columns is None or name in columns]
             for batch in table.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE):
+                batch.validate(full=True)  # a damaged file of Arrow's would end the process
                 yield from batch.to_pylist()

@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -301,6 +303,26 @@ def test_links_that_go_in_circles_are_no_text(tmp_path):
 def test_a_pipe_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     assert "no .txt" in refusal(tmp_path / "a.txt")
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    """Never a traceback, nor the end of the process, as damaged offsets in a file of Arrow's can cause."""
+    rows = datasets.Dataset.from_list([{"text": f"café {i}", "messages": CHAT} for i in range(30)])
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.to_json(tmp_path / "b.jsonl")
+    rows.to_csv(tmp_path / "c.csv")
+    rows.save_to_disk(tmp_path / "disk")
+    arrow, draw = next((tmp_path / "disk").glob("*.arrow")), random.Random(0)
+    for path in (arrow, *(tmp_path / name for name in ("a.parquet", "b.jsonl", "c.csv", "disk/state.json"))):
+        whole = path.read_bytes()
+        for _ in range(40):
+            damaged = bytearray(whole)
+            place = draw.randrange(len(whole))
+            damaged[place : place + draw.randrange(3)] = draw.randbytes(draw.randrange(1, 5))
+            path.write_bytes(damaged)
+            with suppress(InputError):
+                documents(path.parent if path.parent.name == "disk" else path)
+        path.write_bytes(whole)
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
