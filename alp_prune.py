@@ -55,7 +55,9 @@ def build_parser() -> flags.Parser:
     add_allocation_flags(parser.add_argument_group("ALP: how much of each layer"))
     add_quantization_flags(parser.add_argument_group("quantization"))
     group = parser.add_argument_group("text")
-    text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
+    text = (
+        "c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with ::COLUMN"
+    )
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration windows (default: 128)")
     group.add_argument(
         "--calibration_dataset",

@@ -82,7 +82,9 @@ def build_parser() -> flags.Parser:
         help="beam: plans kept for each amount removed (default: 1)",
     )
     group = parser.add_argument_group("text")
-    text = "c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder"
+    text = (
+        "c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with ::COLUMN"
+    )
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
         "--dataset", type=types.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"

@@ -32,8 +32,8 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--dataset",
         type=types.name,
-        help="c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder "
-        "(default: c4; demo for the demo model)",
+        help="c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with "
+        "::COLUMN (default: c4; demo for the demo model)",
     )
     group.add_argument("--seed", type=types.count, default=0, help="seed of the windows (default: 0)")
     flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")

@@ -69,8 +69,10 @@ def main() -> None:
     torch.manual_seed(0)
     print(machine())
     tokenizer = load_tokenizer(ModelSource(args.model))
-    windows = calibration_windows(load_corpus(args.dataset, "train"), tokenizer, args.nsamples, args.seqlen, seed=0)
-    held_out = evaluation_windows(load_corpus(args.eval_dataset, "test"), tokenizer, args.seqlen)
+    windows = calibration_windows(
+        load_corpus(args.dataset, "train", tokenizer), tokenizer, args.nsamples, args.seqlen, seed=0
+    )
+    held_out = evaluation_windows(load_corpus(args.eval_dataset, "test", tokenizer), tokenizer, args.seqlen)
     pruned = load_model(ModelSource(args.model))
     print(f"pruned: {pruned.num_parameters():,} parameters, perplexity {perplexity_of(pruned, held_out):.2f}")
     config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")

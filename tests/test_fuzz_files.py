@@ -16,7 +16,7 @@ from lib.errors import InputError
 from lib.reporting.tables import csv_table, entries, markdown
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import LayerSensitivity, Spread
-from lib.storage import results_jsonl, resume_state
+from lib.storage import output_folder, resume_state
 from lib.storage.results_jsonl import ResultsFile, canonical
 from lib.storage.resume_state import State
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
@@ -54,7 +54,7 @@ def valid_files() -> dict[str, bytes]:
             state.put("perplexity of dense on demo", [21.4, 0.6])
             return {
                 "gradients": (folder / "gradients.json").read_bytes(),
-                "results": (folder / results_jsonl.FILE).read_bytes(),
+                "results": (folder / output_folder.RESULTS).read_bytes(),
                 "state": (folder / "state" / resume_state.FILE).read_bytes(),
             }
     finally:
@@ -100,13 +100,13 @@ def state_or_line(folder: Path, content: bytes | None = None) -> dict | None:
 def test_a_state_is_read_whole_or_refused_in_a_line(folder, content):
     state_or_line(folder, content)
     parse(folder / resume_state.FILE, content, lambda: resume_state.is_unfinished(folder))
-    parse(folder / resume_state.FILE, content, lambda: resume_state.was_saving(folder, folder / "model"))
+    parse(folder / resume_state.FILE, content, lambda: resume_state.was_saved(folder, folder / "model"))
     parse(folder / resume_state.FILE, content, lambda: State(folder, KEY, resume=True))
 
 
 @fuzz(files_of("results"))
 def test_results_are_read_whole_or_refused_in_a_line(folder, content):
-    path = folder / results_jsonl.FILE
+    path = folder / output_folder.RESULTS
     results = parse(path, content, lambda: ResultsFile(folder))
     if results and (found := results.find(canonical(KEY))) is not None:
         assert isinstance(found, dict)
@@ -132,7 +132,7 @@ def test_gradients_are_read_whole_or_refused_in_a_line(folder, content):
 
 def test_the_files_that_are_changed_are_right(folder):
     assert state_or_line(folder, VALID["state"])["values"]["scores"] == [0.5, 0.25]
-    (folder / results_jsonl.FILE).write_bytes(VALID["results"])
+    (folder / output_folder.RESULTS).write_bytes(VALID["results"])
     assert ResultsFile(folder).find(canonical(KEY)) == RESULT
     (folder / "gradients.json").write_bytes(VALID["gradients"])
     assert artifact.read(folder / "gradients.json").model == "demo"
@@ -140,7 +140,7 @@ def test_the_files_that_are_changed_are_right(folder):
 
 READERS = {
     resume_state.FILE: resume_state.read,
-    results_jsonl.FILE: ResultsFile,
+    output_folder.RESULTS: ResultsFile,
     "gradients.json": lambda folder: artifact.read(folder / "gradients.json"),
 }
 ODD = {

@@ -189,7 +189,7 @@ def test_a_pickle_is_no_text_whatever_its_name(tmp_path, trap, name):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(pickle.dumps(trap))
     for path in (tmp_path / "data", tmp_path / "data" / name):
-        with pytest.raises(InputError, match="cannot be read|no .txt, .json"):
+        with pytest.raises(InputError, match="cannot be read|is not UTF-8|no .txt, .md, .json"):
             load_corpus(str(path), "train")
     assert not trap.has_sprung()
 
@@ -199,7 +199,7 @@ def test_the_script_in_a_folder_of_text_is_not_run(tmp_path, trap):
     folder.mkdir()
     (folder / "data.py").write_text(trap.code)
     for path in (folder, folder / "data.py"):
-        with pytest.raises(InputError, match="no .txt, .json"):
+        with pytest.raises(InputError, match="no .txt, .md, .json"):
             load_corpus(str(path), "train")
     (folder / "train.jsonl").write_text('{"text": "one"}\n')
     assert list(load_corpus(str(folder), "train").documents) == ["one"] and not trap.has_sprung()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.config.sources import expand, locate_model
+from lib.config.sources import locate_model, parse_text
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
@@ -78,7 +78,7 @@ def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
 def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     """Raises `InputError` unless the model can be saved, and nothing that the run uses lies in that folder."""
     folder, output_dir = args.save_model, args.output_dir or Path("runs")
-    named = (Path(locate_model(name)) for name in used if isinstance(name, str))
+    named = (Path(locate_model(parse_text(name).source)) for name in used if isinstance(name, str))
     paths = [name for name in used if isinstance(name, Path)]
     check_holds_none_of(folder, [Path.cwd(), output_dir, *paths, *filter(Path.exists, named)], "--save_model")
     is_own = args.resume and resume_state.was_saved(output_dir / STATE, folder)
@@ -91,7 +91,7 @@ def check_apart(args: argparse.Namespace, texts: Iterable[str]) -> None:
     """Raises `InputError` for an output inside a folder of text, which the next run would read as text."""
     outputs = {"--output_dir": args.output_dir or Path("runs"), "--save_model": args.save_model}
     for text in texts:
-        folder = expand(text)
+        folder = parse_text(text).path
         for flag, output in outputs.items():
             if output and folder.is_dir() and folder.resolve() in (output.resolve(), *output.resolve().parents):
                 raise InputError(f"{flag} {output}: lies in the folder of text {text}; name another")

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.config.sources import expand, is_demo, is_hub_model, short_name
+from lib.config.sources import expand, is_demo, is_hub_model, parse_text, short_name
 
 GRADIENT_TYPES = ("l2", "l1", "l2_hundred_total")
 GRADIENT_LOSSES = ("last", "all")
@@ -25,7 +25,7 @@ class GradientSettings:
     def path(self, model: str, dtype: str = "auto") -> Path:
         """The file for the sensitivities of a model with these settings, in the folder `gradients`."""
         name = model.replace("/", "--")[:80] if is_hub_model(model) else _local_label(model)
-        text = _local_label(self.dataset) if expand(self.dataset).exists() else self.dataset[:80]
+        text = _local_label(self.dataset) if parse_text(self.dataset).path.exists() else self.dataset[:80]
         windows = f"{self.nsamples}x{self.seqlen}"
         parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
         file = "-".join(parts + [dtype] * (dtype != "auto"))

@@ -6,16 +6,18 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.config.model_files import check_folder, hub_id_of, refuse_path
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
-TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".gz")
+TEXT_KINDS = {".txt": "txt", ".md": "txt", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
+TEXT_KINDS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # of the content, by suffix
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # of any of these but .parquet, by a second suffix
+TEXT_SUFFIXES = (*TEXT_KINDS, *PACKINGS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_HUB_TEXT = re.compile(_HUB_ID.pattern + r"(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,33 @@ class ModelSource:
     trust_remote_code: bool = False
     cache_dir: Path | None = None
     offload: str = "auto"
+
+
+@dataclass(frozen=True)
+class TextName:
+    """A text's name in its parts: `source` (a path, hub id, or known name), `source:config`, `source::column`."""
+
+    source: str
+    config: str | None = None
+    column: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The source as a path, whether there is such a file or not."""
+        return expand(self.source)
+
+
+def parse_text(name: str) -> TextName:
+    """Takes the name of a text apart; a file or folder of the whole name, or of a longer part of it, comes first."""
+    if expand(name).exists():
+        return TextName(name)
+    source, colons, column = name.partition("::")
+    found = TextName(source, None, column if colons else None)
+    if not found.path.exists():
+        source, colon, config = source.rpartition(":")
+        if colon:
+            found = replace(found, source=source, config=config)
+    return found
 
 
 def expand(name: str) -> Path:
@@ -70,14 +99,16 @@ def stamp(name: str) -> str:
 
     Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
     """
-    path = expand(name)
+    text = parse_text(name)
+    path = text.path
     if is_demo(name) or not path.exists():
         return f"demo, Python {platform.python_version()}" if is_demo(name) else name
     is_model = (path / "config.json").is_file()  # its files are at the top; folders below may hold anything
     found = [path] if path.is_file() else path.iterdir() if is_model else path.rglob("*")
     files = sorted(file for file in found if file.is_file())
     stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{path.absolute()} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+    part = name.removeprefix(text.source)  # the configuration and the column, if given
+    return f"{path.absolute()}{part} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:
@@ -106,15 +137,22 @@ def check_model(name: str) -> None:
 
 
 def is_hub_text(name: str) -> bool:
-    """True when a text's name can only be one of the hub's: `c4`, `wikitext2`, an id or `id:config`."""
-    is_file_name = name.lower().endswith(TEXT_SUFFIXES)
-    is_here = name == "demo" or expand(name).exists()
-    return not is_here and not is_file_name and bool(_HUB_TEXT.fullmatch(name))
+    """True when a text's name can only be one of the hub's: `c4`, `wikitext2`, an id, `id:config` or `id::column`."""
+    text = parse_text(name)
+    is_file_name = text.source.lower().endswith(TEXT_SUFFIXES)
+    is_here = text.source == "demo" or text.path.exists()
+    has_config = text.config is None or re.fullmatch(r"[\w.-]+", text.config)
+    return not is_here and not is_file_name and bool(_HUB_ID.fullmatch(text.source) and has_config)
 
 
 def check_text(name: str) -> None:
     """Raises `InputError` for a path to text that does not exist; hub ids pass."""
-    if name == "ptb" and not Path(name).exists():
+    if name == "demo":
+        return
+    text = parse_text(name)
+    if text.source == "ptb" and not text.path.exists():
         raise InputError("dataset ptb: is not on the hub in a form that loads; give the path of ptb.test.txt")
-    if name != "demo" and not is_hub_text(name) and not expand(name).exists():
+    if not is_hub_text(name) and not text.path.exists():
         raise InputError(f"dataset {name}: no such file or folder; give a path, a hub id, c4, wikitext2 or demo")
+    if text.column == "":
+        raise InputError(f"dataset {name}: no column after `::`; name the one that holds the text")

@@ -1,96 +1,76 @@
-"""Loads the documents of a text source, given by name or path.
+"""Loads the documents of a text source, given by name or path."""
 
-A source is recognized by its files and columns, not by where it lies: C4 by the names in the public repository,
-WikiText by its ` = Title = ` headings, the Penn Treebank by its lines or its column, anything else by file type.
-Documents are selected and joined as in the reference code.
-"""
-
-import glob
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lib.config.sources import check_text, expand
-from lib.errors import InputError, first_line
+from lib.config.sources import TextName, check_text, parse_text
+from lib.data.folders import C4_FILES, WIKITEXT_CONFIG, choose_split, find_files
+from lib.data.readers import LARGEST_IN_MEMORY, kind, read_rows, read_text, unreadable
+from lib.data.recognition import Corpus, corpus_of_rows, corpus_of_texts
+from lib.errors import InputError
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
-C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
-WIKITEXT_CONFIG = "wikitext-2-raw-v1"
-_C4_COLUMNS = {"text", "timestamp", "url"}
-_C4_EVAL_DOCUMENTS, _C4_EVAL_WINDOWS = 1100, 256
-_METADATA = ("dataset_info.json", "dataset_infos.json")  # found in copies of public repositories
-_SPLITS = ("train", "test", "validation", "valid", "val")
-_ROW_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_ROWS_AT_ONCE = 200
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents of text, with the separator and the maximum number of windows for evaluation."""
-
-    name: str
-    documents: Sequence[str]
-    separator: str = "\n\n"
-    max_windows: int | None = None
-
-
-# Loading documents ----------------------------------------------------------------------------------------------------
-
-
-def load_corpus(source: str, purpose: str) -> Corpus:
+def load_corpus(source: str, purpose: str, tokenizer=None) -> Corpus:
     """The text behind a name or path, for `purpose` "train" (calibration) or "test" (evaluation).
 
-    `source` is `demo`, `c4`, `wikitext2`, a hub id (`id:config` selects a configuration), a `.txt`, `.json`, `.jsonl`
-    (both also `.gz`) or `.parquet` file, or a folder of such files. Raises `InputError` if there is no such text.
+    `source` is `demo`, `c4`, `wikitext2`, a hub id, a file of one of `TEXT_KINDS`, a folder of such files, or one that
+    `save_to_disk` wrote; `:config` selects a configuration of the hub or of a folder, `::column` a column. Chats are
+    rendered by the tokenizer's chat template, if it has one. Raises `InputError` if there is no such text.
     """
     if source == "demo":
         from lib.demo.text import documents
 
-        return Corpus("demo", ["\n\n".join(documents("train" if purpose == "train" else "held_out"))])
+        joined = "\n\n".join(documents("train" if purpose == "train" else "held_out"))
+        return Corpus("demo", [joined], label="documentation of Python")
     check_text(source)
-    path = expand(source)
-    return _load_local(source, path, purpose) if path.exists() else _load_hub(source, purpose)
+    text = parse_text(source)
+    if not text.path.exists():
+        return _load_hub(source, text, purpose, tokenizer)
+    if any((text.path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return _load_saved(source, text, purpose, tokenizer)
+    files = find_files(text, purpose)
+    if kind(files[0]) == "txt":
+        return _load_plain(source, text, files)
+    return corpus_of_rows(source, text.column, partial(_rows_of_files, files), files, purpose, tokenizer)
 
 
-def _load_local(source: str, path: Path, purpose: str) -> Corpus:
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        raise InputError(f"dataset {source}: written by save_to_disk(); export it with to_parquet() or to_json()")
-    files = [file for file in ([path] if path.is_file() else _text_files(path)) if _kind(file)]
-    if not files:
-        raise InputError(f"dataset {source}: no .txt, .json, .json.gz, .jsonl, .jsonl.gz or .parquet file there")
-    if path.is_dir():
-        files = _choose_files(source, files, purpose)
-    if any(file.stat().st_size == 0 for file in files):
-        raise InputError(f"dataset {source}: {next(file for file in files if file.stat().st_size == 0)} is empty")
-    kinds = {kind for file in files if (kind := _kind(file))}
-    if len(kinds) > 1:
-        raise InputError(f"dataset {source}: files of several types ({', '.join(sorted(kinds))}); give one of them")
-    if kinds == {"txt"}:
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-        if all(_is_ptb(text) for text in texts):
-            return _corpus_of_ptb(source, [line for text in texts for line in text.splitlines()])
-        return Corpus(source, texts)
+def _load_plain(source: str, text: TextName, files: Sequence[Path]) -> Corpus:
+    if text.column:
+        raise InputError(f"dataset {source}: is plain text, without columns; leave out ::{text.column}")
+    texts: list[str] = []
+    for file in files:
+        texts.append(read_text(file, LARGEST_IN_MEMORY - sum(map(len, texts))))
+    return corpus_of_texts(source, texts, files)
+
+
+def _load_saved(source: str, text: TextName, purpose: str, tokenizer) -> Corpus:
+    """The rows of a folder that `save_to_disk` wrote."""
     import datasets
 
     with _input_errors(source, "cannot be read"):
-        names = [glob.escape(str(file)) for file in files]  # `data_files` are glob patterns
-        rows = datasets.load_dataset(kinds.pop(), data_files=names, split="train")
-    return _corpus_of_rows(source, rows, purpose)
+        found = datasets.load_from_disk(str(text.path))
+    splits = choose_split(source, list(found), purpose, str) if isinstance(found, datasets.DatasetDict) else []
+    return _corpus_of_tables(source, text, [found[split] for split in splits] or [found], purpose, tokenizer)
 
 
-def _load_hub(source: str, purpose: str) -> Corpus:
+def _load_hub(source: str, text: TextName, purpose: str, tokenizer) -> Corpus:
     import datasets
 
-    repository, _, config = ALIASES.get(source, source).partition(":")
-    options: dict = {"name": config or None}
+    repository = ALIASES.get(text.source, text.source)
+    options: dict = {"name": text.config}
     if repository == ALIASES["c4"]:
         options = {"data_files": {purpose: C4_FILES[purpose]}}
-    elif repository == ALIASES["wikitext2"] and not config:
+    elif repository == ALIASES["wikitext2"] and not text.config:
         options = {"name": WIKITEXT_CONFIG}
     with _input_errors(source, "cannot be loaded from the hub; without a network give the path of a local copy"):
-        rows = datasets.load_dataset(repository, split=_hub_split(repository, options, purpose), **options)
-    return _corpus_of_rows(source, rows, purpose)
+        table = datasets.load_dataset(repository, split=_hub_split(repository, options, purpose), **options)
+    return _corpus_of_tables(source, text, [table], purpose, tokenizer)
 
 
 def _hub_split(repository: str, options: dict, purpose: str) -> str:
@@ -109,77 +89,25 @@ def _input_errors(source: str, problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"dataset {source}: {problem} ({first_line(error.__cause__ or error)})") from error
+        raise unreadable(f"dataset {source}", error, problem) from error
 
 
-def _kind(path: Path) -> str | None:
-    """`txt`, `json` or `parquet`, by the suffix of the file's name; None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".txt"]:
-        return "txt"
-    if suffixes[-1:] == [".gz"]:
-        suffixes = suffixes[:-1] if suffixes[-2:-1] != [".parquet"] else []
-    return _ROW_TYPES.get(suffixes[-1]) if suffixes else None
+def _corpus_of_tables(source: str, text: TextName, tables: Sequence, purpose: str, tokenizer) -> Corpus:
+    """The corpus in tables of the datasets library."""
+    files = [Path(file["filename"]) for table in tables for file in table.cache_files]
+    return corpus_of_rows(source, text.column, partial(_rows_of_tables, source, tables), files, purpose, tokenizer)
 
 
-def _text_files(folder: Path) -> list[Path]:
-    """The text files below a folder; in a copy of C4 or WikiText, only those of the configuration in use."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _METADATA and _kind(path))
-    c4 = [path for path in files if path.name in {Path(name).name for name in C4_FILES.values()}]
-    if c4:
-        return [path for path in c4 if path.parent.name == "en"] or c4
-    return [path for path in files if WIKITEXT_CONFIG in path.relative_to(folder).parts] or files
+def _rows_of_files(files: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from read_rows(file, columns)
 
 
-def _choose_files(source: str, files: list[Path], purpose: str) -> list[Path]:
-    """The files named for a split of this purpose, or all files if some name mentions no split.
-
-    Raises `InputError` if every file is named for another purpose. To use such text, name its files.
-    """
-    by_split = {split: [f for f in files if split in re.split(r"[^a-z]+", f.name.lower())] for split in _SPLITS}
-    for split in _SPLITS[:1] if purpose == "train" else _SPLITS[1:]:
-        if by_split[split]:
-            return by_split[split]
-    if all(any(file in group for group in by_split.values()) for file in files):
-        needed = "training" if purpose == "train" else "test or validation"
-        raise InputError(f"dataset {source}: no {needed} file in this folder; to use another split, name its file")
-    return files
-
-
-def _corpus_of_rows(source: str, rows, purpose: str) -> Corpus:
-    """The corpus in a table's text column: C4, WikiText, PTB or plain documents, by columns and content."""
-    if len(rows) == 0:
-        raise InputError(f"dataset {source}: it has no rows")
-    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRING_TYPES]
-    column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column is None:
-        found = ", ".join(rows.column_names)
-        raise InputError(f"dataset {source}: no text column among {found}; one must hold strings, and be named `text`")
-    is_c4 = set(rows.column_names) == _C4_COLUMNS
-    rows = rows.select_columns(column)  # others may refer to files, such as images, that reading a row would open
-    if is_c4:
-        documents = rows[column] if purpose == "train" else rows[:_C4_EVAL_DOCUMENTS][column]
-        return Corpus(source, documents, " ", _C4_EVAL_WINDOWS)
-    if column == _PTB_COLUMN and _is_ptb("\n".join(f" {sentence.strip()} " for sentence in rows[:200][column])):
-        return _corpus_of_ptb(source, rows[column])
-    head = [line for line in rows[:10][column] if line and line.strip()]
-    if head and re.fullmatch(r" = .+ = \n?", head[0]):
-        return Corpus(source, [(" " if purpose == "train" else "\n\n").join(rows[:][column])])
-    return Corpus(source, rows[column])
-
-
-def _is_ptb(text: str) -> bool:
-    """True for the usual Penn Treebank text: one sentence per line between spaces, lower case, N and <unk>."""
-    head = text[:_PTB_HEAD]
-    lines = head.splitlines()[: -1 if len(text) > _PTB_HEAD else None]
-    return " <unk> " in head and all(re.fullmatch(r" ([^\sA-Z]+ |N )+", line) for line in lines)
-
-
-def _corpus_of_ptb(source: str, sentences: Sequence[str]) -> Corpus:
-    """One document of all sentences, joined by spaces: the GPTQ code calls it ptb-new."""
-    return Corpus(source, [" ".join(sentence.strip() for sentence in sentences if sentence)])
-
-
-_PTB_COLUMN = "sentence"  # in its copies as tables
-_PTB_HEAD = 20_000  # characters to examine
-_STRING_TYPES = ("string", "large_string", "string_view")
+def _rows_of_tables(source: str, tables: Sequence, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows as they are stored: other columns may refer to files, such as images, that decoding would open."""
+    with _input_errors(source, "cannot be read"):
+        for table in tables:
+            names = [name for name in table.column_names if columns is None or name in columns]
+            for batch in table.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE):
+                batch.validate(full=True)  # a damaged file of Arrow's would end the process
+                yield from batch.to_pylist()

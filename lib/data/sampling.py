@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from lib.data.corpora import Corpus
+from lib.data.recognition import Corpus
 from lib.errors import InputError
 
 
@@ -18,7 +18,7 @@ def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, s
     """
     count = len(corpus.documents)
     if count == 1:
-        tokens = tokenize_start(corpus.documents[0], tokenizer, nsamples * seqlen)
+        tokens = tokenize_start(corpus.documents[0] or "", tokenizer, nsamples * seqlen)
         return cut_windows(tokens, seqlen, corpus.name)[:nsamples]
     order = np.random.default_rng(seed).permutation(count)[:nsamples]  # same as datasets.Dataset.shuffle
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
@@ -66,8 +66,22 @@ def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | Non
 
 
 def tokenize(text: str, tokenizer) -> torch.Tensor:
-    """Token ids (length,) of a text, including special tokens that the tokenizer adds by default."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    """Token ids (length,) of a text, including special tokens that the tokenizer adds by default.
+
+    Raises `InputError` for a tokenizer that makes so many of a few characters that memory would not hold all.
+    """
+    for part in (*(text[:length] for length in _TRIED_FIRST if length < len(text)), text):
+        tokens = tokenizer(part, verbose=False)["input_ids"]
+        if len(tokens) > _ADDED_AT_MOST + _PER_CHARACTER * len(part):
+            raise InputError(
+                f"the tokenizer makes {len(tokens):,} tokens of {len(part):,} characters, far more than a text has; "
+                "give the model its own tokenizer"
+            )
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+_TRIED_FIRST = (1, 30, 1000)  # characters
+_PER_CHARACTER, _ADDED_AT_MOST = 64, 1000  # tokens
 
 
 def tokenize_start(text: str, tokenizer, count: int) -> torch.Tensor:

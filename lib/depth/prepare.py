@@ -7,6 +7,7 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.data.corpora import load_corpus
+from lib.data.inspection import describe_texts
 from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
@@ -52,7 +53,7 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        windows, eval_windows = load_windows(cells, tokenizer, seqlen, config.vocab_size)
+        windows, eval_windows = load_windows(report, cells, tokenizer, seqlen, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
         for cell in cells:
@@ -131,16 +132,21 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
 
 
 def load_windows(
-    cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
+    report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
 ) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
     """The calibration windows of each seed and the windows of every evaluation text; each text is tokenized once."""
-    settings, windows = cells[0], {}
+    settings = cells[0]
     seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
-    if seeds:
-        corpus = load_corpus(settings.dataset, "train")
-        windows = {seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds}
-    sources, stride = settings.eval_datasets if settings.eval_ppl else [], settings.eval_stride
-    eval_windows = {s: evaluation_windows(load_corpus(s, "test"), tokenizer, seqlen, stride) for s in sources}
+    corpus = load_corpus(settings.dataset, "train", tokenizer) if seeds else None
+    evaluation = [
+        load_corpus(text, "test", tokenizer) for text in (settings.eval_datasets if settings.eval_ppl else ())
+    ]
+    for line in describe_texts(corpus, evaluation):
+        report.print(line)
+    windows = {
+        seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds if corpus
+    }
+    eval_windows = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in evaluation}
     for tokens in (*windows.values(), *eval_windows.values()):
         check_tokens(settings.model_name, tokens, vocab_size)
     return windows, eval_windows

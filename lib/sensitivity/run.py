@@ -8,6 +8,7 @@ import torch
 from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource, short_name
 from lib.data.corpora import load_corpus
+from lib.data.inspection import describe_texts
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.limits import check_tokens, dtype_name, window_length
@@ -53,7 +54,10 @@ def run(settings: SaveGradient) -> Artifact:
         check_config(source, config, gradients)
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        windows = gradient_windows(gradients, load_corpus(gradients.dataset, "train"), tokenizer)
+        corpus = load_corpus(gradients.dataset, "train", tokenizer)
+        for line in describe_texts(corpus, ()):
+            report.print(line)
+        windows = gradient_windows(gradients, corpus, tokenizer)
         check_tokens(source.name, windows, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))

@@ -9,6 +9,7 @@ from torch import nn
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.data.corpora import load_corpus
+from lib.data.inspection import describe_texts
 from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.errors import InputError
 from lib.evaluation.zero_shot import ZeroShot
@@ -78,7 +79,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         tokenizer = load_tokenizer(settings.source)
     with report.timed("data"):
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
-        texts = load_texts(cells, tokenizer, seqlen, config.vocab_size)
+        texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
         for asked, known in gradients.items():
             artifact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
     with report.timed("load"):
@@ -146,19 +147,20 @@ def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
     return linears
 
 
-def load_texts(cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
+def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
     """Reads and tokenizes the text that the runs need."""
     settings, calibration, gradients = cells[0], {}, {}
-    if any(cell.needs_text for cell in cells):
-        corpus = load_corpus(settings.calibration_dataset, "train")
+    needs_text = any(cell.needs_text for cell in cells)
+    corpus = load_corpus(settings.calibration_dataset, "train", tokenizer) if needs_text else None
+    texts = [load_corpus(text, "test", tokenizer) for text in settings.dataset]
+    for line in describe_texts(corpus, texts):
+        report.print(line)
+    if corpus:
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
             calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
         for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
             gradients[asked] = compute.gradient_windows(asked, corpus, tokenizer)
-    stride = settings.eval_stride
-    evaluation = {
-        text: evaluation_windows(load_corpus(text, "test"), tokenizer, seqlen, stride) for text in settings.dataset
-    }
+    evaluation = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in texts}
     for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):
         check_tokens(settings.model, windows, vocab_size)
     return Texts(calibration, gradients, evaluation)
