@@ -11,6 +11,7 @@ import json
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +28,11 @@ from lib.models.modeling_pruned import (
     PREFIX,
     SKIP_ATTENTION,
     SKIP_FFN,
+    TYPE_PREFIX,
+    SkippedAttention,
+    SkippedFFN,
     find_name,
     number_layers,
-    skip_lists,
     skip_sublayers,
 )
 from lib.models.offload import follow, layers_of, offloaded
@@ -178,10 +181,8 @@ def compact(decoder: Decoder, plan: Plan) -> None:
 
 def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]) -> None:
     """Makes the config describe the kept layers in their modes."""
-    num_layers = config.num_hidden_layers
-    if any(skip_lists(config)):  # of an earlier pruning
-        config.per_layer_config = {}
-    for name, value in config.to_dict().items():
+    num_layers, given = config.num_hidden_layers, config.to_dict()
+    for name, value in given.items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
@@ -189,12 +190,18 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]
     if layer_types:  # a layer without attention gets the type of the first attention: see number_layers
         first = next(kind for kind, mode in zip(layer_types, modes, strict=True) if mode.attention)
         config.layer_types = [t if m.attention else first for t, m in zip(layer_types, modes, strict=True)]
-    skipped = {
-        index: [kind for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)) if not is_on]
-        for index, mode in enumerate(modes)
-    }
-    if any(skipped.values()):
-        config.per_layer_config = {index: {"skip": kinds} for index, kinds in skipped.items() if kinds}
+    # A family may have entries of its own under this key, besides `skip`.
+    own = {int(index): entry for index, entry in (given.get("per_layer_config") or {}).items()}
+    entries: dict[int | str, dict[str, Any]] = {}
+    for index, (old, mode) in enumerate(zip(kept, modes, strict=True)):
+        entry = {key: value for key, value in own.get(old, {}).items() if key != "skip"}
+        if not mode.is_whole:
+            switches = ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn))
+            entry["skip"] = [kind for kind, is_on in switches if not is_on]
+        if entry:
+            entries[index] = entry
+    if own or entries:
+        config.per_layer_config = entries or None
 
 
 def _check_rebuilt(model: PreTrainedModel) -> None:
@@ -226,21 +233,22 @@ def _describe(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _lacks_sublayers(model: PreTrainedModel) -> bool:
-    """True when the config lists removed sublayers."""
-    return any(skip_lists(model.config.get_text_config(decoder=True)))
+    return any(isinstance(module, SkippedAttention | SkippedFFN) for module in layers_of(model).modules())
 
 
 def _finish_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Finishes config.json of a saved checkpoint, and adds the modeling code that loads removed sublayers."""
+    """Makes the folder of a model without some sublayers load with its own code, and in no other way."""
+    if not _lacks_sublayers(model):
+        return
     stock, path = type(model).__name__, folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if _lacks_sublayers(model):
-        pruned = PREFIX + stock
-        source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-        code = source + PRUNED_CLASS.format(stock=stock, pruned=pruned)
-        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
-        config["architectures"] = [pruned]
-        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.{pruned}"}
-    else:
-        config.pop("per_layer_config", None)  # of an earlier pruning, whose partial layers are all deleted now
+    names = {"stock": stock, "pruned": PREFIX + stock, "config": PREFIX + type(model.config).__name__}
+    source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(source + PRUNED_CLASS.format(**names), encoding="utf-8")
+    config["architectures"] = [names["pruned"]]
+    config["model_type"] = TYPE_PREFIX + config["model_type"]
+    config["auto_map"] = {
+        "AutoConfig": f"modeling_pruned.{names['config']}",
+        "AutoModelForCausalLM": f"modeling_pruned.{names['pruned']}",
+    }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

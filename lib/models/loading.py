@@ -12,7 +12,7 @@ import torch
 from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, is_out_of_memory
 from lib.models import offload
-from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
+from lib.models.modeling_pruned import PREFIX, TYPE_PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def load_tokenizer(source: ModelSource):
     """The model's tokenizer. Raises `InputError` if it cannot be loaded, or has a chat template with an unsafe name."""
     from transformers import AutoTokenizer
 
+    config = _load_config(source)
     with _loading_errors(source.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
+            locate_model(source.name),
+            config=config,
+            trust_remote_code=source.trust_remote_code,
+            cache_dir=source.cache_dir,
         )
     templates = getattr(tokenizer, "chat_template", None)
     for name, template in templates.items() if isinstance(templates, dict) else ():
@@ -69,6 +73,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
         loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
+            config=config if stock else None,
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
             offload_folder=folder.name if folder else None,
@@ -84,7 +89,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             f"{source.name}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...); {advice}"
         )
     if stock:
-        model = _as_pruned_here(model, stock)
+        model.__class__ = stock
     if folder:
         offload.offload_to_disk(model, device)
         offload.delete_with(model, folder)
@@ -109,39 +114,48 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
     try:
         with torch.device("meta"):
             if stock:
-                return _as_pruned_here(pruned_class(stock)(config), stock)
+                model = pruned_class(stock)(config)
+                model.__class__ = stock
+                return model
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # a model's own code can raise anything; the loaded model is checked in any case
         return None
 
 
 def _load_config(source: ModelSource):
-    from transformers import AutoConfig
+    """The config; of a checkpoint with removed sublayers that of its stock class, without code from its folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    path = locate_model(source.name)
     with _loading_errors(source.name):
-        return AutoConfig.from_pretrained(
-            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
-        )
+        given, _ = PreTrainedConfig.get_config_dict(path, cache_dir=source.cache_dir)
+        kind = str(given.get("model_type"))
+        stock = kind.removeprefix(TYPE_PREFIX)
+        if kind != stock and stock in CONFIG_MAPPING:
+            config = AutoConfig.for_model(**{**given, "model_type": stock, "name_or_path": path})
+        else:
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
+            )
+        if _stock_of_pruned(config) and hasattr(config, "auto_map"):
+            del config.auto_map
+    return config
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other."""
+    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other.
+
+    Raises `ValueError` for a config that lists anything else as removed.
+    """
     import transformers
 
+    is_partial = any(skip_lists(config.get_text_config(decoder=True)))
     given = getattr(config, "architectures", None)
     name = str(given[0]) if isinstance(given, list) and given else ""
-    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not any(skip_lists(config)):
+    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not is_partial:
         return None
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None
-
-
-def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
-    """Turns a loaded pruned model into what pruning in memory makes: the stock class with sublayers replaced."""
-    model.__class__ = stock
-    if hasattr(model.config, "auto_map"):
-        del model.config.auto_map
-    return model
 
 
 _UNTRUSTED = {  # words in an error -> our reason, where the library's own advice does not apply

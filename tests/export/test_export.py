@@ -65,8 +65,11 @@ def test_partly_pruned_layers_are_listed_in_the_config(tmp_path):
     skipped = {int(layer): entry for layer, entry in config["per_layer_config"].items()}
     assert skipped == {0: {"skip": ["attention"]}, 1: {"skip": ["mlp"]}}
     assert config["num_hidden_layers"] == 3
-    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM"}
-    assert config["architectures"] == ["PrunedLlamaForCausalLM"]
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_pruned.PrunedLlamaConfig",
+        "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM",
+    }
+    assert config["architectures"] == ["PrunedLlamaForCausalLM"] and config["model_type"] == "pruned_llama"
 
 
 def test_a_masked_model_is_the_stock_architecture_at_full_size(tmp_path):
