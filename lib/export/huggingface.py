@@ -6,9 +6,10 @@
 `nemotron-nas`  Llama-like models as vLLM's `DeciLMForCausalLM`; see `lib.export.nemotron_nas`.
 """
 
-import copy
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.export import nemotron_nas
+from lib.export.reload import SaveError, check_reload, check_window, has_code, logits_of
 from lib.export.templates import PRUNED_CLASS
 from lib.models.decoder import Decoder
 from lib.models.modeling_pruned import (
@@ -74,13 +76,20 @@ def save_pruned(
     folder: Path,
     save_format: str = "hf",
     overwrite: bool = False,
+    windows: torch.Tensor | None = None,
+    checking: Callable[[], AbstractContextManager] = nullcontext,
     max_shard_size: str | None = None,
 ) -> None:
     """Prunes the model in memory by a plan and saves it with its tokenizer and generation config.
 
-    `decoder` must not be used afterwards. Raises `InputError` for a folder that cannot be written, and `RunError` for a
-    model that the format cannot hold.
+    `decoder` must not be used afterwards. The saved model is loaded again and compared with the model under the plan,
+    on the first of the windows (N, T) if given; both inside `checking`. Raises `InputError` for a folder that cannot be
+    written, and `SaveError` for a model that the format cannot hold.
     """
+    with checking():
+        input_ids = check_window(decoder, windows)
+        expected = logits_of(decoder, input_ids, plan)
+    device = decoder.device
     with atomic_folder(folder, overwrite, "--save_model") as draft:
         with TemporaryDirectory(prefix=".changes-", dir=draft) as changes:
             if save_format == "masked":
@@ -88,14 +97,30 @@ def save_pruned(
             else:
                 compact(decoder, plan)
             _write(decoder.model, tokenizer, draft, max_shard_size, save_format)
+        with checking():
+            check_reload(draft, decoder.model, device, input_ids, expected)
 
 
 def save_weights(
-    model: PreTrainedModel, tokenizer, folder: Path, overwrite: bool = False, max_shard_size: str | None = None
+    decoder: Decoder,
+    tokenizer,
+    folder: Path,
+    overwrite: bool = False,
+    windows: torch.Tensor | None = None,
+    checking: Callable[[], AbstractContextManager] = nullcontext,
+    max_shard_size: str | None = None,
 ) -> None:
-    """Saves a model whose weights were changed in place, in the form it was loaded from, with its tokenizer."""
+    """Saves a model whose weights were changed in place, in the form it was loaded from, with its tokenizer.
+
+    It is checked, and the arguments and errors are, as in `save_pruned`.
+    """
+    with checking():
+        input_ids = check_window(decoder, windows)
+        expected = logits_of(decoder, input_ids, Plan(decoder.num_layers))
     with atomic_folder(folder, overwrite, "--save_model") as draft:
-        _write(model, tokenizer, draft, max_shard_size, "hf")
+        _write(decoder.model, tokenizer, draft, max_shard_size, "hf")
+        with checking():
+            check_reload(draft, decoder.model, decoder.device, input_ids, expected)
 
 
 def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
@@ -120,8 +145,7 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
 
 def how_to_load(folder: Path) -> str:
     """The transformers call that loads a saved model."""
-    needs_code = any(folder.glob("modeling_*.py"))
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if needs_code else ""})'
+    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
 
 
 @torch.no_grad()
@@ -165,7 +189,7 @@ def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, tor
 def compact(decoder: Decoder, plan: Plan) -> None:
     """Deletes removed sublayers and layers from the model and rewrites its config, in place.
 
-    Raises `RunError` when a model built from the new config differs from the model in memory.
+    Raises `SaveError` when a model built from the new config differs from the model in memory.
     """
     plan = decoder.complete(plan)
     model, kept = decoder.model, plan.kept_layers
@@ -205,27 +229,26 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]
 
 
 def _check_rebuilt(model: PreTrainedModel) -> None:
-    """Builds the model from its config on the meta device and compares its layers with those in memory.
+    """Builds the model on the meta device, from its config as it will be read, and compares it with that in memory.
 
-    Raises `RunError` when they differ.
+    Raises `SaveError` when they differ.
     """
+    config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
     with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+        rebuilt = type(model)(config)
     skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise RunError(
-                f"--save_format hf: a reload would have {name} = {found.get(name)} in place of {wanted.get(name)}; "
-                "use --save_format masked"
-            )
+            raise SaveError(f"a reload would have {name} = {found.get(name)} in place of {wanted.get(name)}")
 
 
 def _describe(model: PreTrainedModel) -> dict[str, object]:
-    """Parameter shapes, and plain attributes of modules, in the decoder layers, by dotted name."""
-    layers = layers_of(model)
-    described: dict[str, object] = {name: tuple(p.shape) for name, p in layers.named_parameters()}
-    for path, module in layers.named_modules():
+    """The shapes of all parameters, and plain attributes of the modules in the decoder layers, by dotted name."""
+    described: dict[str, object] = {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for path, module in layers_of(model).named_modules():
         for name, value in vars(module).items():
             if isinstance(value, str | int | float) and name != "training" and not name.startswith("_"):
                 described[f"{path}.{name}"] = value

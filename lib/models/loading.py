@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
         loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
-            config=config if stock else None,
+            config=config,
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
             offload_folder=folder.name if folder else None,
@@ -90,6 +91,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
         )
     if stock:
         model.__class__ = stock
+    if getattr(config, "quantization_config", None):
+        model._weight_conversions = None  # else `save_pretrained` would quantize the weights again
     if folder:
         offload.offload_to_disk(model, device)
         offload.delete_with(model, folder)
@@ -123,7 +126,10 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
 
 
 def _load_config(source: ModelSource):
-    """The config; of a checkpoint with removed sublayers that of its stock class, without code from its folder."""
+    """The config; of a checkpoint with removed sublayers that of its stock class, without code from its folder.
+
+    Weights in FP8 are loaded as dense ones. Raises `InputError` for other quantized weights.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     path = locate_model(source.name)
@@ -139,7 +145,20 @@ def _load_config(source: ModelSource):
             )
         if _stock_of_pruned(config) and hasattr(config, "auto_map"):
             del config.auto_map
+    if quantization := getattr(config, "quantization_config", None):
+        _check_quantized(source, quantization.get("quant_method"), _dtype_of(replace(source, dtype="auto"), config))
+        config.quantization_config = {**quantization, "dequantize": True}
     return config
+
+
+def _check_quantized(source: ModelSource, method: str, dtype: torch.dtype) -> None:
+    """Raises `InputError` unless quantized weights can be loaded as dense ones; `dtype` is that of the checkpoint."""
+    if method != "fp8":
+        advice = "pruning needs dense weights; give the model that it was made from"
+        raise InputError(f"{source.name}: is quantized ({method}), and {advice}")
+    own = str(dtype).removeprefix("torch.")
+    if source.dtype not in ("auto", own):  # transformers would load only the quantized weights in that dtype
+        raise InputError(f"--dtype {source.dtype}: the FP8 weights of {source.name} load as {own}; leave the flag out")
 
 
 def _stock_of_pruned(config) -> type | None:

@@ -84,10 +84,11 @@ def test_when_only_whole_layers_are_left_the_checkpoint_is_stock_again(tmp_path)
 
 def test_weights_of_a_pruned_model_are_saved_as_what_they_came_from(tmp_path):
     model, ids = pruned_in(tmp_path / "one", "OPT", FIRST), tiny_windows(1)
-    for layer in find_linears(Decoder(model)):
+    decoder = Decoder(model)
+    for layer in find_linears(decoder):
         for linear in layer.values():
             linear.weight.data.mul_(0.5)
-    save_weights(model, None, tmp_path / "two")
+    save_weights(decoder, None, tmp_path / "two")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True).eval()
     assert torch.equal(saved(input_ids=ids).logits, model(input_ids=ids).logits)
 
