@@ -6,6 +6,7 @@
 `nemotron-nas`  Llama-like models as vLLM's `DeciLMForCausalLM`; see `lib.export.nemotron_nas`.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -64,6 +65,18 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
             nemotron_nas.check_model(model)
         else:
             nemotron_nas.check_config(decoder.config)
+
+
+def check_compact(outline: Decoder, save_format: str, plan: Plan, when: str = "", otherwise: str = "") -> None:
+    """Raises `InputError` when a model without weights could not be saved without the parts that a plan removes.
+
+    The message says `when` this is so, and what can be done `otherwise` than to use the format masked.
+    """
+    try:
+        compact(Decoder(copy.deepcopy(outline.model), has_weights=False), plan)
+    except SaveError as error:
+        advice = f"use --save_format masked{otherwise}"
+        raise InputError(f"--save_format {save_format}: {error}{when}; {advice}") from error
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -233,9 +246,12 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
 
     Raises `SaveError` when they differ.
     """
-    config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
-    with torch.device("meta"):
-        rebuilt = type(model)(config)
+    try:
+        config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+        with torch.device("meta"):
+            rebuilt = type(model)(config)
+    except Exception as error:  # what a family raises for a config that it does not understand
+        raise SaveError(f"a reload would fail ({type(error).__name__}: {str(error).splitlines()[0]})") from error
     skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):

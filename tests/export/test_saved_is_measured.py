@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -86,7 +87,8 @@ def test_a_folder_that_gives_other_logits_does_not_appear(save_format, change, d
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(lose_weights, "down_proj"), (lambda folder: (folder / "config.json").unlink(), "OSError: ")]
+    ("change", "reason"),
+    [(lose_weights, "down_proj"), (lambda folder: (folder / "config.json").unlink(), "ValueError: ")],
 )
 def test_a_folder_that_does_not_load_does_not_appear(change, reason, damaged, tmp_path):
     damaged(change)
@@ -178,6 +180,70 @@ def test_alp_prune_checks_what_it_saves(alp_arguments, damaged, tmp_path, monkey
     assert told.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+# Families whose layers are not alike
+
+
+@pytest.fixture
+def checkpoint(tmp_path, demo_tokenizer):
+    """Makes a tiny checkpoint of a config class of transformers."""
+
+    def make(name: str, **fields) -> Path:
+        common = dict(vocab_size=len(demo_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+        common |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+        common |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), demo_tokenizer.eos_token_id)
+        torch.manual_seed(0)
+        config = getattr(transformers, name)(**{**common, **fields})
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        demo_tokenizer.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return make
+
+
+GEMMA4 = dict(head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0, sliding_window=6)
+GEMMA4 |= dict(layer_types=["sliding_attention", "full_attention"] * 2)
+DENSE_FIRST = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)
+DENSE_FIRST |= dict(kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
+DENSE_FIRST |= dict(num_key_value_heads=4, n_shared_experts=1)
+BY_INDEX = dict(n_inner=48, scale_attn_by_inverse_layer_idx=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("Gemma4TextConfig", GEMMA4, "a reload would (fail|have) .*"),
+        ("DeepseekV2Config", DENSE_FIRST, "a reload would have .*mlp.*, if layer 0 loses attention and FFN"),
+        ("GPT2Config", BY_INDEX, "a reload would have .*scaling .*"),
+    ],
+)
+def test_what_a_search_could_not_save_is_refused_before_it(
+    name, fields, reason, checkpoint, arguments, tmp_path, monkeypatch, capsys
+):
+    flags = [*arguments, "--model_name", checkpoint(name, **fields), "--save_model", tmp_path / "out"]
+    assert run(*flags, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"ppllms.py: error: --save_format hf: {reason}; use --save_format masked, or .*\n", told), told
+    assert not (tmp_path / "run").exists()
+    assert run(*flags, "--save_format", "masked", monkeypatch=monkeypatch) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+
+
+def test_a_plan_that_the_format_holds_is_applied_to_such_a_model(checkpoint, tmp_path, monkeypatch, capsys):
+    folder = checkpoint("Gemma4TextConfig", **GEMMA4)
+    total = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    parts = {"tool": "ppllms", "num_layers": 4, "model": str(folder), "parameters": {"total": total}}
+    flags = ["--apply_plan", tmp_path / "result.json", "--eval_ppl", "no", "--output_dir", tmp_path / "run"]
+    flags += ["--save_model", tmp_path / "out"]
+    for gone, status in ([3], 2), ([2], 0):
+        (tmp_path / "result.json").write_text(json.dumps(parts | {"mha_removed": gone, "ffn_removed": gone}))
+        assert run(*flags, monkeypatch=monkeypatch) == status
+    assert capsys.readouterr().err.endswith("; use --save_format masked\n")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["per_layer_config"] == {"1": {"head_dim": 16}, "2": {"head_dim": 16}}
+    assert run(*flags, "--save_format", "nemotron-nas", "--overwrite", monkeypatch=monkeypatch) == 2
+    assert "all layers must be alike, and the config has head_dim for single ones" in capsys.readouterr().err
+
+
 # Quantized checkpoints
 
 
@@ -227,9 +293,7 @@ def test_fp8_in_another_dtype_and_other_quantized_weights_are_refused_before_wor
 ):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     quantize_fp8(folder)
-    with pytest.raises(
-        InputError, match="^--dtype float32: the FP8 weights of .* load as bfloat16; leave the flag out$"
-    ):
+    with pytest.raises(InputError, match="^--dtype bfloat16: the FP8 weights of .* load as float32; leave "):
         load_config(ModelSource(str(folder), "bfloat16"))
     path = folder / "config.json"
     for method in "gptq", "awq", "bitsandbytes", "mxfp4", "compressed-tensors", None:
