@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lib.config.depth import DepthPruning
+from lib.config.plan import Mode, Plan
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
 from lib.data.sampling import calibration_windows, evaluation_windows
@@ -13,7 +14,7 @@ from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
-from lib.export.huggingface import check_format
+from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
@@ -129,6 +130,40 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
         check_reachable(decoder, moves_of(settings.depth_method, decoder), settings.prune_rate)
     if settings.save_model:
         check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
+        if settings.save_format != "masked" and not decoder.has_weights:
+            check_removals(settings, decoder)
+
+
+def check_removals(settings: DepthPruning, outline: Decoder) -> None:
+    """Checks on a model without weights that it can be saved without what a run removes.
+
+    Before a search that is not known. Then removals of its kind are tried on the first, a middle and the last layer.
+    Raises `InputError`.
+    """
+    if settings.saved_plan:
+        check_compact(outline, settings.save_format, settings.saved_plan.plan)
+        return
+    otherwise = ", or search without --save_model, and save with --apply_plan what the search found"
+    layers, whole = outline.num_layers, outline.whole_layers
+    tried = dict.fromkeys((*whole[:1], *whole[len(whole) // 2 :][:1], *whole[-1:]))
+    for mode in _modes_left(settings, outline):
+        for index in tried:
+            plan = Plan(layers, (index,) * (not mode.attention), (index,) * (not mode.ffn))
+            if len(outline.complete(plan).mha_removed) < layers:
+                when = f", if layer {index} loses {_LOSSES[mode]}"
+                check_compact(outline, settings.save_format, plan, when, otherwise)
+
+
+_LOSSES = {Mode(False, False): "attention and FFN", Mode(attention=False): "its attention", Mode(ffn=False): "its FFN"}
+
+
+def _modes_left(settings: DepthPruning, decoder: Decoder) -> list[Mode]:
+    """The modes that a search may leave a layer in."""
+    gone, no_attention, no_ffn = _LOSSES
+    if settings.depth_method.removes == "counts":
+        mha, ffn = find_counts(settings, decoder)
+        return [gone] * (0 < min(mha, ffn)) + [no_attention] * (mha > ffn) + [no_ffn] * (mha < ffn)
+    return [gone] if settings.depth_method.removes == "layers" else [gone, no_attention, no_ffn]
 
 
 def load_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from lib.config.depth import DepthPruning
@@ -10,12 +11,14 @@ from lib.config.plan import Plan
 from lib.config.sources import local_path, short_name
 from lib.depth import report as depth_report
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
+from lib.errors import RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_pruned
+from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
 from lib.reporting.plots import plot_removals
 from lib.runs.single import Run
-from lib.storage.output_folder import REMOVALS
+from lib.storage.output_folder import REMOVALS, RESULT
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -116,7 +119,14 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         return plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title) or plot
 
     def save_model(self, folder: Path) -> None:
-        save_pruned(self.decoder, self.plan, self.workspace.tokenizer, folder, self.settings.save_format)
+        workspace, save_format = self.workspace, self.settings.save_format
+        windows = next(iter((*workspace.eval_windows.values(), *workspace.windows.values())), None)
+        checking = partial(self.report.timed, "check")
+        try:
+            save_pruned(self.decoder, self.plan, workspace.tokenizer, folder, save_format, windows, checking)
+        except SaveError as error:
+            how = f"; the plan is kept, add --apply_plan {self.report.folder / RESULT} --save_format masked"
+            raise RunError(f"--save_format {save_format}: {error}{how * (save_format != 'masked')}") from error
 
 
 for _method in DEPTH_METHODS.values():  # a method without an implementation fails here, not in the middle of a run

@@ -9,8 +9,11 @@
 import copy
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError
 from lib.export import nemotron_nas
+from lib.export.reload import SaveError, check_reload, check_window, has_code, logits_of
 from lib.export.templates import PRUNED_CLASS
 from lib.models.decoder import Decoder
 from lib.models.modeling_pruned import (
@@ -27,9 +31,11 @@ from lib.models.modeling_pruned import (
     PREFIX,
     SKIP_ATTENTION,
     SKIP_FFN,
+    TYPE_PREFIX,
+    SkippedAttention,
+    SkippedFFN,
     find_name,
     number_layers,
-    skip_lists,
     skip_sublayers,
 )
 from lib.models.offload import follow, layers_of, offloaded
@@ -60,6 +66,18 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
             nemotron_nas.check_config(decoder.config)
 
 
+def check_compact(outline: Decoder, save_format: str, plan: Plan, when: str = "", otherwise: str = "") -> None:
+    """Raises `InputError` when a model without weights could not be saved without the parts that a plan removes.
+
+    The message says `when` this is so, and what can be done `otherwise` than to use the format masked.
+    """
+    try:
+        compact(Decoder(copy.deepcopy(outline.model), has_weights=False), plan)
+    except SaveError as error:
+        advice = f"use --save_format masked{otherwise}"
+        raise InputError(f"--save_format {save_format}: {error}{when}; {advice}") from error
+
+
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
@@ -69,12 +87,20 @@ def save_pruned(
     tokenizer,
     folder: Path,
     save_format: str = "hf",
+    windows: torch.Tensor | None = None,
+    checking: Callable[[], AbstractContextManager] = nullcontext,
     max_shard_size: str | None = None,
 ) -> None:
     """Prunes the model in memory by a plan and writes it, with tokenizer and generation config, to a new folder.
 
-    `decoder` must not be used afterwards. Raises `RunError` for a model that the format cannot hold.
+    `decoder` must not be used afterwards. The saved model is loaded again and compared with the model under the plan,
+    on the first of the windows (N, T) if given; both inside `checking`. Raises `SaveError` for a model that the format
+    cannot hold.
     """
+    with checking():
+        input_ids = check_window(decoder, windows)
+        expected = logits_of(decoder, input_ids, plan)
+    device = decoder.device
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".changes-", dir=folder) as changes:
         if save_format == "masked":
@@ -82,12 +108,29 @@ def save_pruned(
         else:
             compact(decoder, plan)
         _write(decoder.model, tokenizer, folder, max_shard_size, save_format)
+    with checking():
+        check_reload(folder, decoder.model, device, input_ids, expected)
 
 
-def save_weights(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None = None) -> None:
-    """Writes a model whose weights were changed in place, in the form it was loaded from, to a new folder."""
+def save_weights(
+    decoder: Decoder,
+    tokenizer,
+    folder: Path,
+    windows: torch.Tensor | None = None,
+    checking: Callable[[], AbstractContextManager] = nullcontext,
+    max_shard_size: str | None = None,
+) -> None:
+    """Writes a model whose weights were changed in place, in the form it was loaded from, to a new folder.
+
+    It is checked, and the arguments and errors are, as in `save_pruned`.
+    """
+    with checking():
+        input_ids = check_window(decoder, windows)
+        expected = logits_of(decoder, input_ids, Plan(decoder.num_layers))
     folder.mkdir(parents=True, exist_ok=True)
-    _write(model, tokenizer, folder, max_shard_size, "hf")
+    _write(decoder.model, tokenizer, folder, max_shard_size, "hf")
+    with checking():
+        check_reload(folder, decoder.model, decoder.device, input_ids, expected)
 
 
 def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
@@ -112,8 +155,7 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
 
 def how_to_load(folder: Path) -> str:
     """The transformers call that loads a saved model."""
-    needs_code = any(folder.glob("modeling_*.py"))
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if needs_code else ""})'
+    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
 
 
 @torch.no_grad()
@@ -157,7 +199,7 @@ def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, tor
 def compact(decoder: Decoder, plan: Plan) -> None:
     """Deletes removed sublayers and layers from the model and rewrites its config, in place.
 
-    Raises `RunError` when a model built from the new config differs from the model in memory.
+    Raises `SaveError` when a model built from the new config differs from the model in memory.
     """
     plan = decoder.complete(plan)
     model, kept = decoder.model, plan.kept_layers
@@ -173,10 +215,8 @@ def compact(decoder: Decoder, plan: Plan) -> None:
 
 def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]) -> None:
     """Makes the config describe the kept layers in their modes."""
-    num_layers = config.num_hidden_layers
-    if any(skip_lists(config)):  # of an earlier pruning
-        config.per_layer_config = {}
-    for name, value in config.to_dict().items():
+    num_layers, given = config.num_hidden_layers, config.to_dict()
+    for name, value in given.items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
@@ -184,36 +224,44 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]
     if layer_types:  # a layer without attention gets the type of the first attention: see number_layers
         first = next(kind for kind, mode in zip(layer_types, modes, strict=True) if mode.attention)
         config.layer_types = [t if m.attention else first for t, m in zip(layer_types, modes, strict=True)]
-    skipped = {
-        index: [kind for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)) if not is_on]
-        for index, mode in enumerate(modes)
-    }
-    if any(skipped.values()):
-        config.per_layer_config = {index: {"skip": kinds} for index, kinds in skipped.items() if kinds}
+    # A family may have entries of its own under this key, besides `skip`.
+    own = {int(index): entry for index, entry in (given.get("per_layer_config") or {}).items()}
+    entries: dict[int | str, dict[str, Any]] = {}
+    for index, (old, mode) in enumerate(zip(kept, modes, strict=True)):
+        entry = {key: value for key, value in own.get(old, {}).items() if key != "skip"}
+        if not mode.is_whole:
+            switches = ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn))
+            entry["skip"] = [kind for kind, is_on in switches if not is_on]
+        if entry:
+            entries[index] = entry
+    if own or entries:
+        config.per_layer_config = entries or None
 
 
 def _check_rebuilt(model: PreTrainedModel) -> None:
-    """Builds the model from its config on the meta device and compares its layers with those in memory.
+    """Builds the model on the meta device, from its config as it will be read, and compares it with that in memory.
 
-    Raises `RunError` when they differ.
+    Raises `SaveError` when they differ.
     """
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+    try:
+        config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+        with torch.device("meta"):
+            rebuilt = type(model)(config)
+    except Exception as error:  # what a family raises for a config that it does not understand
+        raise SaveError(f"a reload would fail ({type(error).__name__}: {str(error).splitlines()[0]})") from error
     skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise RunError(
-                f"--save_format hf: a reload would have {name} = {found.get(name)} in place of {wanted.get(name)}; "
-                "use --save_format masked"
-            )
+            raise SaveError(f"a reload would have {name} = {found.get(name)} in place of {wanted.get(name)}")
 
 
 def _describe(model: PreTrainedModel) -> dict[str, object]:
-    """Parameter shapes, and plain attributes of modules, in the decoder layers, by dotted name."""
-    layers = layers_of(model)
-    described: dict[str, object] = {name: tuple(p.shape) for name, p in layers.named_parameters()}
-    for path, module in layers.named_modules():
+    """The shapes of all parameters, and plain attributes of the modules in the decoder layers, by dotted name."""
+    described: dict[str, object] = {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for path, module in layers_of(model).named_modules():
         for name, value in vars(module).items():
             if isinstance(value, str | int | float) and name != "training" and not name.startswith("_"):
                 described[f"{path}.{name}"] = value
@@ -221,21 +269,22 @@ def _describe(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _lacks_sublayers(model: PreTrainedModel) -> bool:
-    """True when the config lists removed sublayers."""
-    return any(skip_lists(model.config.get_text_config(decoder=True)))
+    return any(isinstance(module, SkippedAttention | SkippedFFN) for module in layers_of(model).modules())
 
 
 def _finish_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Finishes config.json of a saved checkpoint, and adds the modeling code that loads removed sublayers."""
+    """Makes the folder of a model without some sublayers load with its own code, and in no other way."""
+    if not _lacks_sublayers(model):
+        return
     stock, path = type(model).__name__, folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if _lacks_sublayers(model):
-        pruned = PREFIX + stock
-        source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-        code = source + PRUNED_CLASS.format(stock=stock, pruned=pruned)
-        (folder / "modeling_pruned.py").write_text(code, encoding="utf-8")
-        config["architectures"] = [pruned]
-        config["auto_map"] = {"AutoModelForCausalLM": f"modeling_pruned.{pruned}"}
-    else:
-        config.pop("per_layer_config", None)  # of an earlier pruning, whose partial layers are all deleted now
+    names = {"stock": stock, "pruned": PREFIX + stock, "config": PREFIX + type(model.config).__name__}
+    source = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(source + PRUNED_CLASS.format(**names), encoding="utf-8")
+    config["architectures"] = [names["pruned"]]
+    config["model_type"] = TYPE_PREFIX + config["model_type"]
+    config["auto_map"] = {
+        "AutoConfig": f"modeling_pruned.{names['config']}",
+        "AutoModelForCausalLM": f"modeling_pruned.{names['pruned']}",
+    }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -59,6 +59,9 @@ def check_plan(plan: Plan) -> None:
 
 def check_config(config: PreTrainedConfig) -> None:
     """Raises `InputError` for a config unlike a Llama's, or with attention windows or another rotary embedding."""
+    entries = (config.to_dict().get("per_layer_config") or {}).values()
+    if own := sorted({name for entry in entries for name in entry} - {"skip"}):
+        raise _refusal(f"all layers must be alike, and the config has {', '.join(own)} for single ones")
     missing = next((name for name in _NEEDED if getattr(config, name, None) is None), None)
     if missing:
         raise _refusal(f"the model must be like a Llama, and {type(config).__name__} has no {missing}")

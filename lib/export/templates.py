@@ -5,6 +5,8 @@ PRUNED_CLASS = """
 from transformers import {stock}  # noqa: E402
 
 {pruned} = pruned_class({stock})
+{config} = {pruned}.config_class
+{config}.register_for_auto_class()
 {pruned}.register_for_auto_class("AutoModelForCausalLM")
 """
 

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from lib.config.sources import ModelSource, locate_model
 from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models import offload
 from lib.models.checkpoint import check_file_sizes, check_loaded
-from lib.models.modeling_pruned import PREFIX, pruned_class, skip_lists
+from lib.models.modeling_pruned import PREFIX, TYPE_PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ def load_tokenizer(source: ModelSource):
     """
     from transformers import AutoTokenizer
 
+    config = _load_config(source)
     with _loading_errors(source.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
+            locate_model(source.name),
+            config=config,
+            trust_remote_code=source.trust_remote_code,
+            cache_dir=source.cache_dir,
         )
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normalizer and (growth := _growth(json.loads(normalizer.__getstate__()))) > _LARGEST_GROWTH:
@@ -101,6 +106,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
         loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
+            config=config,
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
             offload_folder=folder.name if folder else None,
@@ -113,7 +119,9 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     advice = "its own code may know better: add --trust_remote_code" if needs_code else None
     check_loaded(source.name, model, loaded, advice)
     if stock:
-        model = _as_pruned_here(model, stock)
+        model.__class__ = stock
+    if getattr(config, "quantization_config", None):
+        model._weight_conversions = None  # else `save_pretrained` would quantize the weights again
     if folder:
         offload.offload_to_disk(model, device)
         offload.delete_with(model, folder)
@@ -138,39 +146,64 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
     try:
         with torch.device("meta"):
             if stock:
-                return _as_pruned_here(pruned_class(stock)(config), stock)
+                model = pruned_class(stock)(config)
+                model.__class__ = stock
+                return model
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # a model's own code can raise anything; the loaded model is checked in any case
         return None
 
 
 def _load_config(source: ModelSource):
-    from transformers import AutoConfig
+    """The config; of a checkpoint with removed sublayers that of its stock class, without code from its folder.
 
+    Weights in FP8 are loaded as dense ones. Raises `InputError` for other quantized weights.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    path = locate_model(source.name)
     with _loading_errors(source.name):
-        return AutoConfig.from_pretrained(
-            locate_model(source.name), trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
-        )
+        given, _ = PreTrainedConfig.get_config_dict(path, cache_dir=source.cache_dir)
+        kind = str(given.get("model_type"))
+        stock = kind.removeprefix(TYPE_PREFIX)
+        if kind != stock and stock in CONFIG_MAPPING:
+            config = AutoConfig.for_model(**{**given, "model_type": stock, "name_or_path": path})
+        else:
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
+            )
+        if _stock_of_pruned(config) and hasattr(config, "auto_map"):
+            del config.auto_map
+    if quantization := getattr(config, "quantization_config", None):
+        _check_quantized(source, quantization.get("quant_method"), _dtype_of(replace(source, dtype="auto"), config))
+        config.quantization_config = {**quantization, "dequantize": True}
+    return config
+
+
+def _check_quantized(source: ModelSource, method: str, dtype: torch.dtype) -> None:
+    """Raises `InputError` unless quantized weights can be loaded as dense ones; `dtype` is that of the checkpoint."""
+    if method != "fp8":
+        advice = "pruning needs dense weights; give the model that it was made from"
+        raise InputError(f"{source.name}: is quantized ({method}), and {advice}")
+    own = str(dtype).removeprefix("torch.")
+    if source.dtype not in ("auto", own):  # transformers would load only the quantized weights in that dtype
+        raise InputError(f"--dtype {source.dtype}: the FP8 weights of {source.name} load as {own}; leave the flag out")
 
 
 def _stock_of_pruned(config) -> type | None:
-    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other."""
+    """The stock class of a checkpoint with removed sublayers, as `lib.export` writes it; None for any other.
+
+    Raises `ValueError` for a config that lists anything else as removed.
+    """
     import transformers
 
+    is_partial = any(skip_lists(config.get_text_config(decoder=True)))
     given = getattr(config, "architectures", None)
     name = str(given[0]) if isinstance(given, list) and given else ""
-    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not any(skip_lists(config)):
+    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not is_partial:
         return None
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None
-
-
-def _as_pruned_here(model: "PreTrainedModel", stock: type) -> "PreTrainedModel":
-    """Turns a loaded pruned model into what pruning in memory makes: the stock class with sublayers replaced."""
-    model.__class__ = stock
-    if hasattr(model.config, "auto_map"):
-        del model.config.auto_map
-    return model
 
 
 _REASONS = {  # words in an error -> our reason, where the library's own advice does not apply

@@ -13,6 +13,7 @@ ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "fc1+fc2")
 LAYERS_NAMES = ("layers", "h")
 PREFIX = "Pruned"  # before the name of a stock class
+TYPE_PREFIX = "pruned_"  # before the `model_type` of a stock config
 SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # values of `skip` in transformers' per_layer_config
 
 
@@ -71,12 +72,20 @@ def number_layers(layers, layer_types):
 
 
 def skip_lists(config):
-    """[skipped sublayers of layer 0, of layer 1, ...], with or without transformers' support for the config key."""
+    """[skipped sublayers of layer 0, of layer 1, ...], with or without transformers' support for the config key.
+
+    Raises `ValueError` for the name of anything else than a sublayer.
+    """
     given = getattr(config, "per_layer_config", None) or {}
     if isinstance(given, dict):
-        layers = [given.get(str(index)) or given.get(index) or {} for index in range(config.num_hidden_layers)]
-        return [layer.get("skip", []) for layer in layers]
-    return [list(getattr(given[index], "skip", [])) for index in range(config.num_hidden_layers)]
+        entries = {int(index): entry for index, entry in given.items()}
+        lists = [list(entries.get(index, {}).get("skip", [])) for index in range(config.num_hidden_layers)]
+    else:
+        lists = [list(getattr(given[index], "skip", [])) for index in range(config.num_hidden_layers)]
+    unknown = sorted({str(kind) for kinds in lists for kind in kinds} - {SKIP_ATTENTION, SKIP_FFN})
+    if unknown:
+        raise ValueError(f"per_layer_config: cannot skip {unknown[0]!r}; known are {SKIP_ATTENTION} and {SKIP_FFN}")
+    return lists
 
 
 def skip_sublayers(model):
@@ -92,6 +101,18 @@ def skip_sublayers(model):
 
 
 @functools.cache
+def pruned_config(stock):
+    """The subclass of a stock config class under a `model_type` of its own.
+
+    Whatever does not know that type refuses the checkpoint, instead of building the stock model with random weights
+    in place of the missing ones.
+    """
+    return type(
+        PREFIX + stock.__name__, (stock,), {"model_type": TYPE_PREFIX + stock.model_type, "__module__": __name__}
+    )
+
+
+@functools.cache
 def pruned_class(stock):
     """The subclass of a stock model class without the sublayers that its config lists."""
 
@@ -99,4 +120,7 @@ def pruned_class(stock):
         stock.__init__(self, config, *args, **kwargs)
         skip_sublayers(self)
 
-    return type(PREFIX + stock.__name__, (stock,), {"__init__": build, "__module__": __name__})
+    config_class = pruned_config(stock.config_class)
+    return type(
+        PREFIX + stock.__name__, (stock,), {"__init__": build, "__module__": __name__, "config_class": config_class}
+    )

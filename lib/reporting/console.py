@@ -17,14 +17,15 @@ from lib.storage.output_folder import LOG, REMOVALS, RESULT, SPARSITY
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of the block, with the accelerator's work, to `seconds[name]`."""
-    start = time.perf_counter()
+    """Adds the seconds of the block, with the accelerator's work, to `seconds[name]`; parts within have their own."""
+    start, others = time.perf_counter(), sum(seconds.values())
     try:
         yield
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        inner = sum(seconds.values()) - others
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start - inner, 3)
 
 
 class Report:

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from lib.config.sparsity import SparsityPruning
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_weights
+from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
 from lib.models.offload import fetched_by_forward, follow
@@ -217,7 +218,12 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         return plot_sparsity(plot, result["layer_sparsity"], result["importance"], target, title) or plot
 
     def save_model(self, folder: Path) -> None:
-        save_weights(self.decoder.model, self.workspace.tokenizer, folder)
+        workspace, checking = self.workspace, partial(self.report.timed, "check")
+        windows = next(iter((*workspace.eval_windows.values(), *workspace.calibration.values())), None)
+        try:
+            save_weights(self.decoder, workspace.tokenizer, folder, windows, checking)
+        except SaveError as error:
+            raise RunError(f"--save_model {folder}: {error}") from error
 
     def describe(self) -> dict:
         settings, workspace, allocator = self.settings, self.workspace, self.settings.method.allocation

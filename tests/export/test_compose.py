@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.export.huggingface import save_pruned, save_weights
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
-from lib.models.loading import load_model, load_outline, load_tokenizer
+from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import run, run_alp, run_gradient
@@ -59,7 +59,7 @@ def test_a_pruned_model_runs_no_code_of_its_folder(tmp_path):
 
 def test_its_outline_lacks_the_same(tmp_path):
     model = pruned_in(tmp_path / "out", "Qwen3", FIRST)
-    outline = load_outline(AutoConfig.from_pretrained(tmp_path / "out"))
+    outline = load_outline(load_config(ModelSource(str(tmp_path / "out"))))
     assert type(outline) is type(model)
     assert {n: p.shape for n, p in outline.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
@@ -84,10 +84,11 @@ def test_when_only_whole_layers_are_left_the_checkpoint_is_stock_again(tmp_path)
 
 def test_weights_of_a_pruned_model_are_saved_as_what_they_came_from(tmp_path):
     model, ids = pruned_in(tmp_path / "one", "OPT", FIRST), tiny_windows(1)
-    for layer in find_linears(Decoder(model)):
+    decoder = Decoder(model)
+    for layer in find_linears(decoder):
         for linear in layer.values():
             linear.weight.data.mul_(0.5)
-    save_weights(model, None, tmp_path / "two")
+    save_weights(decoder, None, tmp_path / "two")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True).eval()
     assert torch.equal(saved(input_ids=ids).logits, model(input_ids=ids).logits)
 

@@ -216,7 +216,7 @@ def test_pruned_weights_are_saved_and_the_given_checkpoint_is_untouched(mode, fo
     follow(decoder.layers, [changes])
     prune_layers(decoder, input_groups(decoder), SparseGpt(), [0.5] * 4, WINDOWS, Batcher(2), changes=changes)
     expected = perplexity(plan_window_losses(decoder, Plan(4), Batcher(2)), WINDOWS)
-    save_weights(decoder.model, None, tmp_path / "out")
+    save_weights(decoder, None, tmp_path / "out")
     saved = Decoder(load_model(ModelSource(str(tmp_path / "out"), offload="none")))
     assert perplexity(plan_window_losses(saved, Plan(4), Batcher(2)), WINDOWS) == expected
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
