@@ -1,6 +1,6 @@
 """Documents in a temporary file, so that text may be larger than memory."""
 
-import pickle
+import json
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ class Documents(Sequence[str | None]):
         self._ends = array("q", [0])  # of the rows, in bytes
         try:
             for row in rows:
-                self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row)))
+                self._ends.append(self._ends[-1] + self._file.write(json.dumps(row, default=str).encode()))
                 if self._ends[-1] > largest:
                     raise too_large(f"dataset {source}", largest)
         except OSError as error:
@@ -39,7 +39,7 @@ class Documents(Sequence[str | None]):
     def __getitem__(self, index):
         start, end = self._ends[range(len(self))[index]], self._ends[range(1, len(self) + 1)[index]]
         self._file.seek(start)
-        row = pickle.loads(self._file.read(end - start))  # which only this process could write
+        row = json.loads(self._file.read(end - start))
         try:
             text = self._render(row)
             (text or "").encode()  # raises for half of a surrogate pair, which no tokenizer takes

@@ -223,7 +223,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         try:
             save_weights(self.decoder, workspace.tokenizer, folder, windows, checking)
         except SaveError as error:
-            raise RunError(f"--save_model {folder}: {error}") from error
+            raise RunError(f"--save_model {self.settings.save_model}: {error}") from error
 
     def describe(self) -> dict:
         settings, workspace, allocator = self.settings, self.workspace, self.settings.method.allocation

@@ -125,7 +125,7 @@ def test_the_plan_is_not_replaced_by_what_it_makes(found, monkeypatch, capsys, f
     command = ["--apply_plan", found, "--eval_ppl", "no", "--overwrite", flag, found.parent]
     assert run(*command, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
-    assert f"{flag} {found.parent}" in told and "would replace the plan" in told and found.read_text() == before
+    assert f"{flag} {found.parent}" in told and "would replace" in told and found.read_text() == before
     if flag == "--output_dir":  # a folder further up is another matter
         assert run(*command[:-1], found.parent.parent, monkeypatch=monkeypatch) == 0 and found.read_text() == before
 

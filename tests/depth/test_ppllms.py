@@ -189,4 +189,4 @@ def test_a_run_that_is_stopped_leaves_no_half_result(tiny_folder, text_file, tmp
     advice = f"ppllms.py: stopped; what is finished is kept: {GOES_ON}".encode()
     assert told == (advice if kind == signal.SIGINT else b"")
     found = sorted(path.name for path in tmp_path.rglob("*") if not path.name.startswith("."))
-    assert found == ["lock", "log.txt", "run", "state", "state.json"]
+    assert found == ["lock", "log.txt", "run", "run.json", "state", "state.json"]

