@@ -14,7 +14,7 @@ import sys
 from lib.cli import checks, flags, types
 from lib.cli.exit_status import is_first_process, run_script
 from lib.config import sources
-from lib.config.gradients import GradientSettings
+from lib.config.gradients import GradientSettings, is_ours
 from lib.errors import InputError
 from lib.storage import resume_state
 from lib.storage.atomic import check_writable
@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
         help="c4, wikitext2, demo, a hub id, or a .txt/.json/.jsonl/.parquet file or folder "
         "(default: c4; demo for the demo model)",
     )
-    group.add_argument("--seed", type=types.count, default=0, help="seed of the windows (default: 0)")
+    group.add_argument("--seed", "--grad_seed", type=types.count, default=0, help="seed of the windows (default: 0)")
     flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
     flags.add_device_flags(parser.add_argument_group("running"))
     group = parser.add_argument_group("output")
@@ -73,6 +73,8 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
+    if args.output.exists() and not is_ours(args.output):
+        raise InputError(f"--output {args.output}: is no file of gradients, and is not replaced; name another")
     if not (args.overwrite or args.resume) and resume_state.is_unfinished(args.output.with_suffix(".state")):
         raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")

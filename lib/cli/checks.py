@@ -10,20 +10,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.cli.exit_status import is_first_process
+from lib.config.keys import WITHOUT_EFFECT
 from lib.config.sources import expand, is_hub_model, locate_model, short_name
 from lib.errors import InputError
 from lib.storage import results_jsonl, resume_state
 from lib.storage.atomic import RESULT, check_model_folder, check_writable
-
-NOT_ASKED = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "offload",
-    "batch_size",
-    "device",
-    "device_map",
-)  # do not affect the result
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -53,7 +44,7 @@ def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
 
 def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
     """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command resumes."""
-    asked = {name: str(value) for name, value in vars(args).items() if name not in NOT_ASKED}
+    asked = {name: str(value) for name, value in vars(args).items() if name not in WITHOUT_EFFECT[tool]}
     digest = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:8]
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 

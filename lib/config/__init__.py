@@ -1,4 +1,4 @@
 """What a user asks for: names of models and texts, methods, presets, plans, settings of a run.
 
-May import `demo` and `errors`; never torch.
+May import `demo`, `files` and `errors`; never torch.
 """

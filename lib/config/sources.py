@@ -1,9 +1,7 @@
 """What the names of models and texts refer to, and checks of them that need no network. Imports no torch."""
 
-import hashlib
 import json
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -40,7 +38,7 @@ def expand(name: str) -> Path:
 
 def is_demo(model: str) -> bool:
     """True for the bundled model, by name or by path."""
-    return model == "demo" or expand(model).resolve() == DEMO_MODEL
+    return model == "demo" or os.path.realpath(expand(model)) == str(DEMO_MODEL)  # which stands links in a loop
 
 
 def locate_model(name: str) -> str:
@@ -65,21 +63,6 @@ def local_path(name: str) -> str | None:
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for file names; `demo` for the bundled model."""
     return "demo" if is_demo(model) else expand(model).absolute().name
-
-
-def stamp(name: str) -> str:
-    """The name of a model or text with what distinguishes its versions: sizes and times of local files.
-
-    Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
-    """
-    path = expand(name)
-    if is_demo(name) or not path.exists():
-        return f"demo, Python {platform.python_version()}" if is_demo(name) else name
-    is_model = (path / "config.json").is_file()  # its files are at the top; folders below may hold anything
-    found = [path] if path.is_file() else path.iterdir() if is_model else path.rglob("*")
-    files = sorted(file for file in found if file.is_file())
-    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{path.absolute()} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:

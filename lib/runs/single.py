@@ -5,8 +5,8 @@ state, perplexity and result.json are here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,6 +15,7 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan
+from lib.config.snapshot import Snapshot
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import Perplexity, perplexity
@@ -24,7 +25,7 @@ from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
-from lib.runtime.distributed import join
+from lib.runtime.distributed import Ranks, join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage.atomic import RESULT
@@ -101,6 +102,7 @@ class Run(ABC, Generic[Settings, Space]):
         """Prunes and measures; returns what result.json holds."""
         self.show_model()
         fields = self.prune()
+        self.check_unchanged()
         return {
             "tool": self.tool,
             "key": digest(self.settings.key),
@@ -110,6 +112,11 @@ class Run(ABC, Generic[Settings, Space]):
             "peak_memory_bytes": peak_memory_bytes(self.decoder.device),
             "environment": environment(self.decoder.device),
         }
+
+    def check_unchanged(self) -> None:
+        """Raises `InputsChanged` when something that the run reads is no longer what its key says."""
+        if self.report.is_first and self.settings.snapshot:
+            self.settings.snapshot.check(self.settings.inputs)
 
     def perplexity(self, stage: str, text: str, plan: Plan | None = None) -> Perplexity:
         """Perplexity of the model as it is, under a plan if given, on one evaluation text; measured once."""
@@ -176,9 +183,10 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     set_up()
     ranks = join(resolve_device(settings.source.device))
     folder = Path(ranks.agree(lambda: str(settings.output_dir)))  # its name may contain the time
-    settings, report = replace(settings, output_dir=folder), Report(ranks.is_first)
+    snapshot = take_snapshot(settings.inputs, ranks)
+    settings, report = replace(settings, output_dir=folder, snapshot=snapshot), Report(ranks.is_first)
     if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
-        check_saved(before, settings.save_model)
+        check_saved(before, settings.save_model, settings.save_format)
         report.print(f"Finished before: {folder / RESULT}")
         return before
     state = State(folder / FOLDER, settings.key, ranks, settings.resume)
@@ -188,6 +196,11 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
         with state.session(report.seconds):
             report.open(folder, resume=settings.resume)
             return kind(report, settings, workspace).execute()
+
+
+def take_snapshot(names: Iterable[str], ranks: Ranks) -> Snapshot:
+    """What the first process finds under the names of models, texts and other files, before anything is read."""
+    return Snapshot(**ranks.agree(lambda: asdict(Snapshot.take(names))))
 
 
 def run_cell(

@@ -27,10 +27,15 @@ class ResultsFile:
                 break
             try:
                 entry = json.loads(line)
-                self._found[canonical(entry["key"])] = dict(entry["result"])
+                self._found[canonical(dict(entry["key"]))] = dict(entry["result"])
             except (ValueError, KeyError, TypeError) as error:
                 advice = "move the file away, or name another --output_dir"
                 raise InputError(f"{self.path}: line {number} is not of a grid's results; {advice}") from error
+
+    @property
+    def keys(self) -> list[str]:
+        """The canonical keys of all cells."""
+        return list(self._found)
 
     def find(self, key: str) -> dict | None:
         """The result of the cell with that canonical key, or None."""

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.errors import START_OVER, InputError, RunError, describe_failure
+from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
 from lib.storage.atomic import RESULT, check_model_folder, clear_drafts, write_json
 from lib.storage.results_jsonl import canonical
 
@@ -85,7 +85,7 @@ class State:
 
     @contextmanager
     def session(self, seconds: dict[str, float]) -> Iterator[None]:
-        """Locks the folder for this run. Deletes it when the block succeeds, or fails with nothing finished.
+        """Locks the folder for this run. Deletes it when the block succeeds, or fails with nothing finished or usable.
 
         Adds the seconds of the resumed run to `seconds`, which are kept with the state. Raises `InputError` when
         another run holds the folder.
@@ -94,6 +94,9 @@ class State:
             self._start(seconds)
             yield
             self.close()
+        except InputsChanged:
+            self.close()
+            raise
         finally:
             if self.is_empty:
                 self.close()
@@ -137,7 +140,8 @@ class State:
         return self._values[name]
 
     def close(self) -> None:
-        """Deletes the state of a finished run."""
+        """Deletes the state of a run that is finished, or of no use."""
+        self._values = {}
         if self._lock is not None:
             (self.folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -245,12 +249,15 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
     raise InputError(f"--output_dir {output_dir}: holds the result of other settings; {_ADVICE}")
 
 
-def check_saved(result: dict, folder: Path | None) -> None:
-    """Raises `InputError` when a finished run did not save its model to `folder`, as is now asked."""
-    if folder and result.get("saved_model") != str(folder.resolve()):
+def check_saved(result: dict, folder: Path | None, save_format: str) -> None:
+    """Raises `InputError` when a finished run left no model in `folder`, in the format that is now asked for."""
+    is_there = folder is None or result.get("saved_model") == str(folder.resolve()) and any(folder.glob("config.json"))
+    if not is_there:
         raise InputError(
-            f"--save_model {folder}: the run is finished and saved no model there; begin anew: --overwrite"
+            f"--save_model {folder}: the run is finished and there is no model of it; begin anew: --overwrite"
         )
+    if folder and (found := result.get("save_format", save_format)) != save_format:
+        raise InputError(f"--save_format {save_format}: the run is finished and saved {found}; begin anew: --overwrite")
 
 
 def _has_layers(folder: Path) -> bool:
