@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lib.sensitivity.artifact import _digest_of_content
 from tests.command import gradient_path, run_alp, run_gradient
 from tests.families import tiny_model
+from tests.sensitivity.rewritten import rewritten
 
 BOTH = [
     (["--model", "no/such/model"], "model no/such/model: no such folder"),
@@ -161,13 +161,6 @@ def made(found, tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
     arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
     assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
     return json.loads(found.read_text())
-
-
-def rewritten(path: Path, **changes) -> None:
-    """Changes fields of an artefact, as only its own writer could: its digest is that of the new content."""
-    content = {**json.loads(path.read_text()), **changes}
-    digest = _digest_of_content({name: value for name, value in content.items() if name not in ("format", "digest")})
-    path.write_text(json.dumps({**content, "digest": digest}))
 
 
 @pytest.mark.parametrize(
