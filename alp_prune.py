@@ -144,8 +144,11 @@ def add_allocation_flags(group) -> None:
         help="owl: an outlier is so many times the mean (default: %(default)g)",
     )
     flags.add_gradient_flags(group, "--grad_nsamples")
+    group.add_argument("--grad_seed", type=types.count, default=0, help="seed of the gradients' windows (default: 0)")
     group.add_argument(
-        "--gradients", type=types.folder, help="file of save_gradient.py (default: found by model and settings)"
+        "--gradients",
+        type=types.folder,
+        help="file of save_gradient.py, whatever its settings (default: found by them)",
     )
 
 
@@ -190,8 +193,8 @@ def check(args: argparse.Namespace) -> None:
     else:
         files = [path for path in (args.gradients, log_folder_of(args)) if path]
         checks.check_output(args, [*args.model, *used_texts, *(args.tasks or ()), *files])
-    if args.gradients and (len(args.model) > 1 or len(args.seed) > 1):
-        raise InputError("--gradients: are of one model and seed; leave them out, or give one of each")
+    if args.gradients and len(args.model) > 1:
+        raise InputError("--gradients: are of one model; leave them out, or give one model")
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log_tsv.check(log_folder)
@@ -258,7 +261,9 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
         "sparsity_ratio": ratio,
         "use_variant": args.use_variant and method.pruning.takes("use_variant") and not pattern.is_structured,
         "quantization": check_quantization(args, method, pattern),
-        "gradients": GradientSettings(text, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, seed),
+        "gradients": GradientSettings(
+            text, args.grad_nsamples, args.grad_seqlen, args.grad_loss, args.grad_type, args.grad_seed
+        ),
         "gradient_file": args.gradients,
         "log": log_folder_of(args),
         "tasks": tuple(args.tasks or ZERO_SHOT_TASKS) if args.eval_zero_shot else (),

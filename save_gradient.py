@@ -13,7 +13,7 @@ import argparse
 from lib.cli import checks, flags, types
 from lib.cli.exit_status import end_script, importing
 from lib.config import sources
-from lib.config.gradients import GradientSettings
+from lib.config.gradients import GradientSettings, is_ours
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
@@ -35,7 +35,7 @@ def build_parser() -> flags.Parser:
         help="c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with "
         "::COLUMN (default: c4; demo for the demo model)",
     )
-    group.add_argument("--seed", type=types.count, default=0, help="seed of the windows (default: 0)")
+    group.add_argument("--seed", "--grad_seed", type=types.count, default=0, help="seed of the windows (default: 0)")
     flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
     flags.add_device_flags(parser.add_argument_group("running"))
     group = parser.add_argument_group("output")
@@ -75,6 +75,8 @@ def check_output(args: argparse.Namespace) -> None:
             raise InputError(f"--output {path}: is a folder; name a file in it")
         if path.exists() and not args.overwrite and not args.resume:
             raise InputError(f"--output {path}: exists; name another file or add --overwrite")
+    if args.output.exists() and not is_ours(args.output):
+        raise InputError(f"--output {args.output}: is no file of gradients, and is not replaced; name another")
     check_plot(plot, f"--output {args.output}")
     state = args.output.with_suffix(".state")
     resume_state.check_state_folder(state, f"--output {args.output}")

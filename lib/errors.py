@@ -1,4 +1,4 @@
-"""The two errors that end a run early, and one line for whatever else can end it. Imports no torch."""
+"""The errors that end a run early, and one line for whatever else can end it. Imports no torch."""
 
 import difflib
 import errno
@@ -13,6 +13,10 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run cannot continue (exit status 1). The message says why, and where in the model it happened."""
+
+
+class InputsChanged(RunError):
+    """What the run reads was changed while it worked: it has no result, and what it kept is of no use."""
 
 
 START_OVER = "begin anew with --overwrite, and without --resume"  # advice for broken files of an earlier run

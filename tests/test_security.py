@@ -28,6 +28,7 @@ from lib.storage import output_folder
 from lib.storage.results_jsonl import digest
 from tests.command import ROOT, run
 from tests.families import tiny_model
+from tests.sensitivity.rewritten import rewritten
 
 SCRIPTS = {"ppllms": ppllms, "alp_prune": alp_prune, "save_gradient": save_gradient}
 OUTSIDE = "../../../evil"  # from `here` a path beside the model, where every test looks
@@ -492,7 +493,7 @@ def test_names_in_a_file_of_gradients_become_no_paths(tiny_folder, text_file, he
     assert run(*flags, monkeypatch=monkeypatch, script=save_gradient) == 0
     content = json.loads((here / "gradients.json").read_text())
     settings = {**content["settings"], "dataset": OUTSIDE}
-    change(here / "gradients.json", model=OUTSIDE, environment={OUTSIDE: OUTSIDE}, settings=settings)
+    rewritten(here / "gradients.json", model=OUTSIDE, environment={OUTSIDE: OUTSIDE}, settings=settings)
     flags = [*flags_of(alp_prune, tiny_folder, text_file), "--prune_method", "magnitude_alp", "--sparsity_ratio", 0.5]
     with nothing_changes_outside(here):
         flags += ["--gradients", here / "gradients.json"]

@@ -8,22 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lib.config.keys import WITHOUT_EFFECT
 from lib.config.sources import locate_model, parse_text
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
 from lib.storage.model_folder import check_holds_none_of, check_model_folder
 from lib.storage.output_folder import RESULT, STATE, check_output_folder
-
-NOT_ASKED = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "offload",
-    "batch_size",
-    "device",
-    "device_map",
-)  # do not affect the result
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -46,7 +37,7 @@ def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:
 
 def grid_output_dir(tool: str, args: argparse.Namespace) -> Path:
     """`runs/<tool>-<preset>-<digest>`: the same for the same arguments, so that the same command resumes."""
-    asked = {name: str(value) for name, value in vars(args).items() if name not in NOT_ASKED}
+    asked = {name: str(value) for name, value in vars(args).items() if name not in WITHOUT_EFFECT[tool]}
     digest = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:8]
     return Path("runs") / f"{tool}-{args.preset or 'grid'}-{digest}"
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.config.keys import key_of_evaluation, key_of_source
+from lib.config.keys import key_of
 from lib.config.methods import DEPTH_METHODS, DepthMethod
 from lib.config.plan import SavedPlan
-from lib.config.sources import ModelSource, stamp
+from lib.config.snapshot import Snapshot
+from lib.config.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DepthPruning:
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     save_model: Path | None = None
     save_format: str = "hf"
+    snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
 
     @property
     def model_name(self) -> str:
@@ -61,29 +63,21 @@ class DepthPruning:
         return f"{self.method} {self.prune_rate:g} seed {self.seed}"
 
     @property
-    def key(self) -> dict:
-        """Everything that the result depends on."""
-        by_counts = {name: getattr(self, name) for name in ("mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")}
-        takes = self.depth_method.takes
-        text = {"text": stamp(self.dataset), "nsamples": self.nsamples, "seed": self.seed}
-        if self.saved_plan:
-            plan = {"plan": asdict(self.saved_plan.plan)}
-            return {**key_of_source(self.source), "tool": "ppllms", **plan, **self._key_of_evaluation}
-        return {
-            **key_of_source(self.source),
-            "tool": "ppllms",
-            "method": self.method,
-            "prune_rate": self.prune_rate,
-            **(by_counts if takes("mha_ffn_ratio") else {}),
-            **(text if self.needs_windows else {"seed": self.seed}),
-            **({"bi_windows": self.bi_windows} if takes("bi_windows") else {}),
-            **({"beam_width": self.beam_width} if takes("beam_width") else {}),
-            **self._key_of_evaluation,
-        }
+    def inputs(self) -> list[str]:
+        """The names of everything that the run reads: the model, and its texts."""
+        return [self.model_name, *([self.dataset] if self.needs_windows else []), *self.texts]
 
     @property
-    def _key_of_evaluation(self) -> dict:
-        return key_of_evaluation(self.texts, self.seqlen, self.eval_stride)
+    def key(self) -> dict:
+        """Everything that the result depends on."""
+        takes, flags = self.depth_method.takes, {flag for method in DEPTH_METHODS.values() for flag in method.flags}
+        unused = {flag for flag in flags if not takes(flag)}
+        if self.saved_plan:
+            unused |= {"method", "prune_rate", "seed", *flags}
+        if not self.eval_ppl:
+            unused |= {"eval_datasets", "eval_stride"}
+        plan = asdict(self.saved_plan.plan) if self.saved_plan else None
+        return key_of("ppllms", self, unused, {"saved_plan": plan})
 
     @property
     def needs_windows(self) -> bool:

@@ -2,11 +2,14 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.config.sources import expand, is_demo, is_hub_model, parse_text, short_name
+from lib.files import read_json
 
+FORMAT = "connection-sensitivity/2"
 GRADIENT_TYPES = ("l2", "l1", "l2_hundred_total")
 GRADIENT_LOSSES = ("last", "all")
 
@@ -30,6 +33,14 @@ class GradientSettings:
         parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
         file = "-".join(parts + [dtype] * (dtype != "auto"))
         return Path("gradients") / (re.sub(r"[/:]+", "--", file) + ".json")
+
+
+def is_ours(path: Path) -> bool:
+    """True for a file of gradients of any version; only such a file is ever replaced."""
+    with suppress(OSError, ValueError):
+        content = read_json(path)
+        return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.partition("/")[0])
+    return False
 
 
 def _local_label(name: str) -> str:

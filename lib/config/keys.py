@@ -1,15 +1,79 @@
-"""The parts of a key that both kinds of runs have: what a result depends on. Imports no torch."""
+"""The key of a result: everything that it depends on. Imports no torch.
 
-from collections.abc import Sequence
+A key has all settings of a run but those whose flags are in `WITHOUT_EFFECT`, and those that the run has no use for.
+"""
 
-from lib.config.sources import ModelSource, stamp
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lib
+from lib.config.snapshot import Snapshot
+
+_ONLY_ROUNDING = "changes the last digits at most; a stopped run may go on elsewhere, or with smaller batches"
+_WHERE = "says where files are written"
+_EVERYWHERE = {
+    "overwrite": "is about what was written before",
+    "resume": "goes on to the result of a run that was not stopped",
+    "device": _ONLY_ROUNDING,
+    "device_map": _ONLY_ROUNDING,
+    "offload": _ONLY_ROUNDING,
+}
+_OF_RUNS = {
+    **_EVERYWHERE,
+    "output_dir": _WHERE,
+    "batch_size": _ONLY_ROUNDING,
+    "preset": "stands for the flags that it sets",
+    "save_model": "saves what was measured; a finished run that saved no such model is refused",
+}
+_CACHE_DIR = "says where the hub's files are kept; their id names them"
+WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that cannot change a result, and why
+    "ppllms": {
+        **_OF_RUNS,
+        "num_blocks": "is compared with the model",
+        "save_format": _OF_RUNS["save_model"],
+        "gguf": "prunes a file, without a run",
+    },
+    "alp_prune": {
+        **_OF_RUNS,
+        "cache_dir": _CACHE_DIR,
+        "model_name": "is the model's name in paths and logs",
+        "save": _WHERE,
+        "save_log": _WHERE,
+    },
+    "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
+}
+_NAMES = ("model", "dataset", "eval_datasets", "calibration_dataset", "tasks", "gradient_file")  # of what is read
 
 
-def key_of_source(source: ModelSource) -> dict:
-    """The model, and the dtype it is loaded in."""
-    return {"model": stamp(source.name), "dtype": source.dtype}
+def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[str, object]) -> dict:
+    """The key of a run of `ppllms` or `alp_prune`: the code, and all settings that can change the result.
+
+    `unused`: settings that have no effect in this run. `as_json`: JSON values of those that are no JSON. Files stand in
+    the key by what the settings' `snapshot` found in them.
+    """
+    assert isinstance(settings.snapshot, Snapshot), "the key is taken from a snapshot"
+    source = asdict(settings.source)
+    values = {"model": source.pop("name"), **source}
+    values |= {field.name: getattr(settings, field.name) for field in fields(settings)} | dict(as_json)
+    left_out = {"source", "snapshot", "cache_dir", *WITHOUT_EFFECT[tool], *unused}
+    values = {name: value for name, value in values.items() if name not in left_out}
+    stamps = settings.snapshot.stamps
+    for name in _NAMES:
+        if name in values:
+            value = values[name]
+            values[name] = [stamps[one] for one in value] if isinstance(value, list | tuple) else stamps[str(value)]
+    return {"tool": tool, "code": code_digest(), **values}
 
 
-def key_of_evaluation(texts: Sequence[str], seqlen: int | None, stride: int | None) -> dict:
-    """The evaluation texts, and how they are cut into windows."""
-    return {"eval": [stamp(text) for text in texts], "seqlen": seqlen, "eval_stride": stride}
+@cache
+def code_digest() -> str:
+    """A digest of this package's source: other code may give other results."""
+    folder = Path(lib.__path__[0])
+    content = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return content.hexdigest()[:16]

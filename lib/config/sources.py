@@ -1,8 +1,6 @@
 """What the names of models and texts refer to, and checks of them that need no network. Imports no torch."""
 
-import hashlib
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -92,23 +90,6 @@ def local_path(name: str) -> str | None:
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for file names; `demo` for the bundled model."""
     return "demo" if is_demo(model) else expand(model).absolute().name
-
-
-def stamp(name: str) -> str:
-    """The name of a model or text with what distinguishes its versions: sizes and times of local files.
-
-    Hub ids are taken as they are. The demo text comes from the documentation of Python, so it goes by its version.
-    """
-    text = parse_text(name)
-    path = text.path
-    if is_demo(name) or not path.exists():
-        return f"demo, Python {platform.python_version()}" if is_demo(name) else name
-    is_model = (path / "config.json").is_file()  # its files are at the top; folders below may hold anything
-    found = [path] if path.is_file() else path.iterdir() if is_model else path.rglob("*")
-    files = sorted(file for file in found if file.is_file())
-    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    part = name.removeprefix(text.source)  # the configuration and the column, if given
-    return f"{path.absolute()}{part} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:

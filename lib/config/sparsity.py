@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from lib.config.gradients import GradientSettings
-from lib.config.keys import key_of_evaluation, key_of_source
-from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, Method, Pattern
+from lib.config.keys import key_of
+from lib.config.methods import ALLOCATORS, PRUNERS, Method, Pattern
 from lib.config.quantization import Quantization
-from lib.config.sources import ModelSource, stamp
+from lib.config.snapshot import Snapshot
+from lib.config.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class SparsityPruning:
     eval_stride: int | None = None
     semi_structured: bool = False
     tasks: Sequence[str] = field(default_factory=tuple)
+    snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
+    save_format: ClassVar[str] = "hf"  # the only one
 
     @property
     def model(self) -> str:
@@ -55,40 +59,46 @@ class SparsityPruning:
     @property
     def label(self) -> str:
         """The name of a cell of a grid, among the cells of its model."""
-        seed = f" seed {self.seed}" if self.needs_text else ""
+        seed = f" seed {self.seed}" if self.needs_inputs else ""
         return f"{self.method.name} {self.target_sparsity:g} {self.pattern}{seed}"
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of everything that the run reads: the model, its texts, the gradients and tasks."""
+        text = [self.calibration_dataset] if self.needs_text else []
+        gradients = [str(self.gradient_file)] if self.uses_gradients and self.gradient_file else []
+        return [self.model, *text, *self.texts, *gradients, *self.tasks]
 
     @property
     def key(self) -> dict:
         """Everything that the result depends on."""
         pruner, allocator = self.method.pruning, self.method.allocation
-        flags = dict.fromkeys((*pruner.flags, *(("percdamp",) if self.quantization else ())))
-        flags |= dict.fromkeys(allocator.flags if allocator and self.is_allocated else ())
-        of_gradients = {
-            **asdict(self.gradients),
-            "file": stamp(str(self.gradient_file)) if self.gradient_file else None,
-        }
-        text = {"text": stamp(self.calibration_dataset), "seed": self.seed}
-        return {
-            **key_of_source(self.source),
-            "tool": "alp_prune",
+        unused = {"log"} | {flag for entry in (*PRUNERS.values(), *ALLOCATORS.values()) for flag in entry.flags}
+        unused -= {*pruner.flags, *(("percdamp",) if self.quantization else ())}
+        unused -= set(allocator.flags if allocator and self.is_allocated else ())
+        unused |= set() if pruner.prunes else {"sparsity_ratio", "pattern"}
+        unused |= set() if self.needs_inputs else {"nsamples", "seed"}
+        unused |= set() if self.needs_text else {"calibration_dataset"}
+        unused |= set() if self.computes_gradients else {"gradients"}
+        unused |= set() if self.uses_gradients and self.gradient_file else {"gradient_file"}
+        gradients = {name: value for name, value in asdict(self.gradients).items() if name != "dataset"}
+        as_json = {
             "method": self.method.name,
-            "sparsity_ratio": self.target_sparsity,
-            "sparsity_type": str(self.pattern if pruner.prunes else UNSTRUCTURED),
-            **{flag: getattr(self, flag) for flag in flags},
-            **({"gradients": of_gradients} if self.uses_gradients else {}),
-            **({"nsamples": self.nsamples} if self.needs_inputs else {}),
-            **(text if self.needs_text else {}),
+            "pattern": str(self.pattern),
+            "gradients": gradients,
             "quantization": str(self.quantization) if self.quantization else None,
-            "semi_structured": self.semi_structured,
-            "tasks": [stamp(task) for task in self.tasks],
-            **key_of_evaluation(self.texts, self.seqlen, self.eval_stride),
         }
+        return key_of("alp_prune", self, unused, as_json)
 
     @property
     def needs_text(self) -> bool:
-        """True when the seed decides which windows of text are used."""
-        return self.needs_inputs or self.uses_gradients
+        """True when calibration text is read, for windows or for gradients."""
+        return self.needs_inputs or self.computes_gradients
+
+    @property
+    def computes_gradients(self) -> bool:
+        """True when the gradients are those of the settings, found or computed; False for a file that is given."""
+        return self.uses_gradients and self.gradient_file is None
 
     @property
     def target_sparsity(self) -> float:

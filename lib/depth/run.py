@@ -97,6 +97,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             "dtype": dtype_name(self.decoder.model),
             "batch_size": workspace.batcher.size,
             "num_layers": self.decoder.num_layers,
+            **({"save_format": settings.save_format} if settings.save_model else {}),
         }
         if settings.saved_plan:
             return described

@@ -1,24 +1,61 @@
 """The environment of a run, as result.json records it."""
 
+import os
 import platform
 import shlex
+import subprocess
 import sys
+import tomllib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+import lib
+
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+_NAME = "ppllms-alp"  # of this package, in pyproject.toml
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, device, threads, platform and command line."""
+    """Version and commit of these scripts, versions of packages, device, threads, platform and command line."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "version": _VERSION,
+        "commit": _COMMIT,
         "versions": versions,
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def version(root: Path) -> str | None:
+    """The version of these scripts in a checkout, or else of the installed package."""
+    with suppress(OSError, ValueError, LookupError):
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == _NAME:
+            return project["version"]
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(_NAME)
+    return None
+
+
+def commit(root: Path) -> str | None:
+    """The commit of a checkout, with `+changes` if tracked files differ from it; None outside one, or without git."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with suppress(OSError, subprocess.SubprocessError):
+        options = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        return subprocess.run(
+            command, env=options, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    return None
+
+
+_ROOT = Path(lib.__path__[0]).parent
+_VERSION, _COMMIT = version(_ROOT), commit(_ROOT)  # of the code that is imported: files may change while it runs

@@ -1,7 +1,9 @@
 """A grid: runs of many settings. A model is loaded once for all its cells, and finished cells are not run again."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +16,7 @@ from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, csv_table, entries, markdown
-from lib.runs.single import Run, run_cell
+from lib.runs.single import Run, run_cell, take_snapshot
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import release_memory
@@ -47,8 +49,9 @@ class _GridRun:
         self.ranks = join(resolve_device(cells[0].source.device))
         self.results, self.report = ResultsFile(folder, overwrite, self.ranks.is_first), Report(self.ranks.is_first)
         self.cells: Cells = {}
-        for cell in cells:
-            self.cells.setdefault(canonical(cell.key), cell)  # computed once: files may change while the grid runs
+        snapshot = take_snapshot([name for cell in cells for name in cell.inputs], self.ranks)
+        for cell in (replace(cell, snapshot=snapshot) for cell in cells):
+            self.cells.setdefault(canonical(cell.key), cell)
 
     def run(self) -> None:
         """Runs the missing cells, model by model. Raises as `run_grid` does."""
@@ -67,6 +70,8 @@ class _GridRun:
         count = len(self.cells)
         done = f", {count - len(missing)} of them done before" if len(missing) < count else ""
         report.print(f"Grid        {count} cells{done}; finished ones are kept in {self.results.path}")
+        if stale := self._count_of_other_code(missing):
+            report.print(f"            {stale} finished cells there are of other code, and are run again")
         failed: list[Exception] = []
         try:
             for of_model in models:
@@ -83,6 +88,10 @@ class _GridRun:
             if len(failed) == len(missing) and isinstance(failed[0], InputError):
                 raise failed[0]
             raise RunError(f"{len(failed)} of {count} cells failed ({failed[0]}); {again} tries them again")
+
+    def _count_of_other_code(self, missing: Cells) -> int:
+        """How many of the missing cells are finished but for the code that computed them."""
+        return len({_but_for_code(key) for key in missing} & {_but_for_code(key) for key in self.results.keys})
 
     def _run_model(self, missing: Cells) -> list[Exception]:
         """Runs the missing cells of one model; returns the errors of those that failed."""
@@ -163,6 +172,10 @@ class _GridRun:
                 return
             if lines:
                 report.print(f"  plot    {path}")
+
+
+def _but_for_code(key: str) -> str:
+    return canonical({name: value for name, value in json.loads(key).items() if name != "code"})
 
 
 def _named(result: dict, cell: Any) -> dict:

@@ -5,9 +5,9 @@ state, perplexity and result.json are here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -16,6 +16,7 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan
+from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
@@ -26,7 +27,7 @@ from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
-from lib.runtime.distributed import join
+from lib.runtime.distributed import Ranks, join
 from lib.runtime.launcher import launched
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
@@ -104,6 +105,7 @@ class Run(ABC, Generic[Settings, Space]):
         """Prunes and measures; returns what result.json holds."""
         self.show_model()
         fields = self.prune()
+        self.check_unchanged()
         return {
             "tool": self.tool,
             "key": digest(self.settings.key),
@@ -113,6 +115,11 @@ class Run(ABC, Generic[Settings, Space]):
             "peak_memory_bytes": peak_memory_bytes(self.decoder.device),
             "environment": environment(self.decoder.device),
         }
+
+    def check_unchanged(self) -> None:
+        """Raises `InputsChanged` when something that the run reads is no longer what its key says."""
+        if self.report.is_first and self.settings.snapshot:
+            self.settings.snapshot.check(self.settings.inputs)
 
     def perplexity(self, stage: str, text: str, plan: Plan | None = None) -> Perplexity:
         """Perplexity of the model as it is, under a plan if given, on one evaluation text; measured once."""
@@ -183,8 +190,9 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     stem = f"{kind.tool}-{short_name(settings.model_name)[:80]}"
     with output_folder.chosen(settings.output_dir, stem) if report.is_first else nullcontext() as chosen:
         folder = Path(ranks.agree(lambda: str(chosen)))
+        settings = replace(settings, snapshot=take_snapshot(settings.inputs, ranks))
         if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
-            check_saved(before, settings.save_model)
+            check_saved(before, settings.save_model, settings.save_format)
             report.print(f"Finished before: {folder / RESULT}")
             return before
         state = State(folder / STATE, settings.key, ranks, settings.resume)
@@ -196,6 +204,11 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
             with state.session(report.seconds):
                 report.open(folder)
                 return kind(report, settings, workspace).execute()
+
+
+def take_snapshot(names: Iterable[str], ranks: Ranks) -> Snapshot:
+    """What the first process finds under the names of models, texts and other files, before anything is read."""
+    return Snapshot(**ranks.agree(lambda: asdict(Snapshot.take(names))))
 
 
 def run_cell(

@@ -2,24 +2,32 @@
 
 import hashlib
 import json
-import math
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from lib.config.gradients import GradientSettings
+from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_ours
 from lib.errors import InputError
+from lib.files import read_json
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage.atomic import write_json
 
-_FORMAT = "connection-sensitivity/1"
-_SAMPLED = 1024  # elements of each matrix that a fingerprint covers
+_PIECE = 2**26  # elements that are copied at once to be hashed
+_THREADS = 4  # a digest is computed without the interpreter's lock
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map")  # in a config
 _ADVICE = "make it again with save_gradient.py --overwrite, or delete it"
+_FIELDS = {"model": str, "fingerprint": str, "text": str, "settings": dict, "layers": list, "environment": dict}
+_SETTINGS = {"dataset": str, "nsamples": int, "seqlen": int, "loss": str, "gradient_type": str, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -34,32 +42,48 @@ class Artifact:
     environment: dict
 
 
-@torch.no_grad()
+# What it is bound to --------------------------------------------------------------------------------------------------
+
+
 def fingerprint(decoder: Decoder) -> str:
-    """A digest of all parameters' shapes, dtypes and values: all of a vector, evenly spaced elements of a matrix."""
-    digest = hashlib.sha256(decoder.family.encode())
+    """A digest of what a model computes: its config, the code that came with it, and every value of its weights."""
+    model = decoder.model
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(f"{decoder.family} {json.dumps(config, sort_keys=True, default=str)}".encode())
+    digest.update(_own_code(type(model)))
     layer_of = {module: index for index, layer in enumerate(decoder.layers) for module in layer.modules()}
-    places = [(path, module, name) for path, module in decoder.model.named_modules() for name in module._parameters]
-    known: set[int] = set()  # tied parameters count once
-    for layer, of_layer in groupby(places, key=lambda place: layer_of.get(place[1])):
-        with decoder.at(layer) if layer is not None else nullcontext():
-            for path, module, name in of_layer:
-                parameter = module._parameters[name]
-                if parameter is not None and (layer is not None or id(parameter) not in known):
-                    known.add(id(parameter))
-                    _digest_parameter(digest, f"{path}.{name}".lstrip("."), parameter)
+    places = [(path, module, name) for path, module in model.named_modules() for name in _weights_of(module)]
+    known: set[int] = set()  # tied weights count once
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for layer, of_layer in groupby(places, key=lambda place: layer_of.get(place[1])):
+            with decoder.at(layer) if layer is not None else nullcontext():
+                weights = {f"{path}.{name}".lstrip("."): _weights_of(module)[name] for path, module, name in of_layer}
+                if layer is None:
+                    weights = {path: weight for path, weight in weights.items() if id(weight) not in known}
+                    known |= {id(weight) for weight in weights.values()}
+                for one in pool.map(_digest_of_weight, weights, weights.values()):
+                    digest.update(one)
     return digest.hexdigest()
 
 
-def _digest_parameter(digest, name: str, parameter: torch.Tensor) -> None:
-    digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-    values = parameter
-    if parameter.dim() > 1:
-        matrix = parameter.reshape(-1, parameter.shape[-1])
-        places = torch.linspace(0, matrix.numel() - 1, _SAMPLED, dtype=torch.float64, device="cpu").long()
-        places = places.to(matrix.device)
-        values = matrix[places // matrix.shape[1], places % matrix.shape[1]]
-    digest.update(values.float().cpu().numpy().tobytes())
+def _weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers of a module itself."""
+    kept = {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in {**module._parameters, **kept}.items() if tensor is not None}
+
+
+def _digest_of_weight(path: str, weight: torch.Tensor) -> bytes:
+    """A digest of a weight's name, shape, dtype and values, read in pieces."""
+    digest = hashlib.sha256(f"{path} {tuple(weight.shape)} {weight.dtype}".encode())
+    for piece in weight.detach().reshape(-1).split(_PIECE):
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _own_code(kind: type) -> bytes:
+    """The source of a class that came with a checkpoint: in other code the same weights are another model."""
+    module = sys.modules[kind.__module__]
+    return Path(str(module.__file__)).read_bytes() if module.__name__.startswith("transformers_modules.") else b""
 
 
 def digest_of(windows: torch.Tensor) -> str:
@@ -67,45 +91,81 @@ def digest_of(windows: torch.Tensor) -> str:
     return hashlib.sha256(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
+# The file -------------------------------------------------------------------------------------------------------------
+
+
 def write(path: Path, artifact: Artifact) -> None:
-    """Writes the file atomically; creates its folder."""
+    """Writes the file atomically; creates its folder. Raises `InputError` where another kind of file stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": _FORMAT, **asdict(artifact)})
+    if path.exists() and not is_ours(path):
+        raise InputError(f"gradients {path}: is no file of gradients, and is not replaced; name another")
+    content = asdict(artifact)
+    write_json(path, {"format": FORMAT, "digest": _digest_of_content(content), **content})
+
+
+def _digest_of_content(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> Artifact:
-    """Reads the file. Raises `InputError` if it is missing, broken, or not an artifact."""
+    """Reads the file. Raises `InputError` if it is missing, broken, or of another kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        if not is_ours(path):
+            raise ValueError("another kind of file")
     except FileNotFoundError as error:
         raise InputError(f"gradients {path}: no such file; make it with save_gradient.py") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"gradients {path}: broken, or no artefact ({str(error).splitlines()[0]}); {_ADVICE}"
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        advice = "give a file of save_gradient.py, or move this one away"
+        raise InputError(f"gradients {path}: holds no gradients ({reason}); {advice}") from error
     try:
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        layers = [layer_of_json(layer) for layer in content["layers"]]
-        settings = GradientSettings(**content["settings"])
-        return Artifact(
-            content["model"], content["fingerprint"], content["text"], settings, layers, content["environment"]
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"gradients {path}: broken, or no artefact ({error!r}); {_ADVICE}") from error
+        return _of_json(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"gradients {path}: broken ({error}); {_ADVICE}") from error
 
 
-def layer_of_json(layer: dict) -> LayerSensitivity:
-    """The inverse of `asdict`. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for invalid input."""
-    linears = {name: _spread(values) for name, values in layer["linears"].items()}
-    return LayerSensitivity(_spread(layer["layer"]), linears)
+def _of_json(content: dict) -> Artifact:
+    """The inverse of `asdict`. Raises `ValueError` for what no run writes."""
+    if content.pop("format") != FORMAT:
+        raise ValueError("of another version of these scripts")
+    if content.pop("digest", None) != _digest_of_content(content):
+        raise ValueError("changed since it was written")
+    fields = _typed(content, _FIELDS)
+    settings = _typed(fields["settings"], _SETTINGS)
+    if settings["loss"] not in GRADIENT_LOSSES or settings["gradient_type"] not in GRADIENT_TYPES:
+        raise ValueError(f"no settings of gradients: {settings}")
+    layers = [layer_of_json(layer) for layer in fields["layers"]]
+    return Artifact(**{**fields, "settings": GradientSettings(**settings), "layers": layers})
 
 
-def _spread(values: dict) -> Spread:
-    spread = Spread(**values)
-    if not all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in asdict(spread).values()):
-        raise ValueError(f"numbers that cannot be: {values}")
+def layer_of_json(layer: object) -> LayerSensitivity:
+    """The inverse of `asdict`. Raises `ValueError` for what is no layer."""
+    fields = _typed(layer, {"layer": dict, "linears": dict})
+    return LayerSensitivity(_spread(fields["layer"]), {name: _spread(v) for name, v in fields["linears"].items()})
+
+
+def _spread(values: object) -> Spread:
+    spread = Spread(**_typed(values, {"count": int, "mean": float, "std": float, "redundancy": float}))
+    if not spread.redundancy <= spread.count:  # as the Cauchy-Schwarz inequality has it
+        raise ValueError(f"a redundancy that cannot be: {values}")
     return spread
+
+
+def _typed(value: object, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The value, if it is an object with just these fields, numbers not negative. Raises `ValueError`."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise ValueError(f"no object of {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        found = value[name]
+        if type(found) is not kind or isinstance(found, int | float) and not found >= 0:
+            raise ValueError(f"{name} is no {kind.__name__} that can be")
+        if isinstance(found, str) and not found.isprintable():
+            raise ValueError(f"{name} has control characters")
+    return value
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
 
 
 def check_settings(artifact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
@@ -119,12 +179,12 @@ def check_settings(artifact: Artifact, path: Path, settings: GradientSettings, w
         )
 
 
-def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder) -> None:
-    """Raises `InputError` unless the artifact was computed from exactly these weights."""
+def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder, digest: str) -> None:
+    """Raises `InputError` unless the artifact was computed from exactly this model, of that fingerprint."""
     linears = find_linears(decoder)
     sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
     found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artifact.layers]
-    if artifact.fingerprint != fingerprint(decoder) or found != sizes:
+    if artifact.fingerprint != digest or found != sizes:
         raise InputError(
             f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); {_ADVICE}"
         )

@@ -1,14 +1,17 @@
 """A model's sensitivities: computed, resumed, or read from a file."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from lib.config.gradients import GradientSettings
+from lib.config.keys import code_digest
+from lib.config.snapshot import Snapshot
 from lib.config.sources import ModelSource
 from lib.data.sampling import sampled_windows
+from lib.errors import printable
 from lib.models.decoder import Decoder
 from lib.models.sealed_tensors import Sealed, broken, save_sealed
 from lib.reporting.console import Report
@@ -32,33 +35,47 @@ def state_folder(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """A model's sensitivities on some windows (N, T), and the file to write them to."""
+    """A model's sensitivities on some windows (N, T), and the file to write them to.
+
+    `snapshot`: of the model and the text, as they were before they were read.
+    """
 
     decoder: Decoder
     source: ModelSource
     settings: GradientSettings
     windows: torch.Tensor
     path: Path
+    fingerprint: str
+    snapshot: Snapshot
     ranks: Ranks = ALONE
 
     @cached_property
     def key(self) -> dict:
         """Everything the sensitivities depend on; a resume state is bound to it."""
-        model, text = artifact.fingerprint(self.decoder), artifact.digest_of(self.windows)
-        return {"model": model, "text": text, **asdict(self.settings)}
+        text = artifact.digest_of(self.windows)
+        return {"code": code_digest(), "model": self.fingerprint, "text": text, **asdict(self.settings)}
 
     def compute(self, report: Report, state: State) -> Artifact:
-        """Computes and writes the sensitivities; continues from the resume state."""
+        """Computes and writes the sensitivities; continues from the resume state.
+
+        Raises `InputsChanged` when the model or the text was changed meanwhile.
+        """
         decoder, settings, unfinished = self.decoder, self.settings, _Unfinished(state, self.ranks)
         with report.progress(decoder.num_layers, "gradients") as progress:
             layers = connection_sensitivity(
                 decoder, self.windows, settings.gradient_type, settings.loss, progress, self.ranks, unfinished
             )
-        model, text = self.key["model"], self.key["text"]
-        found = Artifact(self.source.name, model, text, settings, layers, environment(decoder.device))
+        text, named = self.key["text"], replace(settings, dataset=_on_one_line(settings.dataset))
+        model, where = _on_one_line(self.source.name), environment(decoder.device)
+        found = Artifact(model, self.fingerprint, text, named, layers, where)
         if self.ranks.is_first:
+            self.snapshot.check((self.source.name, settings.dataset))
             artifact.write(self.path, found)
         return found
+
+
+def _on_one_line(name: str) -> str:
+    return " ".join(printable(name).split())
 
 
 class _Unfinished:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lib.config.gradients import GradientSettings
+from lib.config.snapshot import Snapshot
 from lib.config.sources import ModelSource, short_name
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
@@ -17,7 +16,7 @@ from lib.models.loading import load_config, load_model, load_outline, load_token
 from lib.reporting.console import Report, columns
 from lib.reporting.plots import plot_sensitivity
 from lib.runtime.device import resolve_device
-from lib.runtime.distributed import Ranks, join
+from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact
@@ -49,6 +48,7 @@ def run(settings: SaveGradient) -> Artifact:
     source, gradients = settings.source, settings.gradients
     ranks = join(resolve_device(source.device))
     report = Report(ranks.is_first)
+    snapshot = Snapshot.take((source.name, gradients.dataset) if ranks.is_first else ())
     with report.timed("load"):
         config = load_config(source)
         check_config(source, config, gradients)
@@ -63,14 +63,16 @@ def run(settings: SaveGradient) -> Artifact:
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
     folder = state_folder(settings.output)
-    if settings.resume and (before := finished(settings, windows, decoder, ranks)):
+    wanted = Sensitivities(
+        decoder, source, gradients, windows, settings.output, artifact.fingerprint(decoder), snapshot, ranks
+    )
+    if settings.resume and (before := finished(settings, wanted)):
         report.print(f"Finished before: {settings.output}")
         if ranks.is_first:  # may be left over, and the plot missing, after a kill at the very end
             discard(folder)
             if not settings.plot.exists():
                 draw(settings, before)
         return before
-    wanted = Sensitivities(decoder, source, gradients, windows, settings.output, ranks)
     state = State(folder, wanted.key, ranks, settings.resume)
     with state.advise_resume("the same command with --resume goes on"), state.session(report.seconds):
         report.print(f"Model       {source.name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
@@ -83,18 +85,19 @@ def run(settings: SaveGradient) -> Artifact:
     return found
 
 
-def finished(settings: SaveGradient, windows: torch.Tensor, decoder: Decoder, ranks: Ranks) -> Artifact | None:
-    """The artifact of an earlier run with these settings; None if there is none.
+def finished(settings: SaveGradient, wanted: Sensitivities) -> Artifact | None:
+    """The artifact of an earlier run that has what is wanted now; None if there is none.
 
     Raises `InputError` if the artifact has other settings, text or model, unless this run will overwrite it, because of
     `overwrite` or because it resumes.
     """
+    ranks, decoder = wanted.ranks, wanted.decoder
     if not ranks.agree(settings.output.exists):
         return None
     try:
         found = artifact.read(settings.output)
-        artifact.check_settings(found, settings.output, settings.gradients, windows)
-        artifact.check_model(found, settings.output, settings.source.name, decoder)
+        artifact.check_settings(found, settings.output, settings.gradients, wanted.windows)
+        artifact.check_model(found, settings.output, settings.source.name, decoder, wanted.fingerprint)
         return found
     except InputError:
         if settings.overwrite or ranks.agree(lambda: read(state_folder(settings.output)) is not None):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -49,6 +50,11 @@ class SparsityWorkspace(Workspace):
     zero_shot: ZeroShot | None
     scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the dense model: to be asked for the first time while it is dense."""
+        return artifact.fingerprint(self.decoder)
+
     @property
     def linears(self) -> list[nn.Linear]:
         return [linear for layer in self.groups for group in layer for linear in group.linears]
@@ -81,15 +87,14 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
         for asked, known in gradients.items():
-            artifact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
+            if by_gradients[asked].computes_gradients:
+                artifact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
         if settings.semi_structured and decoder.is_offloaded:
             raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
         for cell in cells:
             check_not_offloaded(decoder, check_linears(cell, decoder))
-        for asked, known in gradients.items():
-            artifact.check_model(known, by_gradients[asked].gradient_path, settings.model, decoder)
         groups = input_groups(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
@@ -106,6 +111,9 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         weights=[],
         zero_shot=zero_shot,
     )
+    for asked, known in gradients.items():
+        path = by_gradients[asked].gradient_path
+        artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
         workspace.weights = _dense_copies(settings.model, workspace.linears)
     return workspace
@@ -125,7 +133,7 @@ def check_config(cells: Sequence[SparsityPruning], config) -> int:
     """Runs the checks that need no weights; returns the window length in tokens. Raises `InputError`."""
     seqlen = window_length(cells[0].model, config, cells[0].seqlen)
     check_stride(cells[0].eval_stride, seqlen)
-    if any(cell.uses_gradients for cell in cells):
+    if any(cell.computes_gradients for cell in cells):
         window_length(cells[0].model, config, cells[0].gradients.seqlen, "--grad_seqlen")
     outline = load_outline(config, cells[0].source.trust_remote_code)
     if outline is not None:
@@ -158,7 +166,7 @@ def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seql
     if corpus:
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
             calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
-        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.uses_gradients):
+        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.computes_gradients):
             gradients[asked] = compute.gradient_windows(asked, corpus, tokenizer)
     evaluation = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in texts}
     for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):

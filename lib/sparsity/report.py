@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.evaluation.perplexity import Perplexity
 from lib.models.decoder import Decoder
@@ -10,7 +11,14 @@ from lib.reporting.console import Report, columns
 from lib.sensitivity import compute
 
 
-def show_model(report: Report, settings: SparsityPruning, decoder: Decoder, weights: int, seqlen: int) -> None:
+def show_model(
+    report: Report,
+    settings: SparsityPruning,
+    gradients: GradientSettings,
+    decoder: Decoder,
+    weights: int,
+    seqlen: int,
+) -> None:
     """Prints the model, with `weights` weights in its linears, and what will be done to it."""
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
     report.print(f"Model       {settings.model} ({name})")
@@ -22,7 +30,7 @@ def show_model(report: Report, settings: SparsityPruning, decoder: Decoder, weig
         windows = f"{settings.nsamples} windows of {seqlen} tokens, seed {settings.seed}"
         report.print(f"Calibration {settings.calibration_dataset}: {windows}")
     if settings.uses_gradients:
-        report.print(f"Gradients   {compute.describe(settings.gradients)}")
+        report.print(f"Gradients   {compute.describe(gradients)}")
     elif not settings.method.is_uniform and not settings.is_allocated:
         allocator = settings.method.allocator
         report.print(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
@@ -47,7 +48,9 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     def show_model(self) -> None:
         weights = sum(count_weights(self.workspace.groups))
-        sparsity_report.show_model(self.report, self.settings, self.decoder, weights, self.workspace.seqlen)
+        sparsity_report.show_model(
+            self.report, self.settings, self.gradients, self.decoder, weights, self.workspace.seqlen
+        )
 
     def prune(self) -> dict:
         """Prunes the model in place; evaluates it before and after."""
@@ -111,6 +114,12 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
                 workspace.scores[known] = self.state.once("scores", compute)
         return workspace.scores[known]
 
+    @property
+    def gradients(self) -> GradientSettings:
+        """The settings of the gradients: those of the file, if one is given by name."""
+        known = self.workspace.gradients.get(self.settings.gradients)
+        return known.settings if known and self.settings.gradient_file else self.settings.gradients
+
     def sensitivities(self) -> list[LayerSensitivity]:
         """Connection sensitivities, read from their file, or computed and written to it."""
         settings, asked, known = self.settings, self.settings.gradients, self.workspace.gradients
@@ -124,7 +133,10 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             return known[asked].layers
         report.print(f"            not in {path} yet: computing, and keeping them there")
         ranks, windows = self.workspace.batcher.ranks, self.workspace.gradient_windows[asked]
-        wanted = Sensitivities(self.decoder, settings.source, asked, windows, path, ranks)
+        assert settings.snapshot is not None
+        wanted = Sensitivities(
+            self.decoder, settings.source, asked, windows, path, self.workspace.fingerprint, settings.snapshot, ranks
+        )
         if settings.resume or settings.overwrite:
             state = State(folder, wanted.key, ranks, settings.resume)
         else:  # continue any run's unfinished state, just as any run's finished file is used
@@ -237,9 +249,9 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             "sparsity_type": str(settings.pattern),
             "alpha": settings.alpha if "alpha" in flags else None,
             "owl_m": settings.owl_m if "owl_m" in flags else None,
-            "grad_type": settings.gradients.gradient_type if by_gradients else None,
-            "grad_nsamples": settings.gradients.nsamples if by_gradients else None,
-            "gradients": asdict(settings.gradients) if by_gradients else None,
+            "grad_type": self.gradients.gradient_type if by_gradients else None,
+            "grad_nsamples": self.gradients.nsamples if by_gradients else None,
+            "gradients": asdict(self.gradients) if by_gradients else None,
             "use_variant": settings.use_variant,
             "a": settings.a,
             "percdamp": settings.percdamp,

@@ -38,10 +38,15 @@ class ResultsFile:
                 entry = parse_json(line)
                 if entry.pop("digest") != digest(entry):
                     raise ValueError("its digest is another")
-                self._found[canonical(entry["key"])] = dict(entry["result"])
+                self._found[canonical(dict(entry["key"]))] = dict(entry["result"])
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 what = f"line {number} is not of a grid's results ({error})"
                 raise InputError(f"{self.path}: {what}; {_ADVICE}") from error
+
+    @property
+    def keys(self) -> list[str]:
+        """The canonical keys of all cells."""
+        return list(self._found)
 
     def find(self, key: str) -> dict | None:
         """The result of the cell with that canonical key, or None."""

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.errors import START_OVER, InputError, RunError, describe_failure
+from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
 from lib.files import read_file, read_json
 from lib.storage.atomic import atomic_folder, clear_drafts, write_json
 from lib.storage.model_folder import check_model_folder, signature
@@ -52,7 +52,7 @@ class State:
         if folder and resume:
             content = processes.agree(partial(read, folder)) if processes else read(folder)
         if content and content["key"] != self._digest:
-            raise InputError(f"{folder}: holds work on other settings, text or another model; {_ADVICE}")
+            raise InputError(f"{folder}: holds work on other settings, text, another model or version; {_ADVICE}")
         self._resumes = content is not None
         if content:
             self._values, self._seconds = content["values"], content["seconds"]
@@ -86,7 +86,7 @@ class State:
 
     @contextmanager
     def session(self, seconds: dict[str, float]) -> Iterator[None]:
-        """Locks the folder for this run. Deletes it when the block succeeds, or fails with nothing finished.
+        """Locks the folder for this run. Deletes it when the block succeeds, or fails with nothing finished or usable.
 
         Adds the seconds of the resumed run to `seconds`, which are kept with the state. Raises `InputError` when
         another run holds the folder.
@@ -95,6 +95,9 @@ class State:
             self._start(seconds)
             yield
             self.close()
+        except InputsChanged:
+            self.close()
+            raise
         finally:
             if self.is_empty:
                 self.close()
@@ -137,7 +140,8 @@ class State:
         return self._values[name]
 
     def close(self) -> None:
-        """Deletes the state of a finished run."""
+        """Deletes the state of a run that is finished, or of no use."""
+        self._values = {}
         if self._lock is not None:
             _delete(self.folder)
             self._release()
@@ -257,12 +261,15 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
     raise InputError(f"--output_dir {output_dir}: holds the result of other settings; {_ADVICE}")
 
 
-def check_saved(result: dict, folder: Path | None) -> None:
-    """Raises `InputError` when a finished run did not save its model to `folder`, as is now asked."""
-    if folder and result.get("saved_model") != str(folder.resolve()):
+def check_saved(result: dict, folder: Path | None, save_format: str) -> None:
+    """Raises `InputError` when a finished run left no model in `folder`, in the format that is now asked for."""
+    is_there = folder is None or result.get("saved_model") == str(folder.resolve()) and any(folder.glob("config.json"))
+    if not is_there:
         raise InputError(
-            f"--save_model {folder}: the run is finished and saved no model there; begin anew: --overwrite"
+            f"--save_model {folder}: the run is finished and there is no model of it; begin anew: --overwrite"
         )
+    if folder and (found := result.get("save_format", save_format)) != save_format:
+        raise InputError(f"--save_format {save_format}: the run is finished and saved {found}; begin anew: --overwrite")
 
 
 def _has_layers(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.command import gradient_path, run_alp, run_gradient
 from tests.families import tiny_model
+from tests.sensitivity.rewritten import rewritten
 
 BOTH = [
     (["--model", "no/such/model"], "model no/such/model: no such folder"),
@@ -20,7 +21,7 @@ BOTH = [
     (["--grad_type", "l3"], "--grad_type: invalid choice: 'l3'"),
     (["--grad_seqlen", "65"], "--grad_seqlen 65: .* has a context of 64 tokens"),
     (["--grad_seqlen", "1"], "--grad_seqlen 1: a window needs 2 tokens"),
-    (["--seed", "-1"], "--seed: '-1' is not a whole number of at least 0"),
+    (["--seed", "-1"], "--seed(/--grad_seed)?: '-1' is not a whole number of at least 0"),
 ]
 
 
@@ -167,18 +168,81 @@ def made(found, tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
         lambda c: "",
         lambda c: json.dumps(c)[:500],
         lambda c: "[]",
-        lambda c: json.dumps({**c, "format": "other/1"}),
-        lambda c: json.dumps({k: v for k, v in c.items() if k != "layers"}),
-        lambda c: json.dumps({**c, "layers": [{"layer": {"count": 1}}]}),
-        lambda c: json.dumps(c).replace('"mean": ', '"mean": -'),
-        lambda c: json.dumps(c).replace('"redundancy": ', '"redundancy": "x", "std": '),
+        lambda c: '{"tool": "ppllms"}',
         lambda c: "\udcff\x00",
     ],
-    ids=["empty", "cut", "list", "format", "no layers", "fields", "negative", "text", "binary"],
+    ids=["empty", "cut", "list", "result", "binary"],
 )
-def test_a_broken_artefact_is_refused(refuse, made, found, damage):
+def test_what_is_no_artefact_is_refused_and_never_advised_to_be_deleted(refuse, made, found, damage):
     found.write_bytes(damage(made).encode("utf-8", "surrogateescape"))
-    refuse(problem=f"gradients {found}: broken, or no artefact .*make it again with save_gradient.py --overwrite")
+    refuse(problem=f"gradients {found}: holds no gradients .*; give a file of save_gradient.py, or move this one away")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: json.dumps({**c, "format": "connection-sensitivity/1"}),
+        lambda c: json.dumps({k: v for k, v in c.items() if k != "layers"}),
+        lambda c: json.dumps(c).replace('"redundancy": 2', '"redundancy": 3', 1).replace('e": 1', 'e": 2', 1),
+        lambda c: json.dumps({**c, "environment": {"device": "another"}}),
+    ],
+    ids=["format", "no layers", "a number", "a word"],
+)
+def test_a_changed_artefact_is_refused(refuse, made, found, damage):
+    assert damage(made) != json.dumps(made)
+    found.write_text(damage(made))
+    refuse(problem=f"gradients {found}: broken .*make it again with save_gradient.py --overwrite, or delete it")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": [{"layer": {"count": 1}}]},
+        {"layers": []},
+        {"layers": "x"},
+        {"model": 3},
+        {"model": "\x1b[31m"},
+        {"settings": {}},
+        {"settings": {"dataset": "x", "nsamples": -1, "seqlen": 1, "loss": "last", "gradient_type": "l2", "seed": 0}},
+        {"settings": {"dataset": "x", "nsamples": 1, "seqlen": 1, "loss": "lost", "gradient_type": "l2", "seed": 0}},
+        {"settings": {"dataset": "x", "nsamples": True, "seqlen": 1, "loss": "last", "gradient_type": "l2", "seed": 0}},
+        {"fingerprint": None},
+    ],
+    ids=str,
+)
+def test_an_artefact_of_what_no_run_writes_is_refused(refuse, made, found, changes):
+    rewritten(found, **changes)
+    refuse(problem=f"gradients {found}: (broken|made for another model) .*make it again with save_gradient.py")
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [{"mean": -0.5}, {"count": -3}, {"count": 1.0}, {"redundancy": 1e300}, {"std": "0"}, {"mean": None}, {"x": 1}],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_refused(refuse, made, found, spread):
+    layers = made["layers"]
+    layers[1]["layer"] |= spread
+    rewritten(found, layers=layers)
+    refuse(problem=f"gradients {found}: broken .*make it again with save_gradient.py")
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 200_000, '{"format": ' * 50_000, '{"format": 1e999}', f'{{"a": {"9" * 5000}}}']
+)
+def test_an_artefact_that_is_deep_or_huge_is_one_line(refuse, found, content):
+    found.parent.mkdir()
+    found.write_text(content)
+    refuse(problem=f"gradients {found}: holds no gradients")
+
+
+def test_a_file_that_is_no_artefact_is_not_replaced(refuse_gradient, tmp_path):
+    other = tmp_path / "result.json"
+    for content in ('{"tool": "ppllms"}', "", "text"):
+        other.write_text(content)
+        for flags in (["--overwrite"], ["--resume"], ["--overwrite", "--resume"]):
+            refuse_gradient("--output", other, *flags, problem=f"--output {other}: is no file of gradients")
+        assert other.read_text() == content
 
 
 @pytest.mark.parametrize("changed", ["model.layers.3.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
@@ -197,17 +261,15 @@ def test_an_artefact_of_another_model_is_refused(
 
 
 def test_an_artefact_of_fewer_layers_is_refused(refuse, made, found, tiny_folder):
-    found.write_text(json.dumps({**made, "layers": made["layers"][:3]}))
+    rewritten(found, layers=made["layers"][:3])
     refuse(problem=f"gradients {found}: made for another model than {tiny_folder}")
 
 
-def test_an_artefact_of_other_settings_or_text_is_refused(refuse, made, found, text_file, tmp_path):
-    refuse("--gradients", found, "--grad_type", "l1", problem=f"gradients {found}: made with gradient_type l2, not l1")
-    refuse("--gradients", found, "--seed", 3, problem=f"gradients {found}: made with seed 0, not 3")
-    other = tmp_path / text_file.name
-    other.write_text(text_file.read_text().replace("layer", "head"))
-    flags = ["--calibration_dataset", other, "--gradients", found]
-    refuse(*flags, problem=f"gradients {found}: made on other text than {other} is now")
+def test_an_artefact_of_other_settings_or_text_is_refused_where_it_is_found_by_its_name(refuse, made, found, text_file):
+    rewritten(found, settings={**made["settings"], "gradient_type": "l1"})
+    refuse(problem=f"gradients {found}: made with gradient_type l1, not l2")
+    rewritten(found, settings=made["settings"], text="0")
+    refuse(problem=f"gradients {found}: made on other text than {text_file} is now")
 
 
 def test_what_is_no_log_is_refused(refuse):

@@ -97,7 +97,7 @@ def test_unfinished_work_is_neither_gone_on_with_nor_lost_unless_told(command, n
 
 @pytest.mark.parametrize("name", ["ppllms", "wanda_alp", "save_gradient"])
 def test_a_run_that_was_to_overwrite_another_goes_on_wherever_it_was_stopped(command, name, tmp_path):
-    asked, seed = command(name), ["--seed", 1]
+    asked, seed = command(name), ["--seed", 1, *(["--grad_seed", 1] if name == "wanda_alp" else [])]
     _, whole = asked.run(tmp_path / "whole", *seed)
     for at in dict.fromkeys((None, 0, 3, len(whole.steps) - 1)):
         folder = tmp_path / f"{at}"

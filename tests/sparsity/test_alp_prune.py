@@ -231,7 +231,13 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
 
 def test_every_gradient_flag_counts(prune, gradient):
     found = set()
-    variants = [[], ["--grad_type", "l1"], ["--grad_type", "l2_hundred_total"], ["--grad_loss", "all"], ["--seed", 4]]
+    variants = [
+        [],
+        ["--grad_type", "l1"],
+        ["--grad_type", "l2_hundred_total"],
+        ["--grad_loss", "all"],
+        ["--grad_seed", 4],
+    ]
     variants += [["--grad_seqlen", 20]]
     for flags in variants:
         gradient(*flags)
