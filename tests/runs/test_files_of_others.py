@@ -203,9 +203,10 @@ def test_wherever_a_run_that_replaces_another_is_stopped_there_is_a_whole_result
         for is_after in (False, True):
             folder = tmp_path / f"{at}{is_after}"
             shutil.copytree(tmp_path / "old", folder)
-            status, _ = asked.run(folder, *seed, "--overwrite", at=at, is_after=is_after)
+            status, stopped = asked.run(folder, *seed, "--overwrite", at=at, is_after=is_after)
             result, model = asked.found(folder)
-            assert status == INTERRUPTED and result in [found[0] for found in either]
+            assert status == (INTERRUPTED if at < len(stopped.steps) else 0)  # gradients may be there already
+            assert result in [found[0] for found in either]
             assert model in [found[1] for found in either]
             assert asked.run(folder, *seed, "--overwrite", "--resume")[0] == 0
             assert asked.found(folder) == either[1]
