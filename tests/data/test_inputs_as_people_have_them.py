@@ -15,7 +15,8 @@ import pytest
 import lib.data.documents
 import lib.data.readers
 import lib.data.recognition
-from lib.config.sources import check_text, is_hub_text, stamp
+from lib.config.snapshot import Snapshot
+from lib.config.sources import check_text, is_hub_text
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts, looks_like_text
 from lib.data.sampling import tokenize
@@ -187,7 +188,8 @@ def test_a_column_can_be_named(tmp_path):
     (tmp_path / "b.txt").write_text(TEXT)
     assert "is plain text, without columns" in refusal(tmp_path / "b.txt::text")
     assert "no such file or folder" in refusal(tmp_path / "c.jsonl::text")
-    assert stamp(f"{path}::chat") != stamp(f"{path}::text") != stamp(str(path))
+    names = [f"{path}::chat", f"{path}::text", str(path)]
+    assert len(set(Snapshot.take(names).stamps.values())) == 3
 
 
 def test_a_column_of_the_hub_can_be_named():
@@ -297,7 +299,8 @@ def test_links_that_go_in_circles_are_no_text(tmp_path):
     (tmp_path / "folder/a.txt").write_text("a")
     assert documents(tmp_path / "folder") == ["a"]
     assert "no such file or folder" in refusal(tmp_path / "loop.txt")
-    assert stamp(str(tmp_path / "loop.txt")) == str(tmp_path / "loop.txt")
+    name = str(tmp_path / "loop.txt")
+    assert Snapshot.take([name]).stamps == {name: name}
 
 
 def test_a_pipe_is_no_text(tmp_path):
