@@ -43,7 +43,8 @@ def choose(source: str, head: Sequence[Row], column: str | None, tokenizer) -> R
     names = list(dict.fromkeys(name for row in head for name in row))
     for name in [column] if column else _likely(names):
         values = [row[name] for row in head if row.get(name) is not None]
-        if name in names and (column or name.lower() in _TEXT) and all(isinstance(value, str) for value in values):
+        is_text = (values and name.lower() in _TEXT) or (column and name in names)
+        if is_text and all(isinstance(value, str) for value in values):
             return Reading((name,), partial(_text, name), f"column `{name}`")
         if values and all(_is_chat(value) for value in values):
             has_template = getattr(tokenizer, "chat_template", None)
@@ -81,9 +82,12 @@ def _text(column: str, row: Row) -> str | None:
 def _is_chat(value: Any) -> bool:
     """True for a list of messages, by OpenAI's keys or ShareGPT's."""
     return isinstance(value, list) and all(
-        isinstance(message, dict) and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
-        for message in value
+        isinstance(message, dict) and (_is_by_role(message) or {"from", "value"} <= set(message)) for message in value
     )
+
+
+def _is_by_role(message: Row) -> bool:
+    return "role" in message and ("content" in message or "tool_calls" in message)
 
 
 def _chat(column: str, tokenizer, row: Row) -> str | None:
@@ -102,14 +106,17 @@ def _chat(column: str, tokenizer, row: Row) -> str | None:
     return text.removeprefix(tokenizer.bos_token or "")
 
 
-def _message(message: Row) -> dict[str, str]:
-    """A message by OpenAI's keys, with the text of its parts."""
-    role, content = (message["role"], message["content"]) if "role" in message else (message["from"], message["value"])
+def _message(message: Row) -> Row:
+    """A message by OpenAI's keys, with the text of its parts and its calls of tools."""
+    is_by_role = _is_by_role(message)
+    role, content = message["role" if is_by_role else "from"], message.get("content" if is_by_role else "value")
     if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        parts = [part.get("text") or "" if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
     if not isinstance(role, str) or not isinstance(content, str | None):
         raise ValueError("a message is no text of a role")
-    return {"role": _ROLES.get(role, role), "content": content or ""}
+    calls = {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
+    return {"role": _ROLES.get(role, role), "content": content or "", **calls}
 
 
 def _alpaca(row: Row) -> str:

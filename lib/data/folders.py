@@ -81,8 +81,10 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         front = re.match(r"---\s*\n(.*?)\n---", read_file(card, _LARGEST_CARD).decode("utf-8-sig"), re.DOTALL)
         fields = yaml.safe_load(front[1]) if front else None
         listed = fields.get("configs") if isinstance(fields, dict) else None
+        if not all(isinstance(config.get("data_dir", ""), str) for config in listed or ()):
+            raise ValueError("data_dir is not one folder")
         return {str(config["config_name"]): config for config in listed or ()}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError, LookupError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise unreadable(str(card), error, "its configurations cannot be read; name files of this folder") from error
 
 

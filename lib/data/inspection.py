@@ -12,6 +12,7 @@ from lib.errors import printable
 _SHOWN = 60  # characters
 _DOCUMENTS, _CHARACTERS = 20, 5000  # to examine: so many documents, so much at the start and in the middle of each
 _JUNK = 0.02  # share of characters that no text has, from which on it is none
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of terminals, in logs
 _SPACES, _LETTERS, _IN_WORDS = 0.1, 0.4, 0.65  # shares: of all characters spaces and letters, of letters those in words
 
 
@@ -39,7 +40,7 @@ def looks_like_text(sample: str) -> bool:
     A word is three letters or more of one case, with or without a capital; in scripts without cases it is any letter.
     Formulas, games of chess and tables have few words too, but spaces.
     """
-    classes = "".join(map(_class_of, sample))
+    classes = "".join(map(_class_of, _COLOURS.sub("", sample)))
     letters = len(re.findall("[lUo]", classes))
     in_words = sum(map(len, re.findall("U?l{2,}|U{3,}|o+", classes)))
     is_junk = classes.count("x") > _JUNK * len(classes)

@@ -4,7 +4,7 @@ C4 is recognized by its columns, WikiText by its ` = Title = ` headings, the Pen
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,7 +58,7 @@ def corpus_of_rows(
     reading = choose(source, head, column, tokenizer)
     is_c4 = set(head[0]) == _C4_COLUMNS and reading.columns == ("text",)
     used = islice(read(reading.columns), _C4_EVAL_DOCUMENTS if is_c4 and purpose == "test" else None)
-    rows = ({name: row.get(name) for name in reading.columns} for row in used)
+    rows = _complete(source, used, reading.columns)
     documents = Documents(source, rows, reading.render, LARGEST if purpose == "train" else LARGEST_IN_MEMORY)
     if is_c4:
         return Corpus(source, documents, " ", _C4_EVAL_WINDOWS, f"{reading.label}, as C4", tuple(files))
@@ -69,6 +69,16 @@ def corpus_of_rows(
         joined = (" " if purpose == "train" else "\n\n").join(line or "" for line in _in_memory(source, documents))
         return Corpus(source, [joined], label=f"{reading.label}, as WikiText", files=tuple(files))
     return Corpus(source, documents, label=reading.label, files=tuple(files))
+
+
+def _complete(source: str, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows with all of the columns. Raises `InputError` for one that lacks any but Alpaca's `input`."""
+    for number, row in enumerate(rows):
+        for name in columns:
+            if name not in row and name != "input":
+                advice = "take such rows out, or name files that have it"
+                raise InputError(f"dataset {source}: row {number} has no column `{name}`; {advice}")
+        yield {name: row.get(name) for name in columns}
 
 
 def _in_memory(source: str, documents: Documents) -> list[str | None]:

@@ -16,11 +16,11 @@ from lib.storage.atomic import atomic_file
 _DIGESTS, _CONTENT = "digests", "content"  # of the metadata
 
 
-def save_sealed(path: Path, tensors: Mapping[str, torch.Tensor], content: object = None) -> None:
-    """Writes tensors and JSON content atomically."""
+def save_sealed(path: Path, tensors: Mapping[str, torch.Tensor], owner: str, content: object = None) -> None:
+    """Writes tensors and JSON content atomically; `owner` names what they are a part of, as to `Sealed`."""
     text = json.dumps(content, allow_nan=False)
     digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-    metadata = {_CONTENT: text, _DIGESTS: json.dumps({**digests, "": _digest_of_content(path, text)})}
+    metadata = {_CONTENT: text, _DIGESTS: json.dumps({**digests, "": _digest_of_content(path, owner, text)})}
     with atomic_file(path) as draft:
         save_file(dict(tensors), draft, metadata)
 
@@ -28,15 +28,15 @@ def save_sealed(path: Path, tensors: Mapping[str, torch.Tensor], content: object
 class Sealed:
     """A file that `save_sealed` wrote."""
 
-    def __init__(self, path: Path):
-        """Reads all but the tensors. Raises `InputError` unless names and content are as they were written."""
+    def __init__(self, path: Path, owner: str):
+        """Reads all but the tensors. Raises `InputError` unless owner, names and content are as they were written."""
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, self.names = file.metadata() or {}, list(file.keys())
             self._digests: dict[str, str] = parse_json(metadata[_DIGESTS].encode())
             text = metadata[_CONTENT]
-            if {*self.names, ""} != set(self._digests) or self._digests[""] != _digest_of_content(path, text):
+            if {*self.names, ""} != set(self._digests) or self._digests[""] != _digest_of_content(path, owner, text):
                 raise ValueError("its digest is another")
             self.content = parse_json(text.encode())
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -59,8 +59,8 @@ def broken(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: broken, so that run cannot go on ({error}); {START_OVER}")
 
 
-def _digest_of_content(path: Path, text: str) -> str:
-    return hashlib.sha256(f"{path.name} {text}".encode()).hexdigest()
+def _digest_of_content(path: Path, owner: str, text: str) -> str:
+    return hashlib.sha256(f"{owner} {path.name} {text}".encode()).hexdigest()
 
 
 def _digest(tensor: torch.Tensor) -> str:

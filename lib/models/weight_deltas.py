@@ -35,13 +35,13 @@ def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 class Changes:
     """The changed weights of a model's layers, in a folder, including those that an earlier run finished."""
 
-    def __init__(self, folder: Path):
-        """Raises `InputError` for a broken file."""
-        self.folder = folder
+    def __init__(self, folder: Path, owner: str = ""):
+        """`owner` names the run and stage. Raises `InputError` for a broken file, and for one of another owner."""
+        self.folder, self._owner = folder, owner
         self._changed: dict[int, dict[str, str]] = {}  # layer -> path of a weight -> its prefix
         for path in sorted(folder.glob("layer-*.safetensors")):
             try:
-                kinds = [name.split(".", 1) for name in Sealed(path).names]
+                kinds = [name.split(".", 1) for name in Sealed(path, owner).names]
                 self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
             except ValueError as error:
                 raise broken(path, error) from error
@@ -53,7 +53,7 @@ class Changes:
         """Writes the changes of a layer, {path within the layer: `difference`}, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {kind + path: tensor for path, (kind, tensor) in differences.items()}
-        save_sealed(self.folder / _FILE.format(layer), tensors)
+        save_sealed(self.folder / _FILE.format(layer), tensors, self._owner)
         self.add(layer, differences)
 
     def add(self, layer: int, differences: Mapping[str, Difference]) -> None:
@@ -65,5 +65,5 @@ class Changes:
         kind = self._changed.get(layer, {}).get(path)
         if kind is None:
             return weight
-        kept = Sealed(self.folder / _FILE.format(layer)).tensor(kind + path)
+        kept = Sealed(self.folder / _FILE.format(layer), self._owner).tensor(kind + path)
         return with_zeros(weight, kept) if kind == _ZEROS else kept.to(weight.device, copy=True)

@@ -32,6 +32,7 @@ from lib.runtime.launcher import launched
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
+from lib.storage.model_folder import signature
 from lib.storage.output_folder import RESULT, STATE
 from lib.storage.results_jsonl import digest
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
@@ -147,15 +148,21 @@ class Run(ABC, Generic[Settings, Space]):
             with self.report.timed("save"):
                 with self.state.saving(settings.save_model, settings.overwrite) as draft:
                     self.save_model(draft)
-            result["saved_model"] = str(settings.save_model.resolve())
+                    self.check_unchanged()
+            result |= {"saved_model": str(settings.save_model.resolve()), "saved": signature(settings.save_model)}
             self.report.result(result)
         plot = self.draw(result)
         try:
-            self.evaluate_tasks(result, self.report.result)
+            self.evaluate_tasks(result, self.keep)
         finally:
             log = self.append_log(result)
         self.show_written(path, plot, log)
         return result
+
+    def keep(self, result: dict) -> None:
+        """Writes a result to which something was added."""
+        self.check_unchanged()
+        self.report.result(result)
 
     def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
         """Prints which files were written."""
@@ -174,7 +181,7 @@ class Run(ABC, Generic[Settings, Space]):
         """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
         result = self.compute()
         if self.report.is_first:
-            self.evaluate_tasks(result, lambda result: None)
+            self.evaluate_tasks(result, lambda result: self.check_unchanged())
             self.append_log(result)
         keep(result)
         return result

@@ -82,12 +82,12 @@ class _Unfinished:
     """The progress so far, in one file: the gradient below the last finished layer, and all sensitivities."""
 
     def __init__(self, state: State, ranks: Ranks):
-        self._path, self._ranks = state.folder / "gradient.safetensors", ranks
+        self._path, self._owner, self._ranks = state.folder / "gradient.safetensors", state.key, ranks
 
     def load(self) -> tuple[list[LayerSensitivity], torch.Tensor] | None:
         if not self._ranks.agree(self._path.exists):
             return None
-        file = Sealed(self._path)
+        file = Sealed(self._path, self._owner)
         try:
             return [artifact.layer_of_json(layer) for layer in file.content], file.tensor("gradient")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -95,7 +95,7 @@ class _Unfinished:
 
     def save(self, found: list[LayerSensitivity], gradient: torch.Tensor) -> None:
         if self._ranks.is_first:
-            save_sealed(self._path, {"gradient": gradient}, [asdict(layer) for layer in found])
+            save_sealed(self._path, {"gradient": gradient}, self._owner, [asdict(layer) for layer in found])
 
 
 def find(path: Path, must_exist: bool, ranks: Ranks = ALONE) -> Artifact | None:

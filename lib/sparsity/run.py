@@ -159,12 +159,11 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         `quantized` continues from the pruned weights, or from the dense ones where it prunes and rounds in one pass.
         """
         parts: dict[str, float] = {}
-        workspace, folder = self.workspace, self.state.folder
-        changes = Changes(folder / stage)
+        workspace, changes = self.workspace, self.changes_of(stage)
         starts_dense = stage == "pruned" or self.settings.rounds_while_pruning
         if starts_dense and stage != "pruned":
             self.restore()
-        follow(self.decoder.layers, [*([] if starts_dense else [Changes(folder / "pruned")]), changes])
+        follow(self.decoder.layers, [*([] if starts_dense else [self.changes_of("pruned")]), changes])
         with self.report.timed("prune"), self.report.progress(self.decoder.num_layers, stage) as progress:
             prune_layers(
                 self.decoder,
@@ -177,6 +176,10 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
                 changes,
             )
         return parts
+
+    def changes_of(self, stage: str) -> Changes:
+        """The weights that a stage has changed so far, kept with the state."""
+        return Changes(self.state.folder / stage, f"{self.state.key} {stage}")
 
     # 2:4 kernels and tasks
 

@@ -45,13 +45,13 @@ class State:
         self._folder = folder
         self._lock: int | None = None  # descriptor of the locked file
         self._is_writer = folder is not None and (processes is None or processes.is_first)
-        self._digest = digest(key)
+        self.key = digest(key)
         self._seconds: dict[str, float] = {}
         self._values: dict[str, object] = {}
         content = None
         if folder and resume:
             content = processes.agree(partial(read, folder)) if processes else read(folder)
-        if content and content["key"] != self._digest:
+        if content and content["key"] != self.key:
             raise InputError(f"{folder}: holds work on other settings, text, another model or version; {_ADVICE}")
         self._resumes = content is not None
         if content:
@@ -130,7 +130,7 @@ class State:
         self._values = values  # only after the write has succeeded
 
     def _write(self, values: dict[str, object]) -> None:
-        content = {"format": _FORMAT, "key": self._digest, "values": values, "seconds": self._seconds}
+        content = {"format": _FORMAT, "key": self.key, "values": values, "seconds": self._seconds}
         write_json(self.folder / FILE, {**content, "digest": digest(content)})
 
     def once(self, name: str, compute: Callable[[], object]):
@@ -262,13 +262,15 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
 
 
 def check_saved(result: dict, folder: Path | None, save_format: str) -> None:
-    """Raises `InputError` when a finished run left no model in `folder`, in the format that is now asked for."""
-    is_there = folder is None or result.get("saved_model") == str(folder.resolve()) and any(folder.glob("config.json"))
-    if not is_there:
+    """Raises `InputError` unless a finished run's model is in `folder` as it was saved, in the format now asked for."""
+    if folder is None:
+        return
+    if result.get("saved_model") != str(folder.resolve()) or result.get("saved") != signature(folder):
         raise InputError(
-            f"--save_model {folder}: the run is finished and there is no model of it; begin anew: --overwrite"
+            f"--save_model {folder}: the run is finished, and its model is not there as it was saved; "
+            "begin anew: --overwrite"
         )
-    if folder and (found := result.get("save_format", save_format)) != save_format:
+    if (found := result.get("save_format", save_format)) != save_format:
         raise InputError(f"--save_format {save_format}: the run is finished and saved {found}; begin anew: --overwrite")
 
 

@@ -179,6 +179,31 @@ def test_a_table_without_text_is_refused_with_its_columns(tmp_path, row, columns
     assert columns in refusal(write_jsonl(tmp_path / "a.jsonl", row))
 
 
+def test_a_row_without_the_column_is_refused_and_one_with_null_is_empty(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": None}, {"content": "three"})
+    assert "row 2 has no column `text`" in refusal(path)
+    write_jsonl(tmp_path / "b/a.jsonl", *[{"text": "one"}] * 300)
+    write_jsonl(tmp_path / "b/b.jsonl", {"content": "other"})
+    assert "row 300 has no column `text`" in refusal(tmp_path / "b")
+    path = write_jsonl(tmp_path / "c.jsonl", {"text": None, "messages": CHAT})
+    assert documents(path) == ["User: Hello\n\nAssistant: Good day"]
+
+
+def test_messages_may_have_parts_calls_of_tools_and_further_keys(tmp_path):
+    user = {"role": "user", "content": ["Hello ", {"type": "text", "text": "you"}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    share = {"from": "gpt", "value": "Yes", "role": "assistant"}
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": [user, call]}, {"messages": [share]})
+    assert documents(path) == ["User: Hello you\n\nAssistant: ", "Assistant: Yes"]
+    for content in ({"value": "x"}, 3):
+        path = write_jsonl(tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": [{"text": content}]}]})
+        assert "row 0: a message is no text of a role" in refusal(path)
+
+
+def test_colours_of_a_terminal_are_no_noise():
+    assert looks_like_text("\x1b[32mINFO\x1b[0m the server has started and listens\n" * 20)
+
+
 def test_a_column_can_be_named(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "t", "other: one": "o", "chat": CHAT, "n": 1})
     assert documents(f"{path}::other: one") == ["o"]
@@ -199,7 +224,7 @@ def test_a_column_of_the_hub_can_be_named():
 
 
 def test_a_later_row_that_is_no_text_is_named(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 300, {"id": 1}, {"text": 5})
+    path = write_jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 300, {"text": None}, {"text": 5})
     corpus = load_corpus(str(path), "train")
     assert corpus.documents[299] == "x" and corpus.documents[300] is None
     with pytest.raises(InputError, match="row 301: column `text` holds no text"):

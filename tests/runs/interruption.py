@@ -40,7 +40,7 @@ WORK = [
     (lib.sparsity.layerwise, "_prune_layer"),
     (lib.sensitivity.gradients, "summarize"),
 ]
-NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "digest")
+NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved", "digest")
 
 COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
 RUNS = {

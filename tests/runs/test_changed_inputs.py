@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import lib.depth.run
 import lib.depth.searches
 import lib.runs.grid
 import lib.sensitivity.compute
@@ -69,6 +70,14 @@ def test_a_text_that_is_edited_during_pruning_gives_no_result(
     assert "Finished before" in capsys.readouterr().out
 
 
+def test_a_model_that_is_edited_while_it_is_saved_is_not_saved(arguments, text, edit_at, tmp_path, monkeypatch, capsys):
+    edit_at(lib.depth.run, "save_pruned")
+    command = [*arguments, "--eval_datasets", text, "--save_model", tmp_path / "out"]
+    assert run(*command, monkeypatch=monkeypatch) == 1
+    told(capsys, text)
+    assert not (tmp_path / "out").exists() and "saved_model" not in (tmp_path / "run/result.json").read_text()
+
+
 def test_gradients_of_a_text_that_is_edited_meanwhile_are_not_kept(
     tiny_folder, text, edit_at, tmp_path, monkeypatch, capsys
 ):
@@ -118,7 +127,7 @@ def test_a_finished_run_that_saved_another_format_or_whose_model_is_gone_is_refu
     assert run(*saved, "--resume", monkeypatch=monkeypatch) == 0
     for flags, words in (
         ([*saved, "--save_format", "masked"], "--save_format masked: the run is finished and saved hf"),
-        ([*arguments, "--save_model", tmp_path / "other"], "other: the run is finished and there is no model of it"),
+        ([*arguments, "--save_model", tmp_path / "other"], "other: the run is finished, and its model is not there as it was saved"),
     ):
         capsys.readouterr()
         assert run(*flags, "--resume", monkeypatch=monkeypatch) == 2

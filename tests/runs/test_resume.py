@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lib.sparsity.layerwise
 from tests.command import GOES_ON, run
-from tests.runs.interruption import RUNS, Command, Interruption, files_of, litter_of
+from tests.runs.interruption import COUNTS, RUNS, Command, Interruption, files_of, litter_of
 
 STOPPED = ": stopped; what is finished is kept: " + GOES_ON
 NOTHING_YET = ": stopped; nothing is finished yet, and the same command starts again\n"
@@ -236,6 +236,32 @@ def test_a_file_that_was_cut_off_is_refused(command, name, file, tmp_path, refus
     assert status == 2 and f"{Path(file).name}: broken" in told and "--overwrite, and without --resume" in told
     assert (tmp_path / "run" / file).read_bytes() == before
     assert asked.run(tmp_path / "run", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name, file, flags",
+    [
+        ("wanda_alp", "run/state/pruned/layer-00001.safetensors", ["--sparsity_ratio", 0.7]),
+        ("save_gradient", "gradient.state/gradient.safetensors", ["--seed", 1]),
+    ],
+)
+def test_what_another_run_finished_is_not_taken_for_its_own(command, name, file, flags, tmp_path, capsys):
+    asked = command(name)
+    asked.run(tmp_path / "run", at=STOPPED_AT[name], is_after=True)
+    asked.run(tmp_path / "other", *flags, at=STOPPED_AT[name], is_after=True)
+    shutil.copy(tmp_path / "other" / file, tmp_path / "run" / file)
+    status, _ = asked.run(tmp_path / "run", "--resume")
+    assert status == 2 and f"{Path(file).name}: broken" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_another_run_is_not_taken_for_that_of_a_finished_one(depth, tmp_path, capsys):
+    asked = depth(*COUNTS)
+    asked.run(tmp_path)
+    assert asked.run(tmp_path, "--resume")[0] == 0
+    config = tmp_path / "out/config.json"
+    config.write_text(config.read_text() + " ")
+    assert asked.run(tmp_path, "--resume")[0] == 2
+    assert "its model is not there as it was saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", STOPPED_AT)

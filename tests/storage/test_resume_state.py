@@ -25,7 +25,7 @@ def folder(tmp_path):
         with state.session({}):
             state.put("losses", {"x": 1.25, "2": [1, None]})
             (path / "pruned").mkdir()
-            save_sealed(path / "pruned/layer-00000.safetensors", {"w": torch.ones(3)})
+            save_sealed(path / "pruned/layer-00000.safetensors", {"w": torch.ones(3)}, "a run")
             raise KeyboardInterrupt
     return path
 
@@ -93,12 +93,12 @@ def test_a_part_of_a_run_gets_a_folder_of_its_own_beside_one_that_is_no_state(tm
 def sealed(tmp_path):
     path = tmp_path / "layer-00001.safetensors"
     values = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T.contiguous()
-    save_sealed(path, {"a": values, "b": torch.tensor(3)}, {"list": [1.5]})
+    save_sealed(path, {"a": values, "b": torch.tensor(3)}, "a run", {"list": [1.5]})
     return path
 
 
 def test_tensors_are_read_as_they_were_written(sealed):
-    file = Sealed(sealed)
+    file = Sealed(sealed, "a run")
     assert torch.equal(file.tensor("a"), torch.arange(6, dtype=torch.bfloat16).view(2, 3).T)
     assert file.tensor("b") == 3 and file.content == {"list": [1.5]}
 
@@ -110,7 +110,7 @@ def change(sealed, tensors=None, metadata=None) -> None:
 
 
 def read_all(path) -> None:
-    file = Sealed(path)
+    file = Sealed(path, "a run")
     for name in file.names:
         file.tensor(name)
 
@@ -128,19 +128,24 @@ def test_a_tensor_that_is_missing_or_was_added_is_refused(sealed):
     for tensors in ({"a": load_file(sealed)["a"]}, {**load_file(sealed), "c": torch.ones(1)}):
         change(sealed, tensors)
         with pytest.raises(InputError, match="its digest is another"):
-            Sealed(sealed)
+            Sealed(sealed, "a run")
+
+
+def test_a_file_of_another_run_is_refused(sealed):
+    with pytest.raises(InputError, match="its digest is another"):
+        Sealed(sealed, "another run")
 
 
 def test_other_content_another_name_and_no_digests_are_refused(sealed):
     sealed.with_name("layer-00002.safetensors").write_bytes(sealed.read_bytes())
     with pytest.raises(InputError, match="layer-00002.*broken"):
-        Sealed(sealed.with_name("layer-00002.safetensors"))
+        Sealed(sealed.with_name("layer-00002.safetensors"), "a run")
     change(sealed, metadata={"content": '{"list": [2.5]}'})
     with pytest.raises(InputError, match="broken"):
-        Sealed(sealed)
+        Sealed(sealed, "a run")
     save_file({"a": torch.ones(1)}, sealed)
     with pytest.raises(InputError, match="broken"):
-        Sealed(sealed)
+        Sealed(sealed, "a run")
 
 
 # Results of grids -----------------------------------------------------------------------------------------------------
