@@ -187,7 +187,8 @@ def check(args: argparse.Namespace) -> None:
     }
     for source in sorted(used_texts):
         sources.check_text(source)
-    checks.check_apart(args, used_texts)
+    outputs = {"--output_dir": args.output_dir or Path("runs"), "--save_model": args.save_model}
+    checks.check_apart(outputs | {"--save": log_folder_of(args)}, used_texts)
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
     else:
@@ -238,6 +239,7 @@ def cells(args: argparse.Namespace) -> list[dict]:
             path = one["gradients"].path(one["source"].name, args.dtype)
             check_writable(path.parent, "gradients")
             check_state_folder(path.with_suffix(".state"), "gradients")
+            checks.check_apart({"gradients": path}, [one["calibration_dataset"], *one["dataset"]])
     return found
 
 

@@ -193,7 +193,8 @@ def check(args: argparse.Namespace) -> None:
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
         sources.check_text(source)
-    checks.check_apart(args, used_texts)
+    outputs = {"--output_dir": args.output_dir or Path("runs"), "--save_model": args.save_model}
+    checks.check_apart(outputs, used_texts)
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
         if not args.eval_ppl:

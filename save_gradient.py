@@ -59,6 +59,7 @@ def check(args: argparse.Namespace) -> None:
     sources.check_model(args.model)
     sources.check_text(args.gradients.dataset)
     checks.check_device(args)
+    checks.check_apart({"--output": args.output}, [args.gradients.dataset])
     if launched().is_first:
         check_output(args)
     if sources.is_hub_model(args.model) or sources.is_hub_text(args.gradients.dataset):

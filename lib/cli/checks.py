@@ -1,10 +1,12 @@
 """Checks of a command line that need no model, and the output folders that it names. Imports no torch."""
 
 import argparse
+import atexit
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,8 +15,9 @@ from lib.config.sources import locate_model, parse_text
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
+from lib.storage.atomic import check_writable
 from lib.storage.model_folder import check_holds_none_of, check_model_folder
-from lib.storage.output_folder import RESULT, STATE, check_output_folder
+from lib.storage.output_folder import RESULT, STATE, check_output_folder, is_of_ours
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -52,16 +55,18 @@ def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     output_dir = args.output_dir
     if args.resume and not output_dir:
         raise InputError("--resume: needs --output_dir, the folder of the run that is to go on")
-    check_output_folder(output_dir or Path("runs"), "run")
-    if output_dir:
+    if not output_dir:
+        check_writable(Path("runs"), "--output_dir")
+    else:
+        check_output_folder(output_dir, "run")
         state = output_dir / STATE
         resume_state.check_state_folder(state, f"--output_dir {output_dir}")
         if not args.overwrite and not args.resume:
-            if (output_dir / RESULT).exists():
-                raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
             if resume_state.is_unfinished(state):
                 advice = "add --resume to go on with it, or --overwrite to begin anew"
                 raise InputError(f"--output_dir {output_dir}: holds unfinished work; {advice}")
+            if (output_dir / RESULT).exists():
+                raise InputError(f"--output_dir {output_dir}: holds a result; name another folder or add --overwrite")
     if args.save_model:
         check_save_model(args, used)
 
@@ -69,18 +74,23 @@ def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
 def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     """Raises `InputError` unless the model can be saved, and nothing that the run uses lies in that folder."""
     folder, output_dir = args.save_model, args.output_dir or Path("runs")
-    named = (Path(locate_model(parse_text(name).source)) for name in used if isinstance(name, str))
+    named = [Path(locate_model(parse_text(name).source)) for name in used if isinstance(name, str)]
     paths = [name for name in used if isinstance(name, Path)]
-    check_holds_none_of(folder, [Path.cwd(), output_dir, *paths, *filter(Path.exists, named)], "--save_model")
+    check_holds_none_of(folder, [Path.cwd(), output_dir, *paths], list(filter(Path.exists, named)))
+    if is_of_ours(folder, output_dir):
+        raise InputError(f"--save_model {folder}: is a name of the output folder's own files; name another")
+    caches = [_hub_home(), getattr(args, "cache_dir", None)]
+    if cache := next((cache for cache in caches if cache and cache.resolve() in folder.resolve().parents), None):
+        raise InputError(f"--save_model {folder}: lies in the cache of the hub, {cache}; name another folder")
+    keep_modules_elsewhere()
     is_own = args.resume and resume_state.was_saved(output_dir / STATE, folder)
-    is_finished = args.resume and (output_dir / RESULT).exists()  # then nothing is written, or the run is refused later
+    is_finished = args.resume and (output_dir / RESULT).exists() and resume_state.read(output_dir / STATE) is None
     if not is_own and not is_finished:
-        check_model_folder(folder, args.overwrite, "--save_model")
+        check_model_folder(folder, args.overwrite)
 
 
-def check_apart(args: argparse.Namespace, texts: Iterable[str]) -> None:
-    """Raises `InputError` for an output inside a folder of text, which the next run would read as text."""
-    outputs = {"--output_dir": args.output_dir or Path("runs"), "--save_model": args.save_model}
+def check_apart(outputs: Mapping[str, Path | None], texts: Iterable[str]) -> None:
+    """Raises `InputError` for an output, by its flag, in a folder of text: the next run would read it as text."""
     for text in texts:
         folder = parse_text(text).path
         for flag, output in outputs.items():
@@ -95,6 +105,23 @@ def check_grid_output(args: argparse.Namespace) -> None:
     if launched().is_first:
         check_output_folder(args.output_dir, "grid")
         resume_state.check_state_folder(args.output_dir / STATE, f"--output_dir {args.output_dir}")
+
+
+def _hub_home() -> Path:
+    """The folder that the hub's libraries keep their files in."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
+
+
+def keep_modules_elsewhere() -> None:
+    """Lets transformers, imported later, keep the code of models in a temporary folder if it cannot in its own."""
+    if "HF_MODULES_CACHE" not in os.environ:
+        try:
+            check_writable(_hub_home() / "modules", "HF_HOME")
+        except InputError:
+            folder = tempfile.TemporaryDirectory(prefix="modules-")
+            atexit.register(folder.cleanup)
+            os.environ["HF_MODULES_CACHE"] = folder.name
 
 
 def prefer_cache_without_network() -> None:

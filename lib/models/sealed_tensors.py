@@ -37,7 +37,7 @@ class Sealed:
             self._digests: dict[str, str] = parse_json(metadata[_DIGESTS].encode())
             text = metadata[_CONTENT]
             if {*self.names, ""} != set(self._digests) or self._digests[""] != _digest_of_content(path, owner, text):
-                raise ValueError("its digest is another")
+                raise ValueError("its digest does not match")
             self.content = parse_json(text.encode())
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise broken(path, error) from error
@@ -48,7 +48,7 @@ class Sealed:
             with safe_open(self.path, framework="pt") as file:
                 found = file.get_tensor(name)
             if _digest(found) != self._digests[name]:
-                raise ValueError(f"the digest of {name} is another")
+                raise ValueError(f"the digest of {name} does not match")
         except (SafetensorError, OSError, ValueError) as error:
             raise broken(self.path, error) from error
         return found

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any, TypeVar
 
 from lib.config.sources import labels, short_name
-from lib.errors import InputError, RunError, is_out_of_memory
+from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
@@ -79,10 +79,11 @@ class _GridRun:
                 if failed and self.ranks.are_several:
                     break
                 release_memory()
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, InputsChanged) as error:
             kept = sum(self.results.find(key) is not None for key in self.cells)
-            raise RunError(f"stopped; {kept} of {count} cells are kept, and {again} goes on") from error
-        if self.ranks.is_first:
+            why = "stopped" if isinstance(error, KeyboardInterrupt) else str(error)
+            raise RunError(f"{why}; {kept} of {count} cells are kept, and {again} goes on") from error
+        if self.ranks.is_first and any(self.results.find(key) for key in self.cells):
             self._write_plots(self._write_tables())
         if failed:
             if len(failed) == len(missing) and isinstance(failed[0], InputError):
@@ -131,6 +132,8 @@ class _GridRun:
                 self.report.print()
                 self.report.print(what)
                 return function()
+        except InputsChanged:
+            raise
         except Exception as error:
             is_ours = isinstance(error, InputError | RunError)
             if not is_ours and not is_out_of_memory(error):

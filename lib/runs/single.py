@@ -228,6 +228,7 @@ def run_cell(
     """The result of one cell of a grid, which resumes like a single run."""
     workspace.state = State.of_cell(report.folder / STATE, settings.key, workspace.batcher.ranks)
     run = kind(report, settings, workspace)
+    run.check_unchanged()
     run.restore()
     with workspace.state.session(report.seconds):
         return run.execute_cell(keep)

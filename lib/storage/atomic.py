@@ -5,7 +5,9 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,18 +15,21 @@ from pathlib import Path
 
 from lib.errors import InputError, RunError, describe_disk
 
-_DRAFT, _ASIDE = ".{}.partial-", "-aside"
+_DRAFT, _FOLDER, _ASIDE = ".{}.partial-", "-draft", "-aside"
+_OF_A_FILE, _OF_A_FOLDER = re.compile(r"\d+"), re.compile(rf"\w{{8}}{_FOLDER}({_ASIDE})?")  # ends of names
 _EXCHANGE, _AT_CWD = 2, -100  # of renameat2 in Linux
 
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raises `InputError` unless the folder can be created or, where it exists, written to."""
     try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not existing.exists():
+            raise InputError(f"{flag} {folder}: {existing} is a link that leads nowhere; name another")
         if not existing.is_dir():
             raise InputError(f"{flag} {folder}: {existing} is not a folder; name another")
         tempfile.TemporaryFile(dir=existing).close()
-        longest = os.pathconf(existing, "PC_NAME_MAX") - len(_DRAFT.format("") + 8 * "x" + _ASIDE)
+        longest = os.pathconf(existing, "PC_NAME_MAX") - len(_DRAFT.format("") + 8 * "x" + _FOLDER + _ASIDE)
         if len(os.fsencode(folder.name)) > longest:
             raise InputError(f"{flag} {folder}: the name is too long; at most {longest} bytes")
     except OSError as error:
@@ -35,16 +40,16 @@ def check_writable(folder: Path, flag: str) -> None:
 def atomic_folder(folder: Path, on_complete: Callable[[Path], object] = lambda draft: None) -> Iterator[Path]:
     """Yields a temporary folder that replaces `folder` when the block succeeds, and is deleted when it fails.
 
-    `on_complete` gets the finished folder just before. There is always one of the two: they change places in one step
-    where the system can, else the old one is put back when the second step fails. Raises `RunError` when the disk is
-    full.
+    `on_complete` gets the finished folder just before. A complete folder is there at all times: the two change places
+    in one step where the system can, else the old one is put back when the second step fails. Raises `RunError` when
+    the disk is full.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _put_back(folder)
     clear_drafts(folder)
-    draft = Path(tempfile.mkdtemp(prefix=_DRAFT.format(folder.name), dir=folder.parent))
-    lock = _lock(draft)
+    prefix = _DRAFT.format(folder.name)
+    draft, lock = _make(lambda: Path(tempfile.mkdtemp(prefix=prefix, suffix=_FOLDER, dir=folder.parent)))
     try:
         with _disk_errors_told(folder):
             yield draft
@@ -73,7 +78,7 @@ def _exchange(draft: Path, folder: Path) -> None:
     folder.rename(aside)
     try:
         draft.rename(folder)
-    except OSError:
+    except BaseException:
         aside.rename(folder)
         raise
     aside.rename(draft)
@@ -82,9 +87,10 @@ def _exchange(draft: Path, folder: Path) -> None:
 def _put_back(folder: Path) -> None:
     """Gives an old folder its name back that a process left aside when it was killed between two steps."""
     if not folder.exists():
-        for aside in folder.parent.glob(_DRAFT.format(glob.escape(folder.name)) + "*" + _ASIDE):
-            aside.rename(folder)
-            return
+        for aside in _drafts(folder):
+            if aside.name.endswith(_ASIDE):
+                aside.rename(folder)
+                return
 
 
 @contextmanager
@@ -94,26 +100,28 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises `RunError` when the disk is full.
     """
     clear_drafts(path)
-    draft = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
-    try:
-        with _disk_errors_told(path):
-            draft.touch()
-            lock = _lock(draft)
-            try:
-                yield draft
-                _sync(draft)
-            finally:
-                _unlock(lock)
+    name = path.with_name(_DRAFT.format(path.name) + str(os.getpid()))
+
+    def create() -> Path:
+        name.touch()
+        return name
+
+    with _disk_errors_told(path):
+        draft, lock = _make(create)
+        try:
+            yield draft
+            _sync(draft)
             draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+            _unlock(lock)
         _sync(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def clear_drafts(path: Path) -> None:
     """Deletes what killed processes left of writing `path`; a draft that another process is writing is locked."""
-    for draft in path.parent.glob(_DRAFT.format(glob.escape(path.name)) + "*"):
-        lock = _lock(draft)
+    for draft in _drafts(path):
+        lock = _lock(draft, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is None:
             continue
         if draft.is_dir():
@@ -123,21 +131,47 @@ def clear_drafts(path: Path) -> None:
         _unlock(lock)
 
 
-def _lock(draft: Path) -> int | None:
+def _drafts(path: Path) -> list[Path]:
+    """The drafts of a path: files and folders with just the names that they get here."""
+    start = _DRAFT.format(path.name)
+    found = []
+    for draft in path.parent.glob(glob.escape(start) + "*"):
+        end = draft.name.removeprefix(start)
+        with suppress(FileNotFoundError):  # another process has finished it
+            mode = draft.lstat().st_mode
+            is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
+            if (is_file and _OF_A_FILE.fullmatch(end)) or (is_folder and _OF_A_FOLDER.fullmatch(end)):
+                found.append(draft)
+    return found
+
+
+def _make(create: Callable[[], Path]) -> tuple[Path, int | None]:
+    """A new draft, locked before another process can take it for one that a killed process left."""
+    while True:
+        draft = create()
+        lock = _lock(draft, fcntl.LOCK_EX)
+        if draft.exists():
+            return draft, lock
+        _unlock(lock)
+
+
+def _lock(draft: Path, operation: int) -> int | None:
     """Locks a draft until the returned descriptor is closed or this process ends.
 
-    None when another process holds it, or where the file system locks nothing.
+    None when another process holds it, when it is gone meanwhile, or where the file system locks nothing.
     """
     try:
         descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
+        fcntl.flock(descriptor, operation)
+        if os.path.samestat(os.fstat(descriptor), draft.lstat()):  # and not renamed, and its name in use again
+            return descriptor
     except OSError:
-        os.close(descriptor)
-        return None
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _unlock(lock: int | None) -> None:

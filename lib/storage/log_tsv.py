@@ -30,6 +30,8 @@ COLUMNS = (
 def check(folder: Path) -> None:
     """Raises `InputError` when the folder's log has other columns, or cannot be written."""
     path = folder / FILE
+    if path.is_symlink():
+        raise InputError(f"--save: {path} is a link, which is not written through; name another folder")
     if not path.exists():
         return
     try:

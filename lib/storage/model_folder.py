@@ -17,32 +17,38 @@ _KNOWN = re.compile(
 )
 
 
-def check_model_folder(folder: Path, overwrite: bool, flag: str) -> None:
+def check_model_folder(folder: Path, overwrite: bool) -> None:
     """Raises `InputError` unless a model may be saved there.
 
     The folder must be new or empty; with `overwrite` it may hold a model and nothing else.
     """
-    check_writable(folder, flag)
+    check_writable(folder, "--save_model")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{flag} {folder}: exists and is not empty; name another folder or add --overwrite")
+        raise InputError(f"--save_model {folder}: exists and is not empty; name another folder or add --overwrite")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{flag} {folder}: holds no model, so --overwrite does not replace it; name another folder")
+        raise InputError(
+            f"--save_model {folder}: holds no model, so --overwrite does not replace it; name another folder"
+        )
     foreign = next((name for path in _files(folder) if not _KNOWN.fullmatch(name := _name(folder, path))), None)
     if foreign:
         raise InputError(
-            f"{flag} {folder}: holds {foreign} beside a model, so --overwrite does not replace it; name another folder"
+            f"--save_model {folder}: holds {foreign} beside a model, so --overwrite does not replace it; name another folder"
         )
 
 
-def check_holds_none_of(folder: Path, paths: Iterable[Path], flag: str) -> None:
-    """Raises `InputError` for a folder that is, or lies above, one of the paths."""
+def check_holds_none_of(folder: Path, paths: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises `InputError` for a folder that is, or lies above, one of the paths, or a file of one of the inputs.
+
+    The files of an input may lie elsewhere, if they are links.
+    """
     target = folder.resolve()
-    for path in paths:
+    linked = (file for path in inputs if path.is_dir() for file in path.rglob("*") if file.is_symlink())
+    for path in (*paths, *inputs, *linked):
         found = path.resolve()
         if target == found or target in found.parents:
-            raise InputError(f"{flag} {folder}: would replace {path}, which this run uses; name another folder")
+            raise InputError(f"--save_model {folder}: would replace {path}, which this run uses; name another folder")
 
 
 def signature(folder: Path) -> str | None:
@@ -54,8 +60,8 @@ def signature(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Everything below the folder that is not a folder itself, and folders that hold nothing; links not followed."""
-    found = sorted(folder.rglob("*"))
+    """All files below the folder, and folders that hold nothing; links not followed, and without those of macOS."""
+    found = sorted(path for path in folder.rglob("*") if path.name != ".DS_Store")
     return [path for path in found if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
 
 

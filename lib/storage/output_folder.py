@@ -1,6 +1,7 @@
 """Output folders: the names of a run's files, and the mark that says that they are ours. Imports no torch."""
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,22 +23,39 @@ _NAMES = (RESULT, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
 _IN_WORDS = {"run": "a single run", "grid": "a grid of results"}
 
 
-def check_output_folder(folder: Path, kind: Kind, flag: str = "--output_dir") -> None:
+def check_output_folder(folder: Path, kind: Kind) -> None:
     """Raises `InputError` unless a run, or a grid, may write there.
 
     The files of our names must be ours, by the mark in the folder. Links are never written through.
     """
-    check_writable(folder, flag)
-    ours = [path for name in _NAMES if os.path.lexists(path := folder / name)]
+    check_writable(folder, "--output_dir")
+    ours: list[Path] = [path for name in _NAMES if os.path.lexists(path := folder / name)]
     ours += folder.glob(GRID_PLOT.format("*"))
-    if link := next((path for path in (*ours, folder / MARK) if path.is_symlink()), None):
-        raise InputError(f"{flag} {folder}: {link.name} is a link, which is not written through; name another folder")
-    marked = _read_mark(folder, flag)
+    for path in (*ours, folder / MARK):
+        if problem := _what_is_odd(path):
+            raise InputError(f"--output_dir {folder}: {path.name} {problem}; name another folder")
+    marked = _read_mark(folder)
     if marked is None and ours:
         advice = f"it has no {MARK} of ours, so nothing there is replaced; name another folder"
-        raise InputError(f"{flag} {folder}: holds {ours[0].name}; {advice}")
+        raise InputError(f"--output_dir {folder}: holds {ours[0].name}; {advice}")
     if marked not in (None, kind):
-        raise InputError(f"{flag} {folder}: holds {_IN_WORDS[marked]}; name another folder")
+        raise InputError(f"--output_dir {folder}: holds {_IN_WORDS[marked]}; name another folder")
+
+
+def _what_is_odd(path: Path) -> str | None:
+    """Why a path of our names is not written to, or None."""
+    if not os.path.lexists(path):
+        return None
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link, which is not written through"
+    if path.name == STATE:
+        return None if stat.S_ISDIR(found.st_mode) else "is no folder"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no regular file"
+    if found.st_nlink > 1 and path.name in (LOG, RESULTS):
+        return "has another name too (a hard link), under which it would be written to"
+    return None
 
 
 def check_plot(path: Path, flag: str) -> None:
@@ -46,6 +64,12 @@ def check_plot(path: Path, flag: str) -> None:
         raise InputError(f"{flag}: {path} is not a regular file, so it is not replaced; name another")
     if path.exists() and (head := path.read_bytes()[:4096]) and PLOT_MARK.encode() not in head:
         raise InputError(f"{flag}: {path} is no plot of ours, so it is not replaced; name another")
+
+
+def is_of_ours(path: Path, folder: Path) -> bool:
+    """True for a path that is, or lies below, one of our names in an output folder."""
+    inside = path.resolve().parts[len(folder.resolve().parts) :]
+    return folder.resolve() in path.resolve().parents and inside[0] in (*_NAMES, MARK)
 
 
 def claim(folder: Path, kind: Kind) -> None:
@@ -83,7 +107,7 @@ def _make_new(base: Path) -> Path:
     raise InputError(f"{base}: exists, as do its successors; give --output_dir")
 
 
-def _read_mark(folder: Path, flag: str) -> Kind | None:
+def _read_mark(folder: Path) -> Kind | None:
     """What a folder is marked to hold; None without a mark."""
     path = folder / MARK
     try:
@@ -94,4 +118,6 @@ def _read_mark(folder: Path, flag: str) -> Kind | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{flag} {folder}: {MARK} there is not of this version ({error}); name another") from error
+        raise InputError(
+            f"--output_dir {folder}: {MARK} there is not of this version ({error}); name another"
+        ) from error

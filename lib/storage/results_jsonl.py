@@ -37,7 +37,7 @@ class ResultsFile:
             try:
                 entry = parse_json(line)
                 if entry.pop("digest") != digest(entry):
-                    raise ValueError("its digest is another")
+                    raise ValueError("its digest does not match")
                 self._found[canonical(dict(entry["key"]))] = dict(entry["result"])
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 what = f"line {number} is not of a grid's results ({error})"

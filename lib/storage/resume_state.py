@@ -6,6 +6,7 @@ atomically and named by what they hold. The first line of `lock` is the mark tha
 
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
 from lib.files import read_file, read_json
-from lib.storage.atomic import atomic_folder, clear_drafts, write_json
+from lib.storage.atomic import atomic_folder, write_json
 from lib.storage.model_folder import check_model_folder, signature
 from lib.storage.output_folder import RESULT, STATE
 from lib.storage.results_jsonl import digest
@@ -23,6 +24,8 @@ from lib.storage.results_jsonl import digest
 FILE = "state.json"
 _FORMAT, _LOCK, _SAVED = "state/2", "lock", "saved"
 _MARK = b"resume state of a pruning run\n"
+_STAGES = ("pruned", "quantized")  # folders of changed weights
+_OWN = re.compile(r"\.?(state\.json|gradient\.safetensors|layer-\d+\.safetensors)(\.partial-\d+)?")  # and drafts
 
 
 class Processes(Protocol):
@@ -160,10 +163,10 @@ class State:
         `InputError` as `check_model_folder` does.
         """
         is_own = _is_saved(self._values, folder)
-        check_model_folder(folder, overwrite or is_own, "--save_model")
+        check_model_folder(folder, overwrite or is_own)
 
         def keep(draft: Path) -> None:
-            check_model_folder(folder, overwrite or is_own, "--save_model")  # again: saving took its time
+            check_model_folder(folder, overwrite or is_own)  # again: saving took its time
             self.put(_SAVED, {"folder": str(folder.resolve()), "signature": signature(draft)})
 
         with atomic_folder(folder, keep) as draft:
@@ -198,7 +201,7 @@ def read(folder: Path) -> dict | None:
         if not is_state or not all(isinstance(content[name], dict) for name in ("values", "seconds")):
             raise ValueError("no state of this version")
         if found != digest(content):
-            raise ValueError("its digest is another")
+            raise ValueError("its digest does not match")
         return content
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -295,16 +298,15 @@ def _is_state(folder: Path) -> bool:
 def _delete(folder: Path) -> None:
     """Deletes the files of a state, the mark last, and the folder; anything else in it stays."""
     (folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
-    clear_drafts(folder / FILE)
-    for pattern in ("*.safetensors", "*/layer-*.safetensors", ".*.partial-*", "*/.layer-*.partial-*"):
-        for path in folder.glob(pattern):
-            if not path.parent.is_symlink():
+    stages = [stage for name in _STAGES if (stage := folder / name).is_dir() and not stage.is_symlink()]
+    for place in (*stages, folder):
+        for path in place.iterdir():
+            if _OWN.fullmatch(path.name) and not path.is_dir():
                 path.unlink(missing_ok=True)
-    for path in (*(path for path in folder.iterdir() if path.is_dir()), folder):
         with suppress(OSError):  # it holds something else
-            if path == folder and [left.name for left in folder.iterdir()] == [_LOCK]:
+            if place == folder and [left.name for left in folder.iterdir()] == [_LOCK]:
                 (folder / _LOCK).unlink()
-            path.rmdir()
+            place.rmdir()
 
 
 def _locked(folder: Path) -> int:
@@ -316,9 +318,12 @@ def _locked(folder: Path) -> int:
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(f"{folder}: another run is at work on it; wait for it, or name another folder") from error
+    except OSError as error:
+        os.close(descriptor)
+        raise InputError(f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk") from error
     try:
         if os.fstat(descriptor).st_size == 0:
             os.write(descriptor, _MARK)

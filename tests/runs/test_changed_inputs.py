@@ -94,7 +94,7 @@ def test_a_cell_whose_text_is_edited_is_run_again(alp_arguments, text, edit_at, 
     edit_at(lib.sparsity.run, "prune_layers", 2)
     assert run_alp(*command, monkeypatch=monkeypatch) == 1
     error = told(capsys, text)
-    assert "1 of 2 cells failed" in error and error.endswith("the same command tries them again\n")
+    assert error.endswith("1 of 2 cells are kept, and the same command goes on\n")
     results = tmp_path / "run/results.jsonl"
     assert len(results.read_text().splitlines()) == 1
     assert run_alp(*command, monkeypatch=monkeypatch) == 0
@@ -127,7 +127,7 @@ def test_a_finished_run_that_saved_another_format_or_whose_model_is_gone_is_refu
     assert run(*saved, "--resume", monkeypatch=monkeypatch) == 0
     for flags, words in (
         ([*saved, "--save_format", "masked"], "--save_format masked: the run is finished and saved hf"),
-        ([*arguments, "--save_model", tmp_path / "other"], "other: the run is finished, and its model is not there as it was saved"),
+        ([*arguments, "--save_model", tmp_path / "other"], "other: the run is finished, and its model is not there"),
     ):
         capsys.readouterr()
         assert run(*flags, "--resume", monkeypatch=monkeypatch) == 2
@@ -135,5 +135,5 @@ def test_a_finished_run_that_saved_another_format_or_whose_model_is_gone_is_refu
         assert words in error and error.endswith("begin anew: --overwrite\n") and error.count("\n") == 1
     shutil.rmtree(tmp_path / "out")
     assert run(*saved, "--resume", monkeypatch=monkeypatch) == 2
-    assert "there is no model of it" in capsys.readouterr().err
+    assert "its model is not there as it was saved" in capsys.readouterr().err
     assert run(*saved, "--save_format", "masked", "--overwrite", monkeypatch=monkeypatch) == 0

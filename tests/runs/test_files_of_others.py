@@ -76,6 +76,61 @@ def test_links_are_not_written_through(arguments, tmp_path, monkeypatch, refused
     assert not (elsewhere.is_dir() and any(elsewhere.iterdir()))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "hard link"])
+def test_what_is_no_file_of_its_own_is_refused_in_a_marked_folder_too(arguments, tmp_path, monkeypatch, refused, kind):
+    claim(tmp_path / "run", "run")
+    log = tmp_path / "run/log.txt"
+    if kind == "hard link":
+        (tmp_path / "theirs.txt").write_text("mine")
+        os.link(tmp_path / "theirs.txt", log)
+    else:
+        log.mkdir() if kind == "folder" else os.mkfifo(log)
+    words = "has another name too" if kind == "hard link" else "is no regular file"
+    assert refused(tmp_path, f"log.txt {words}", *arguments, script=ppllms, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["state", "result.json", "log.txt", "block_influence.png", "state/model"])
+def test_a_model_is_not_saved_under_a_name_of_the_output_folder(arguments, tmp_path, monkeypatch, refused, name):
+    command = [*arguments, "--save_model", tmp_path / "run" / name]
+    assert refused(tmp_path, "own files", *command, script=ppllms, monkeypatch=monkeypatch)
+
+
+def test_the_cache_of_the_hub_is_not_saved_to(arguments, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    command = [*arguments, "--save_model", tmp_path / "hf/hub/models--a--b/snapshots/c", "--overwrite"]
+    assert refused(tmp_path, "lies in the cache of the hub", *command, script=ppllms, monkeypatch=monkeypatch)
+
+
+def test_files_of_our_names_in_runs_do_not_concern_a_run_in_a_folder_of_its_own(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/log.txt").write_text("mine")
+    assert run(*arguments[:-2], monkeypatch=monkeypatch) == 0 and Path("runs/log.txt").read_text() == "mine"
+
+
+def test_nothing_is_written_among_the_text(alp_arguments, tiny_folder, text_file, tmp_path, monkeypatch, refused):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(text_file, texts)
+    log = [*alp_arguments, "--dataset", texts, "--save", texts]
+    assert refused(tmp_path, "--save", *log, script=alp_prune, monkeypatch=monkeypatch)
+    monkeypatch.chdir(texts)
+    gradients = ["--model", tiny_folder, "--dataset", texts]
+    assert refused(tmp_path, "--output gradients", *gradients, script=save_gradient, monkeypatch=monkeypatch)
+    used = [*alp_arguments, "--calibration_dataset", texts]
+    assert refused(tmp_path, "gradients gradients", *used, script=alp_prune, monkeypatch=monkeypatch)
+
+
+def test_a_log_that_is_a_link_is_not_written_through(alp_arguments, tmp_path, monkeypatch, refused):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "theirs.tsv").touch()
+    (tmp_path / "logs/log.tsv").symlink_to(tmp_path / "theirs.tsv")
+    command = [*alp_arguments, "--save", tmp_path / "logs"]
+    assert refused(tmp_path, "log.tsv is a link", *command, script=alp_prune, monkeypatch=monkeypatch)
+
+
 def test_other_files_in_an_output_folder_stay(arguments, tmp_path, monkeypatch):
     (tmp_path / "run/data").mkdir(parents=True)
     for name in ("notes.txt", "data/state.json"):
@@ -210,6 +265,30 @@ def test_wherever_a_run_that_replaces_another_is_stopped_there_is_a_whole_result
             assert model in [found[1] for found in either]
             assert asked.run(folder, *seed, "--overwrite", "--resume")[0] == 0
             assert asked.found(folder) == either[1]
+
+
+def test_measured_work_is_gone_on_with_and_not_thrown_away(depth, tmp_path, capsys):
+    asked = depth(*COUNTS)
+    _, whole = asked.run(tmp_path / "whole")
+    folder = tmp_path / "run"
+    asked.run(folder)
+    assert asked.run(folder, "--seed", 1, "--overwrite", at=whole.steps.index("save_pruned"))[0] == INTERRUPTED
+    capsys.readouterr()
+    assert asked.run(folder, "--seed", 1)[0] == 2 and "add --resume to go on" in capsys.readouterr().err
+    status, tried = asked.run(folder, "--seed", 1, "--resume")
+    assert status == 2 and not tried.steps and "add --overwrite" in capsys.readouterr().err  # before the work
+    assert asked.run(folder, "--seed", 1, "--resume", "--overwrite")[0] == 0
+
+
+def test_a_grid_that_fails_leaves_the_tables_of_the_one_before(depth, text_file, tmp_path):
+    asked = depth("--method", "random", "--prune_rate", 0.08, 0.1)
+    asked.flags = [flag for flag in asked.flags if flag not in ("--save_model", "out")]
+    assert asked.run(tmp_path)[0] == 0
+    before = files_of(tmp_path / "run")
+    (tmp_path / "short.txt").write_text("short")
+    assert asked.run(tmp_path, "--eval_datasets", tmp_path / "short.txt", "--overwrite")[0] == 2
+    left = files_of(tmp_path / "run")
+    assert left.pop("log.txt").startswith(before.pop("log.txt")) and left == before
 
 
 def test_a_table_in_the_folder_of_an_unfinished_run_is_refused(depth, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_a_folder_is_put_back_when_the_second_step_fails(tmp_path, monkeypatch, 
 
 def test_a_folder_that_a_kill_left_aside_is_put_back_by_the_next_write(tmp_path):
     write_folder(tmp_path / "out", "old")
-    (tmp_path / "out").rename(tmp_path / ".out.partial-abc-aside")
+    (tmp_path / "out").rename(tmp_path / ".out.partial-abcd_123-draft-aside")
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert content_of(tmp_path) == {"out/a": "old"}
@@ -125,6 +125,46 @@ def test_drafts_of_killed_processes_are_deleted_by_the_next_write_and_those_of_l
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_only_looks_like_a_draft_is_not_touched(tmp_path):
+    names = (".out.partial-mine", ".out.partial-1", ".out.partial-old-aside", ".out.partial-abcd_123-draft")
+    for name in names[:3]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("mine")
+    (tmp_path / names[3]).write_text("mine")
+    os.mkfifo(tmp_path / ".out.partial-2")
+    write_folder(tmp_path / "out", "new")
+    with atomic_file(tmp_path / "out") as draft:
+        draft.write_text("x")
+        (tmp_path / "out/a").unlink()
+        (tmp_path / "out").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, ".out.partial-2", "out"])
+
+
+RACER = """
+import sys
+from pathlib import Path
+from lib.storage.atomic import atomic_file
+for number in range(400):
+    with atomic_file(Path(sys.argv[1])) as draft:
+        draft.write_text("whole " * 1000)
+"""
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path):
+    command = [sys.executable, "-c", RACER, tmp_path / "table.md"]
+    racers = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    told = [racer.communicate()[1] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], told
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "none/there")
+    for path in (tmp_path / "link", tmp_path / "link/below"):
+        with pytest.raises(InputError, match="is a link that leads nowhere"):
+            atomic.check_writable(path, "--output_dir")
+
+
 # Folders of models ----------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +176,12 @@ def make_model(folder: Path, *more: str) -> Path:
 
 
 def test_a_model_is_replaced_when_asked_and_a_new_or_empty_folder_always(tmp_path):
-    check_model_folder(tmp_path / "new", False, "--save_model")
-    check_model_folder(tmp_path, False, "--save_model")
+    check_model_folder(tmp_path / "new", False)
+    check_model_folder(tmp_path, False)
     more = ("modeling_pruned.py", "additional_chat_templates/x.jinja", "merges.txt", "generation_config.json")
-    check_model_folder(make_model(tmp_path / "model", *more), True, "--save_model")
+    check_model_folder(make_model(tmp_path / "model", *more), True)
     with pytest.raises(InputError, match="add --overwrite"):
-        check_model_folder(tmp_path / "model", False, "--save_model")
+        check_model_folder(tmp_path / "model", False)
 
 
 @pytest.mark.parametrize(
@@ -149,17 +189,17 @@ def test_a_model_is_replaced_when_asked_and_a_new_or_empty_folder_always(tmp_pat
 )
 def test_a_folder_that_holds_more_than_a_model_is_not_replaced(tmp_path, foreign):
     with pytest.raises(InputError, match=f"holds {foreign} beside a model"):
-        check_model_folder(make_model(tmp_path / "model", foreign), True, "--save_model")
+        check_model_folder(make_model(tmp_path / "model", foreign), True)
 
 
 def test_a_folder_without_a_model_is_not_replaced(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="holds no model"):
-        check_model_folder(tmp_path, True, "--save_model")
+        check_model_folder(tmp_path, True)
     make_model(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds empty beside a model"):
-        check_model_folder(tmp_path, True, "--save_model")
+        check_model_folder(tmp_path, True)
 
 
 def test_a_folder_that_holds_what_the_run_uses_is_not_replaced(tmp_path):
@@ -167,8 +207,25 @@ def test_a_folder_that_holds_what_the_run_uses_is_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     for folder in ("a", "a/b", "link", "a/../a", "."):
         with pytest.raises(InputError, match="would replace .*, which this run uses"):
-            check_holds_none_of(tmp_path / folder, [tmp_path / "a/b"], "--save_model")
-    check_holds_none_of(tmp_path / "a/b/c", [tmp_path / "a/b"], "--save_model")
+            check_holds_none_of(tmp_path / folder, [tmp_path / "a/b"], [])
+    check_holds_none_of(tmp_path / "a/b/c", [tmp_path / "a/b"], [])
+
+
+def test_a_folder_whose_files_a_model_links_to_is_not_replaced(tmp_path):
+    store, model = make_model(tmp_path / "store"), tmp_path / "model"
+    model.mkdir()
+    for file in store.iterdir():
+        (model / file.name).symlink_to(file)
+    with pytest.raises(InputError, match="would replace .*model/.*, which this run uses"):
+        check_holds_none_of(store, [], [model])
+
+
+def test_what_finder_leaves_in_a_folder_does_not_count(tmp_path):
+    model = make_model(tmp_path / "model")
+    before = signature(model)
+    (model / ".DS_Store").touch()
+    check_model_folder(model, True)
+    assert signature(model) == before
 
 
 def test_the_signature_of_a_folder_goes_with_it_and_changes_with_its_files(tmp_path):

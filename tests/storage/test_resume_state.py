@@ -39,15 +39,23 @@ def test_a_state_in_which_anything_was_changed_is_refused(folder, old, new):
     path = folder / resume_state.FILE
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(InputError, match="state.json: broken, so that run cannot go on .its digest is another"):
+    with pytest.raises(InputError, match="state.json: broken, so that run cannot go on .its digest does not match"):
         State(folder, KEY, resume=True)
 
 
 def test_only_the_files_of_a_state_are_deleted_and_what_is_left_is_no_state(folder):
-    (folder / "mine.txt").write_text("mine")
+    theirs = [folder / name for name in ("mine.txt", "mine.safetensors", "pruned/mine.safetensors", "sub/layer-1.txt")]
+    (folder / "sub").mkdir()
+    (folder / "empty").mkdir()
+    for path in theirs:
+        path.write_text("mine")
+    (folder / "pruned/.layer-00001.safetensors.partial-7").touch()
     discard(folder)
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["lock", "mine.txt"]
-    (folder / "mine.txt").unlink()
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted([folder / "lock", *theirs])
+    for path in theirs:
+        path.unlink()
+    (folder / "sub").rmdir()
+    (folder / "empty").rmdir()
     discard(folder)
     assert not folder.exists()
 
@@ -120,19 +128,19 @@ def test_a_tensor_with_a_bit_flipped_is_refused(sealed, name):
     tensors = load_file(sealed)
     tensors[name].view(-1).view(torch.uint8)[0] ^= 1
     change(sealed, tensors)
-    with pytest.raises(InputError, match=f"the digest of {name} is another"):
+    with pytest.raises(InputError, match=f"the digest of {name} does not match"):
         read_all(sealed)
 
 
 def test_a_tensor_that_is_missing_or_was_added_is_refused(sealed):
     for tensors in ({"a": load_file(sealed)["a"]}, {**load_file(sealed), "c": torch.ones(1)}):
         change(sealed, tensors)
-        with pytest.raises(InputError, match="its digest is another"):
+        with pytest.raises(InputError, match="its digest does not match"):
             Sealed(sealed, "a run")
 
 
 def test_a_file_of_another_run_is_refused(sealed):
-    with pytest.raises(InputError, match="its digest is another"):
+    with pytest.raises(InputError, match="its digest does not match"):
         Sealed(sealed, "another run")
 
 
