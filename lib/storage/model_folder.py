@@ -33,9 +33,8 @@ def check_model_folder(folder: Path, overwrite: bool) -> None:
         )
     foreign = next((name for path in _files(folder) if not _KNOWN.fullmatch(name := _name(folder, path))), None)
     if foreign:
-        raise InputError(
-            f"--save_model {folder}: holds {foreign} beside a model, so --overwrite does not replace it; name another folder"
-        )
+        what = f"holds {foreign} beside a model, so --overwrite does not replace it"
+        raise InputError(f"--save_model {folder}: {what}; name another folder")
 
 
 def check_holds_none_of(folder: Path, paths: Iterable[Path], inputs: Iterable[Path]) -> None:
