@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any, TypeVar
 
 from lib.config.sources import labels, short_name
-from lib.errors import InputError, RunError, is_out_of_memory
+from lib.errors import InputError, RunError, is_out_of_memory, one_line
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
@@ -136,7 +136,7 @@ class _GridRun:
             if not is_ours and not is_out_of_memory(error):
                 raise
             kind = InputError if isinstance(error, InputError) else RunError
-            found = kind(" ".join(str(error).split()) if is_ours else "out of memory")
+            found = kind(one_line(str(error)) if is_ours else "out of memory")
         release_memory()  # the traceback, which holds tensors, is gone by now
         self.report.print(f"  failed: {what}: {found}")
         return found
