@@ -14,6 +14,9 @@ Several methods, sparsities, models or seeds make a table; the same command resu
     python alp_prune.py --model PATH --prune_method wanda wanda_alp --sparsity_ratio 0.5 0.6 0.7 --output_dir OUT
 """
 
+import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from here on)
+
+# isort: split
 import argparse
 import importlib.util
 from pathlib import Path
@@ -55,14 +58,11 @@ def build_parser() -> flags.Parser:
     add_allocation_flags(parser.add_argument_group("ALP: how much of each layer"))
     add_quantization_flags(parser.add_argument_group("quantization"))
     group = parser.add_argument_group("text")
-    text = (
-        "c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with ::COLUMN"
-    )
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration windows (default: 128)")
     group.add_argument(
         "--calibration_dataset",
         type=types.name,
-        help=f"calibration text: {text} (default: c4; demo for the demo model)",
+        help=f"calibration text: {flags.TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument(
         "--dataset", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"

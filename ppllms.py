@@ -19,6 +19,9 @@ A plan from an earlier run can be applied again, to the model or to a GGUF file 
     python ppllms.py --apply_plan runs/.../result.json --gguf IN.gguf OUT.gguf
 """
 
+import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from here on)
+
+# isort: split
 import argparse
 from pathlib import Path
 
@@ -53,8 +56,7 @@ def build_parser() -> flags.Parser:
     )
     group.add_argument(
         "--method",
-        type=types.choice(DEPTH_METHODS),
-        choices=DEPTH_METHODS,
+        **flags.one_of(DEPTH_METHODS),
         nargs="+",
         default=["ppllms"],
         help="how to choose (default: ppllms)",
@@ -82,12 +84,9 @@ def build_parser() -> flags.Parser:
         help="beam: plans kept for each amount removed (default: 1)",
     )
     group = parser.add_argument_group("text")
-    text = (
-        "c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with ::COLUMN"
-    )
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
-        "--dataset", type=types.name, help=f"calibration text: {text} (default: c4; demo for the demo model)"
+        "--dataset", type=types.name, help=f"calibration text: {flags.TEXTS} (default: c4; demo for the demo model)"
     )
     group.add_argument("--bi_windows", type=types.positive, help="windows that BI is averaged over (default: all)")
     group.add_argument(
@@ -101,8 +100,7 @@ def build_parser() -> flags.Parser:
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
     group.add_argument(
         "--save_format",
-        type=types.choice(SAVE_FORMATS),
-        choices=SAVE_FORMATS,
+        **flags.one_of(SAVE_FORMATS),
         default="hf",
         help="default: hf (compact)",
     )

@@ -8,6 +8,9 @@ Writes a small JSON file, which alp_prune.py finds by the model and these settin
     python save_gradient.py --model PATH --dataset PATH --grad_type l2_hundred_total
 """
 
+import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from here on)
+
+# isort: split
 import argparse
 
 from lib.cli import checks, flags, types
@@ -32,8 +35,7 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--dataset",
         type=types.name,
-        help="c4, wikitext2, demo, a hub id, or a .txt/.md/.json/.jsonl/.csv/.tsv/.parquet file or folder, all with "
-        "::COLUMN (default: c4; demo for the demo model)",
+        help=f"{flags.TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument("--seed", "--grad_seed", type=types.count, default=0, help="seed of the windows (default: 0)")
     flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")

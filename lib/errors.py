@@ -22,7 +22,7 @@ class InputsChanged(RunError):
 START_OVER = "begin anew with --overwrite, and without --resume"  # advice for broken files of an earlier run
 INSTALL = "pip install -r requirements.txt -c constraints.txt"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "tqdm")  # those of requirements.txt
-_WITH_THEM = ("safetensors", "tokenizers", "huggingface_hub", "pyarrow")  # which they bring
+_WITH_THEM = ("safetensors", "tokenizers", "huggingface_hub", "pyarrow", "yaml")  # which they bring
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno values
 _FULL_DISK_TEXTS = re.compile(  # of the system, numpy, and torch's serialization, whose errors have no errno
     r"No space left on device|\d+ requested and \d+ written|PytorchStreamWriter failed writing|unexpected pos \d+ vs"

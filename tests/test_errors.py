@@ -10,7 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lib.errors import describe_disk, describe_failure, first_line, nearest
+from lib.errors import InputError, describe_disk, describe_failure, first_line, nearest
+from lib.export import huggingface
+from lib.export.reload import SaveError
+from lib.sensitivity import artifact
+from tests.families import tiny_model
 
 DISK = Path("/dev/full")
 
@@ -126,3 +130,34 @@ def test_a_quoted_line_is_of_bounded_length():
 )
 def test_the_nearest_word_is_one_that_differs_little_or_begins_alike(word, expected):
     assert nearest(word, ["--model_name", "--method", "--act-order"]) == expected
+
+
+# Errors without a text ------------------------------------------------------------------------------------------------
+
+
+class Silent(Exception):
+    """An error that says nothing."""
+
+
+def fail(*_, **__) -> None:
+    raise Silent
+
+
+def test_a_model_that_cannot_be_rebuilt_is_told_though_the_error_says_nothing(monkeypatch):
+    model = tiny_model("Llama")
+    monkeypatch.setattr(type(model), "__init__", fail)
+    with pytest.raises(SaveError, match="a reload would fail .Silent."):
+        huggingface._check_rebuilt(model)
+
+
+def test_gradients_that_cannot_be_read_are_told_though_the_error_says_nothing(tmp_path, monkeypatch):
+    def fail_to_read(_) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(artifact, "read_json", fail_to_read)
+    with pytest.raises(InputError, match="holds no gradients .ValueError."):
+        artifact.read(tmp_path / "gradients.json")
+
+
+def test_a_package_of_another_package_that_is_missing_is_one_line():
+    assert "the package yaml is not installed" in describe_failure(ModuleNotFoundError(name="yaml"))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
-from lib.reporting.tables import csv_table, entries, markdown
+from lib.reporting.tables import check_result, csv_table, entries, markdown
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage import output_folder, resume_state
-from lib.storage.results_jsonl import ResultsFile, canonical
+from lib.storage.results_jsonl import ResultsFile, canonical, digest
 from lib.storage.resume_state import State
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
 
@@ -64,6 +64,30 @@ def valid_files() -> dict[str, bytes]:
 VALID = valid_files()
 
 
+def of_state(content: dict) -> dict:
+    return {**content, "digest": digest({name: value for name, value in content.items() if name != "digest"})}
+
+
+def of_gradients(content: dict) -> dict:
+    inner = {name: value for name, value in content.items() if name not in ("format", "digest")}
+    return {**content, "digest": artifact._digest_of_content(inner)}
+
+
+SIGNED = {"state": of_state, "results": of_state, "gradients": of_gradients}  # with the digest of their content
+
+
+def signed(kind: str) -> st.SearchStrategy[bytes]:
+    """The valid file with values changed, and the digest that belongs to them."""
+
+    def sign(content: dict) -> bytes:
+        try:
+            return written(SIGNED[kind](content))
+        except ValueError:  # numbers that JSON does not have
+            return written(content)
+
+    return changed(json.loads(VALID[kind])).map(sign)
+
+
 def files_of(kind: str) -> st.SearchStrategy[bytes]:
     """Bytes, JSON, and the valid file with values or bytes changed."""
     valid, content = VALID[kind], json.loads(VALID[kind])
@@ -71,10 +95,17 @@ def files_of(kind: str) -> st.SearchStrategy[bytes]:
         st.binary(max_size=200)
         | ANY_JSON.map(written)
         | changed(content).map(written)
+        | signed(kind)
         | cut_or_flipped(valid)
         | st.just(valid)
         | st.lists(changed(content).map(written) | st.just(valid), max_size=3).map(b"".join)
     )
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_what_is_signed_again_is_as_it_was_written(kind):
+    content = json.loads(VALID[kind])
+    assert SIGNED[kind](content) == content
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +142,13 @@ def test_results_are_read_whole_or_refused_in_a_line(folder, content):
     if results and (found := results.find(canonical(KEY))) is not None:
         assert isinstance(found, dict)
         json.dumps(found, allow_nan=False)
-        table = entries([found])
-        assert markdown(table) is not None and csv_table(table)
+        try:
+            check_result(found)
+        except ValueError as error:
+            assert str(error).isprintable()
+        else:
+            table = entries([found])
+            assert markdown(table) is not None and csv_table(table)
 
 
 @fuzz(files_of("gradients"))

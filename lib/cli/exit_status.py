@@ -1,18 +1,15 @@
 """What surrounds a script: exit statuses, and one line on stderr for an error. Imports no torch."""
 
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import NoReturn
 
+from lib.cli.starting import INTERRUPTED, end_at_once, is_ignored
 from lib.errors import InputError, describe_failure, is_interrupt
 from lib.runtime.launcher import launched
-
-INTERRUPTED = 128 + signal.SIGINT  # as shells have it: 130
 
 
 @contextmanager
@@ -21,25 +18,14 @@ def importing() -> Iterator[None]:
 
     An exception would end in the middle of a C extension, which prints a traceback or aborts.
     """
-
-    def end(*_) -> NoReturn:
-        with suppress(OSError):  # stderr may be closed
-            os.write(2, f"{Path(sys.argv[0]).name}: stopped\n".encode())
-        os._exit(INTERRUPTED)
-
-    if threading.current_thread() is not threading.main_thread() or _is_ignored():
+    if threading.current_thread() is not threading.main_thread() or is_ignored():
         yield
         return
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.signal(signal.SIGINT, end_at_once)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _is_ignored() -> bool:
-    """True for a process in the background, which Ctrl-C does not concern."""
-    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def run_script(program: str, main: Callable[[], None]) -> int:
@@ -66,7 +52,9 @@ def run_script(program: str, main: Callable[[], None]) -> int:
 
 def end_script(program: str, main: Callable[[], None]) -> NoReturn:
     """Runs the main function of a script and ends the process; Ctrl-C while it ends does so at once."""
+    if not is_ignored():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all that handles it is imported
     status = run_script(program, main)
-    if not _is_ignored():
+    if not is_ignored():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)

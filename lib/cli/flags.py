@@ -1,20 +1,26 @@
 """The flags that the scripts share, and the parser that they are added to. Imports no torch."""
 
 import argparse
+import os
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from typing import Any
 
 from lib.cli.types import choice, count, folder, name, positive
 from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
 from lib.config.methods import Entry
-from lib.config.sources import ModelSource
-from lib.errors import nearest, one_line
+from lib.config.sources import PACKINGS, TEXT_KINDS, ModelSource
+from lib.errors import describe_failure, nearest, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OTHER_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 OFFLOADS = ("auto", "none", "cpu", "disk")
+TEXTS = (
+    f"c4, wikitext2, demo, a hub id, or a file or folder: {' '.join(TEXT_KINDS)}, packed as {' '.join(PACKINGS)}, or "
+    "one of save_to_disk; `:CONFIG` and `::COLUMN` may follow"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +42,10 @@ class Parser(argparse.ArgumentParser):
             meant = nearest(word, self._option_string_actions) if word.startswith("-") else None
             advice = f"did you mean {meant}?" if meant else "--help lists all flags"
             self.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
+        try:
+            os.getcwd().encode()  # which results hold
+        except UnicodeEncodeError as error:
+            self.error(str(describe_failure(error)))
         return found
 
     def parse_known_args(self, args=None, namespace=None):
@@ -48,12 +58,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
+def one_of(options: Collection[str], synonyms: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The options of a flag that takes one of some words, or a synonym of one."""
+    return {"type": choice(options, synonyms), "choices": options}
+
+
 def add_device_flags(group) -> None:
     """Adds the flags for how a model is loaded and where it runs."""
     group.add_argument(
         "--dtype",
-        type=choice(DTYPES, _OTHER_NAMES),
-        choices=DTYPES,
+        **one_of(DTYPES, _OTHER_NAMES),
         default="auto",
         help="default: auto, that of the checkpoint",
     )
@@ -63,8 +77,7 @@ def add_device_flags(group) -> None:
     )
     group.add_argument(
         "--offload",
-        type=choice(OFFLOADS),
-        choices=OFFLOADS,
+        **one_of(OFFLOADS),
         default="auto",
         help="where layers are kept between uses: none (on the device), cpu or disk (default: what fits)",
     )
@@ -99,15 +112,13 @@ def add_gradient_flags(group, ngrad: str) -> None:
     group.add_argument("--grad_seqlen", type=positive, default=64, help="tokens in such a window (default: 64)")
     group.add_argument(
         "--grad_loss",
-        type=choice(GRADIENT_LOSSES),
-        choices=GRADIENT_LOSSES,
+        **one_of(GRADIENT_LOSSES),
         default="last",
-        help="the loss of the last token, or of all",
+        help="the loss of the last token, or of all (default: last)",
     )
     group.add_argument(
         "--grad_type",
-        type=choice(GRADIENT_TYPES),
-        choices=GRADIENT_TYPES,
+        **one_of(GRADIENT_TYPES),
         default="l2",
         help="how gradients are summed (default: l2)",
     )
@@ -134,8 +145,7 @@ def add_preset(parser: Parser, presets: Mapping[str, dict]) -> None:
     """Adds the flag `--preset`."""
     parser.add_argument(
         "--preset",
-        type=choice(presets),
-        choices=presets,
+        **one_of(presets),
         help="the settings of a whole table; other flags change them",
     )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
-from lib.errors import InputError, RunError
+from lib.errors import InputError, RunError, first_line
 from lib.export import nemotron_nas
 from lib.export.reload import SaveError, check_reload, check_window, has_code, logits_of
 from lib.export.templates import PRUNED_CLASS
@@ -248,7 +248,7 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
         with torch.device("meta"):
             rebuilt = type(model)(config)
     except Exception as error:  # what a family raises for a config that it does not understand
-        raise SaveError(f"a reload would fail ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise SaveError(f"a reload would fail ({first_line(error)})") from error
     skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):

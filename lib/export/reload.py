@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.config.plan import Plan
-from lib.errors import RunError, is_out_of_memory
+from lib.errors import RunError, first_line, is_out_of_memory
 from lib.models.decoder import Decoder
 from lib.models.offload import disk_map
 
@@ -54,8 +54,7 @@ def check_reload(
     except Exception as error:  # what a library raises for a broken folder
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno):
             raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise SaveError(f"the saved model would not load again ({reason})") from error
+        raise SaveError(f"the saved model would not load again ({first_line(error)})") from error
     apart = distance(found, expected) if found.shape == expected.shape else float("inf")
     if not apart <= tolerance(expected.dtype):
         raise SaveError(

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 import lib
+from lib.errors import PACKAGES
 
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 _NAME = "ppllms-alp"  # of this package, in pyproject.toml
 
 
 def environment(device: torch.device) -> dict:
     """Version and commit of these scripts, versions of packages, device, threads, platform and command line."""
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "version": _VERSION,

@@ -36,7 +36,7 @@ def _told(draw: Callable[Given, None]) -> Callable[Given, str | None]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of glyphs that the font lacks, values that have no logarithm
                 draw(*args, **options)
-        except Exception as error:  # a broken installation can raise anything
+        except (Exception, SystemExit) as error:  # a broken installation can raise anything
             return f"no plot: {describe_failure(error) or first_line(error)}"
         return None
 

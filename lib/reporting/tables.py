@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lib.config.sources import labels
+from lib.errors import first_line
 from lib.reporting.published import SOURCES, Figure, find
 
 DENSE_ROW = "dense"
@@ -43,6 +44,16 @@ def entries(results: Sequence[dict]) -> list[Entry]:
         for entry in (*_dense_entries(result), *_cell_entries(result)):
             found.setdefault((entry.model, entry.method, entry.setting, entry.seed, entry.metric, entry.text), entry)
     return list(found.values())
+
+
+def check_result(result: dict) -> None:
+    """Raises `ValueError` for what no run gives, which has no table."""
+    try:
+        found = entries([result])
+        markdown(found)
+        csv_table(found)
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"no result of a run: {first_line(error)}") from error
 
 
 def _dense_entries(result: dict) -> Iterable[Entry]:

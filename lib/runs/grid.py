@@ -11,11 +11,11 @@ from statistics import mean
 from typing import Any, TypeVar
 
 from lib.config.sources import labels, short_name
-from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory
+from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory, one_line
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
-from lib.reporting.tables import Entry, csv_table, entries, markdown
+from lib.reporting.tables import Entry, check_result, csv_table, entries, markdown
 from lib.runs.single import Run, run_cell, take_snapshot
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -52,6 +52,11 @@ class _GridRun:
         snapshot = take_snapshot([name for cell in cells for name in cell.inputs], self.ranks)
         for cell in (replace(cell, snapshot=snapshot) for cell in cells):
             self.cells.setdefault(canonical(cell.key), cell)
+        for result in (found for key in self.cells if (found := self.results.find(key)) is not None):
+            try:
+                check_result(result)
+            except ValueError as error:
+                raise InputError(f"{self.results.path}: {error}; move it away, or name another --output_dir") from error
 
     def run(self) -> None:
         """Runs the missing cells, model by model. Raises as `run_grid` does."""
@@ -139,7 +144,7 @@ class _GridRun:
             if not is_ours and not is_out_of_memory(error):
                 raise
             kind = InputError if isinstance(error, InputError) else RunError
-            found = kind(" ".join(str(error).split()) if is_ours else "out of memory")
+            found = kind(one_line(str(error)) if is_ours else "out of memory")
         release_memory()  # the traceback, which holds tensors, is gone by now
         self.report.print(f"  failed: {what}: {found}")
         return found

@@ -1,10 +1,9 @@
 """The device that a run computes on."""
 
-import os
-
 import torch
 
 from lib.errors import InputError, first_line
+from lib.runtime.launcher import launched
 
 
 def resolve_device(device: str) -> torch.device:
@@ -14,8 +13,8 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda" and (launch := launched()).are_several:
+        device = f"cuda:{launch.local_rank}"
     try:
         torch.zeros(1, device=device).item()
         return torch.device(device)

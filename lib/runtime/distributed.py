@@ -6,6 +6,8 @@ are combined before any process continues, so all take the same decisions. Only 
 
 import atexit
 import json
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from lib.errors import InputError, first_line
 from lib.runtime.launcher import launched
 
 Json = TypeVar("Json")
@@ -105,9 +108,17 @@ ALONE = Ranks()
 
 
 def join(device: torch.device) -> Ranks:
-    """Connects to the other processes of this run, if a launcher started several. `device` is that of this process."""
+    """Connects to the other processes of this run, if a launcher started several. `device` is that of this process.
+
+    Raises `InputError` when the host they meet at is unknown, which they would wait for.
+    """
     if not launched().are_several:
         return ALONE
+    host = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"MASTER_ADDR={host}: no such host ({first_line(error)}); name that of rank 0") from error
     from accelerate import PartialState
 
     # Long timeout: one process may work for hours while the others wait. If one dies, the launcher ends all.

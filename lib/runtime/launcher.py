@@ -4,11 +4,13 @@ Imports no torch.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 from lib.errors import InputError
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
+_ADVICE = "start with torchrun or accelerate launch, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Launch:
 
     rank: int = 0
     count: int = 1
+    local_rank: int = 0  # among those of this machine
+    local_count: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -33,21 +37,23 @@ def launched() -> Launch:
 
     Raises `InputError` for an environment that no launcher sets.
     """
-    count = _number("WORLD_SIZE", os.environ.get("WORLD_SIZE") or "1")
+    count = _number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE") else 1
     if count == 1:
         return Launch()
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:
-        advice = "start with torchrun or accelerate launch, or unset WORLD_SIZE"
-        raise InputError(f"WORLD_SIZE={count}: {missing[0]} is not set; {advice}")
-    rank = _number("RANK", os.environ["RANK"])
-    if not 0 <= rank < count:
-        raise InputError(f"RANK={rank}: not below WORLD_SIZE={count}; start with torchrun or accelerate launch")
-    return Launch(rank, count)
+        raise InputError(f"WORLD_SIZE={count}: {missing[0]} is not set; {_ADVICE}")
+    _number("MASTER_PORT", 1, 65535)
+    rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
+    local_count = _number("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else 1
+    if rank >= count:
+        raise InputError(f"RANK={rank}: not below WORLD_SIZE={count}; {_ADVICE}")
+    return Launch(rank, count, local_rank, local_count)
 
 
-def _number(name: str, text: str) -> int:
-    lowest = 1 if name == "WORLD_SIZE" else 0
-    if not (text.isascii() and text.isdigit() and int(text) >= lowest):
-        raise InputError(f"{name}={text}: is no number of processes; unset it, or start with torchrun")
+def _number(name: str, lowest: int = 0, highest: int = 999_999) -> int:
+    """A variable of the environment as a number. Raises `InputError` unless it is one from `lowest` to `highest`."""
+    text = os.environ[name]
+    if not (re.fullmatch("[0-9]{1,6}", text) and lowest <= int(text) <= highest):
+        raise InputError(f"{name}={text[:20]}: is no number from {lowest} to {highest}; {_ADVICE}")
     return int(text)

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import math
-import os
 import re
 import resource
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from lib.runtime.launcher import launched
 
 
 def free_cuda_memory(device: torch.device) -> int:
@@ -59,8 +60,7 @@ def release_memory() -> None:
 
 def free_host_memory() -> int:
     """Bytes that this process may still allocate: its share of what the machine and its control group have free."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this run on this machine
-    return int(max(0, min(psutil.virtual_memory().available, group_memory()))) // beside
+    return int(max(0, min(psutil.virtual_memory().available, group_memory()))) // launched().local_count
 
 
 _GROUPS = (  # cgroup v2, then v1: controller, folder, files of limit and usage, reclaimable bytes in memory.stat

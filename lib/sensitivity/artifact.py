@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_ours
-from lib.errors import InputError
+from lib.errors import InputError, first_line
 from lib.files import read_json
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
@@ -116,7 +116,7 @@ def read(path: Path) -> Artifact:
     except FileNotFoundError as error:
         raise InputError(f"gradients {path}: no such file; make it with save_gradient.py") from error
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         advice = "give a file of save_gradient.py, or move this one away"
         raise InputError(f"gradients {path}: holds no gradients ({reason}); {advice}") from error
     try:

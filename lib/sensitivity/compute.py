@@ -11,7 +11,7 @@ from lib.config.keys import code_digest
 from lib.config.snapshot import Snapshot
 from lib.config.sources import ModelSource
 from lib.data.sampling import sampled_windows
-from lib.errors import printable
+from lib.errors import one_line
 from lib.models.decoder import Decoder
 from lib.models.sealed_tensors import Sealed, broken, save_sealed
 from lib.reporting.console import Report
@@ -65,17 +65,13 @@ class Sensitivities:
             layers = connection_sensitivity(
                 decoder, self.windows, settings.gradient_type, settings.loss, progress, self.ranks, unfinished
             )
-        text, named = self.key["text"], replace(settings, dataset=_on_one_line(settings.dataset))
-        model, where = _on_one_line(self.source.name), environment(decoder.device)
+        text, named = self.key["text"], replace(settings, dataset=one_line(settings.dataset))
+        model, where = one_line(self.source.name), environment(decoder.device)
         found = Artifact(model, self.fingerprint, text, named, layers, where)
         if self.ranks.is_first:
             self.snapshot.check((self.source.name, settings.dataset))
             artifact.write(self.path, found)
         return found
-
-
-def _on_one_line(name: str) -> str:
-    return " ".join(printable(name).split())
 
 
 class _Unfinished:

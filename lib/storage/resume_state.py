@@ -202,6 +202,8 @@ def read(folder: Path) -> dict | None:
             raise ValueError("no state of this version")
         if found != digest(content):
             raise ValueError("its digest does not match")
+        if not all(type(n) in (int, float) and n >= 0 for n in content["seconds"].values()):
+            raise ValueError("its seconds are no times")
         return content
     except (FileNotFoundError, NotADirectoryError):
         return None

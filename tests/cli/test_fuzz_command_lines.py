@@ -12,44 +12,17 @@ import alp_prune
 import ppllms
 import save_gradient
 from lib.cli import checks
-from lib.errors import InputError
+from lib.errors import InputError, describe_failure
 from tests.fuzzing import BOUNDED
 
-HOSTILE = [
-    *("", " ", "-", "--", "-1", "0", "1", "2", "0.5", "1e3", "1e400", "nan", "-inf", "0x10", "1_0", "٣", "2:4", "4:2"),
-    *(
-        "9" * 400,
-        "1" + "0" * 5000,
-        "25%",
-        "0,25",
-        "auto",
-        "cpu",
-        "cuda:99",
-        "bf16",
-        "hf",
-        "l1",
-        "demo",
-        "ALP",
-        "ppllms",
-    ),
-    *(
-        "true",
-        "dense",
-        "sleb",
-        "magnitude",
-        "alp-table2",
-        "disk",
-        "/",
-        ".",
-        "..",
-        "~",
-        "~nobody/x",
-        "/dev/null",
-        "x.json",
-    ),
-    *("/dev/null/x", "/proc/self/mem", "a/b", "a/b/c", "\x00", "a\x00b", "a\nb", "\x1b[31m", "a\udcff", "ü" * 128),
-    *("x" * 300, "x/" * 3000, "loop", "loop/x", "pipe", "{}", "%s", "${HOME}", "--model", "=", "\u202e", "🙂", "*"),
-]
+NUMBERS = ["-1", "0", "1", "2", "0.5", "1e3", "1e400", "nan", "-inf", "0x10", "1_0", "٣", "2:4", "4:2", "25%", "0,25"]
+NUMBERS += ["9" * 400, "1" + "0" * 5000]
+WORDS = ["", " ", "auto", "cpu", "cuda:99", "bf16", "hf", "l1", "demo", "ALP", "ppllms", "true", "dense", "sleb"]
+WORDS += ["magnitude", "alp-table2", "disk", "{}", "%s", "${HOME}", "-", "--", "--model", "=", "*"]
+PATHS = ["/", ".", "..", "~", "~nobody/x", "/dev/null", "/dev/null/x", "/proc/self/mem", "x.json", "a/b", "a/b/c"]
+PATHS += ["loop", "loop/x", "pipe", "x" * 300, "x/" * 3000, "ü" * 128]
+CHARACTERS = ["\x00", "a\x00b", "a\nb", "\x1b[31m", "a\udcff", "\u202e", "🙂"]
+HOSTILE = [*NUMBERS, *WORDS, *PATHS, *CHARACTERS]
 SCRIPTS = {"ppllms": ppllms, "alp_prune": alp_prune, "save_gradient": save_gradient}
 VALUES = st.sampled_from(HOSTILE) | st.text(max_size=12)
 
@@ -101,7 +74,8 @@ def test_any_command_line_is_settings_or_one_line_and_touches_nothing(name, fold
             assert ended.code in (0, 2)
             assert ended.code == 0 or (line.count("\n") == 1 and line.endswith("\n") and line[:-1].isprintable()), line
         except InputError as error:
-            assert str(error)
+            told_line = describe_failure(error)
+            assert told_line and told_line.isprintable()
         assert everything(folder) == before
 
     holds()

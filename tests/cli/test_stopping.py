@@ -47,6 +47,24 @@ def test_ctrl_c_while_packages_are_imported_is_one_line(script, meanwhile, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["ready", "torch.py"]
 
 
+@pytest.mark.parametrize("script", ["ppllms", "alp_prune", "save_gradient"])
+def test_ctrl_c_while_a_script_imports_its_own_modules_is_one_line(script, tmp_path):
+    """Which a module of argparse's name stands for, as it is the first that all of them import."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    installed = tmp_path / script.replace("_", "-")  # as pip writes it
+    installed.write_text(f"from {script} import command\ncommand()\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for program in (ROOT / f"{script}.py", installed):
+        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (130, f"{program.name}: stopped\n")
+
+
+def test_scripts_that_are_imported_leave_ctrl_c_as_it_is():
+    check = "import ppllms, alp_prune, save_gradient, signal; print(signal.getsignal(signal.SIGINT).__name__)"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "default_int_handler\n"
+
+
 def test_a_run_that_is_stopped_ends_with_the_status_of_an_interrupt(capsys):
     def main() -> None:
         try:

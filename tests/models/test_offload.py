@@ -27,6 +27,7 @@ from lib.models.offload import OffloadedLayer, fetched_by_forward, follow, offlo
 from lib.models.weight_deltas import Changes, difference, with_zeros
 from lib.runtime import memory
 from lib.runtime.batching import Batcher
+from lib.runtime.launcher import Launch
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import connection_sensitivity
 from lib.sparsity.layerwise import count_zeros, prune_layers
@@ -322,7 +323,7 @@ def test_the_tightest_control_group_counts_and_what_can_be_reclaimed_is_free(lin
 def test_processes_beside_each_other_share_the_memory(monkeypatch):
     monkeypatch.setattr(memory, "group_memory", lambda: 1000)
     assert memory.free_host_memory() == 1000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(memory, "launched", lambda: Launch(0, 8, 0, 4))
     assert memory.free_host_memory() == 250
 
 

@@ -59,6 +59,7 @@ BROKEN = {
     "not importable": "raise ImportError('libfreetype.so.6: cannot open shared object file')",
     "another ABI": "raise RuntimeError('module compiled against ABI version 0x1000009\\nbut this is another')",
     "other attributes": "",
+    "an end of the process": "import sys; sys.exit(3)",
 }
 
 

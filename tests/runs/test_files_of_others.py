@@ -320,14 +320,14 @@ def test_only_the_number_of_processes_says_that_there_are_several(environment):
     environment(RANK="3", LOCAL_RANK="3")
     assert launched() == Launch(0, 1) and launched().is_first
     environment(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="29500")
-    assert launched() == Launch(1, 2) and launched().are_several and not launched().is_first
+    assert launched() == Launch(1, 2, 1) and launched().are_several and not launched().is_first
 
 
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: is no number of processes"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: is no number of processes"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: is no number from 1"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: is no number from 1"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "not below"),
     ],

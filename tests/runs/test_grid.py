@@ -460,6 +460,16 @@ def test_results_of_something_else_are_refused(tmp_path, line):
         ResultsFile(tmp_path)
 
 
+def test_a_line_that_has_no_figures_is_refused_though_its_digest_is_right(alp_grid, tmp_path, capsys):
+    axes = ["--prune_method", "magnitude", "--sparsity_ratio", 0.4, 0.6]
+    (line, _) = alp_grid(*axes)
+    path = tmp_path / "grid" / FILE
+    path.unlink()
+    ResultsFile(tmp_path / "grid").add(canonical(line["key"]), {})
+    alp_grid(*axes, status=2)
+    assert "no result of a run" in capsys.readouterr().err
+
+
 def test_a_grid_of_two_runs_at_once_keeps_all_lines(tmp_path):
     keys = [canonical({"cell": number, "a": 0.1}) for number in range(3)]
     one, two = ResultsFile(tmp_path), ResultsFile(tmp_path)
