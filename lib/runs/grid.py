@@ -10,13 +10,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+from lib.config.snapshot import Snapshot
 from lib.config.sources import labels, short_name
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, csv_table, entries, markdown
-from lib.runs.single import Run, run_cell, take_snapshot
+from lib.runs.single import Run, run_cell
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import release_memory
@@ -49,7 +50,8 @@ class _GridRun:
         self.ranks = join(resolve_device(cells[0].source.device))
         self.results, self.report = ResultsFile(folder, overwrite, self.ranks.is_first), Report(self.ranks.is_first)
         self.cells: Cells = {}
-        snapshot = take_snapshot([name for cell in cells for name in cell.inputs], self.ranks)
+        inputs = [one for cell in cells for one in cell.inputs]
+        snapshot = Snapshot.take(inputs, self.ranks.agree, self.report.print)
         for cell in (replace(cell, snapshot=snapshot) for cell in cells):
             self.cells.setdefault(canonical(cell.key), cell)
 

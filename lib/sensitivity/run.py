@@ -1,6 +1,7 @@
 """The run of `save_gradient.py`: compute a model's sensitivities and write them to a file."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lib.config.gradients import GradientSettings
@@ -21,7 +22,7 @@ from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
-from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, state_folder
+from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, inputs, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, discard, read
 
@@ -48,7 +49,8 @@ def run(settings: SaveGradient) -> Artifact:
     source, gradients = settings.source, settings.gradients
     ranks = join(resolve_device(source.device))
     report = Report(ranks.is_first)
-    snapshot = Snapshot.take((source.name, gradients.dataset) if ranks.is_first else ())
+    with report.timed("snapshot"):
+        snapshot = Snapshot.take(inputs(source, gradients), ranks.agree, report.print)
     with report.timed("load"):
         config = load_config(source)
         check_config(source, config, gradients)
@@ -63,9 +65,9 @@ def run(settings: SaveGradient) -> Artifact:
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
     folder = state_folder(settings.output)
-    wanted = Sensitivities(
-        decoder, source, gradients, windows, settings.output, artifact.fingerprint(decoder), snapshot, ranks
-    )
+    with report.timed("fingerprint"):
+        fingerprint = ranks.agree(partial(artifact.fingerprint, decoder))
+    wanted = Sensitivities(decoder, source, gradients, windows, settings.output, fingerprint, snapshot, ranks)
     if settings.resume and (before := finished(settings, wanted)):
         report.print(f"Finished before: {settings.output}")
         if ranks.is_first:  # may be left over, and the plot missing, after a kill at the very end

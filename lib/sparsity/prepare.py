@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class SparsityWorkspace(Workspace):
     @cached_property
     def fingerprint(self) -> str:
         """That of the dense model: to be asked for the first time while it is dense."""
-        return artifact.fingerprint(self.decoder)
+        return self.batcher.ranks.agree(partial(artifact.fingerprint, self.decoder))
 
     @property
     def linears(self) -> list[nn.Linear]:

@@ -214,7 +214,7 @@ def test_a_column_can_be_named(tmp_path):
     assert "is plain text, without columns" in refusal(tmp_path / "b.txt::text")
     assert "no such file or folder" in refusal(tmp_path / "c.jsonl::text")
     names = [f"{path}::chat", f"{path}::text", str(path)]
-    assert len(set(Snapshot.take(names).stamps.values())) == 3
+    assert len(set(Snapshot.take(("text", name) for name in names).stamps.values())) == 3
 
 
 def test_a_column_of_the_hub_can_be_named():
@@ -325,7 +325,7 @@ def test_links_that_go_in_circles_are_no_text(tmp_path):
     assert documents(tmp_path / "folder") == ["a"]
     assert "no such file or folder" in refusal(tmp_path / "loop.txt")
     name = str(tmp_path / "loop.txt")
-    assert Snapshot.take([name]).stamps == {name: name}
+    assert list(Snapshot.take([("text", name)]).stamps.values()) == [name]
 
 
 def test_a_pipe_is_no_text(tmp_path):

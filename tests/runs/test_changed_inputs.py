@@ -127,7 +127,10 @@ def test_a_finished_run_that_saved_another_format_or_whose_model_is_gone_is_refu
     assert run(*saved, "--resume", monkeypatch=monkeypatch) == 0
     for flags, words in (
         ([*saved, "--save_format", "masked"], "--save_format masked: the run is finished and saved hf"),
-        ([*arguments, "--save_model", tmp_path / "other"], "other: the run is finished, and its model is not there as it was saved"),
+        (
+            [*arguments, "--save_model", tmp_path / "other"],
+            "other: the run is finished, and its model is not there as it was saved",
+        ),
     ):
         capsys.readouterr()
         assert run(*flags, "--resume", monkeypatch=monkeypatch) == 2
