@@ -19,6 +19,7 @@ _MANY = 10 * 10**9  # bytes, which take some 10 seconds or more
 _THREADS = 4  # a digest is computed without the interpreter's lock
 _BLOCK = 2**20  # bytes
 _YAML = (".yaml", ".yml")
+_TASK_FOLDER = re.compile(r"\b(?:dataset_path|data_dir)['\"]?:\s*['\"]?([^\s'\"{},]+)")
 _NOT_LOADED = (".md", ".log", ".png", ".tsv", ".csv", ".gguf", ".pth", ".h5", ".msgpack", ".onnx")
 _OF_RUNS = ("result.json", "results.jsonl", "log.txt")  # which may stand in the folder of a model
 _C4_UNREAD = re.compile(r"c4-(train|validation)\.(?!00000)\d{5}-of-\d{5}\.json\.gz")
@@ -122,7 +123,10 @@ def _is_visible_file(path: Path, folder: Path) -> bool:
 
 
 def _task_files(path: Path) -> dict[Path, None]:
-    """A task's YAML file with all files that it names: what it includes, the code of its functions, its data."""
+    """A task's YAML file with all files that it names: what it includes, the code of its functions, its data.
+
+    Of a folder that it names as its data set, the files that may be read as text.
+    """
     found: dict[Path, None] = {}
     left = [Path(os.path.realpath(path))]
     while left:
@@ -131,6 +135,9 @@ def _task_files(path: Path) -> dict[Path, None]:
             continue
         found[file] = None
         text = read_file(file).decode("utf-8", "replace") if file.suffix in _YAML else ""
+        for folder in re.findall(_TASK_FOLDER, text):
+            for place in (file.parent / folder, Path(folder)):
+                left += [Path(os.path.realpath(path)) for path in text_files(place)] if os.path.isdir(place) else []
         for word in re.findall(r"[^\s'\"\[\]{},]+", text):
             module = word.rpartition(".")[0].replace(".", "/") + ".py"
             places = (file.parent / word, Path(word), file.parent / module)

@@ -101,6 +101,11 @@ def _of_config(text: TextName, names: list[Path], purpose: str) -> list[Path]:
     within = Path(configs[chosen].get("data_dir") or ".")
     splits = _patterns(configs[chosen].get("data_files") or "**")
     patterns = [pattern for split in choose_split(text.source, list(splits), purpose, str) for pattern in splits[split]]
+    for place in (within, *(Path(pattern) for pattern in patterns)):
+        if place.is_absolute() or ".." in place.parts:
+            raise InputError(
+                f"dataset {text.source}: its {_CARD} names files outside the folder ({place}); name your files"
+            )
     found = {
         within / name
         for pattern in patterns

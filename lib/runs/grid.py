@@ -15,6 +15,7 @@ from lib.config.sources import labels, short_name
 from lib.errors import InputError, RunError, is_out_of_memory
 from lib.models.loading import load_config
 from lib.reporting.console import Report
+from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, csv_table, entries, markdown
 from lib.runs.single import Run, run_cell
@@ -51,6 +52,7 @@ class _GridRun:
         self.results, self.report = ResultsFile(folder, overwrite, self.ranks.is_first), Report(self.ranks.is_first)
         self.cells: Cells = {}
         inputs = [one for cell in cells for one in cell.inputs]
+        code_version()
         snapshot = Snapshot.take(inputs, self.ranks.agree, self.report.print)
         for cell in (replace(cell, snapshot=snapshot) for cell in cells):
             self.cells.setdefault(canonical(cell.key), cell)

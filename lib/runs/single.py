@@ -24,7 +24,7 @@ from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
-from lib.reporting.environment import environment
+from lib.reporting.environment import code_version, environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -198,6 +198,7 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     with output_folder.chosen(settings.output_dir, stem) if report.is_first else nullcontext() as chosen:
         folder = Path(ranks.agree(lambda: str(chosen)))
         with report.timed("snapshot"):
+            code_version()
             settings = replace(settings, snapshot=Snapshot.take(settings.inputs, ranks.agree, report.print))
         if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
             check_saved(before, settings.save_model, settings.save_format)

@@ -15,6 +15,7 @@ from lib.models.limits import check_tokens, dtype_name, window_length
 from lib.models.linears import check_not_offloaded, find_linears
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.reporting.console import Report, columns
+from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_sensitivity
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -25,6 +26,8 @@ from lib.sensitivity.artifact import Artifact
 from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, inputs, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, discard, read
+
+_ADVICE = "name another --output, or replace the file with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def run(settings: SaveGradient) -> Artifact:
     ranks = join(resolve_device(source.device))
     report = Report(ranks.is_first)
     with report.timed("snapshot"):
+        code_version()
         snapshot = Snapshot.take(inputs(source, gradients), ranks.agree, report.print)
     with report.timed("load"):
         config = load_config(source)
@@ -98,8 +102,8 @@ def finished(settings: SaveGradient, wanted: Sensitivities) -> Artifact | None:
         return None
     try:
         found = artifact.read(settings.output)
-        artifact.check_settings(found, settings.output, settings.gradients, wanted.windows)
-        artifact.check_model(found, settings.output, settings.source.name, decoder, wanted.fingerprint)
+        artifact.check_settings(found, settings.output, settings.gradients, wanted.windows, _ADVICE)
+        artifact.check_model(found, settings.output, settings.source.name, decoder, wanted.fingerprint, _ADVICE)
         return found
     except InputError:
         if settings.overwrite or ranks.agree(lambda: read(state_folder(settings.output)) is not None):

@@ -70,6 +70,23 @@ def test_a_folder_that_is_named_like_a_task_is_not_the_task(text, monkeypatch):
     assert stamp(FILE, Path("below")) == "below"
 
 
+@pytest.mark.parametrize(
+    "named", ["dataset_path: rows", "dataset_kwargs: {data_dir: 'rows'}", "dataset_kwargs:\n  data_dir: ROOT/rows\n"]
+)
+def test_a_folder_of_rows_that_a_task_reads_counts(tmp_path, named):
+    (tmp_path / "rows/below").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("rows/below/a.jsonl", "other/a.jsonl"):
+        (tmp_path / name).write_text("one")
+    task = tmp_path / "mine.yaml"
+    task.write_text(f"task: mine\n{named}\ndoc_to_text: '/ . other'\n".replace("ROOT", str(tmp_path)))
+    before = stamp(FILE, task)
+    (tmp_path / "other/a.jsonl").write_text("two")
+    assert stamp(FILE, task) == before
+    (tmp_path / "rows/below/a.jsonl").write_text("two")
+    assert stamp(FILE, task) != before
+
+
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
