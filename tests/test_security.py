@@ -326,7 +326,6 @@ def split_weights(model: Path, name: str, index: str = "model.safetensors.index.
     (model / name).parent.mkdir(exist_ok=True)
     (model / "model.safetensors").rename(model / name)
     (model / index).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    (model / "placeholder.safetensors").touch()  # of weights in the folder
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

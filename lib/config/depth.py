@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.config.keys import key_of
 from lib.config.methods import DEPTH_METHODS, DepthMethod
 from lib.config.plan import SavedPlan
-from lib.config.snapshot import Snapshot
+from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 
 
@@ -63,9 +63,10 @@ class DepthPruning:
         return f"{self.method} {self.prune_rate:g} seed {self.seed}"
 
     @property
-    def inputs(self) -> list[str]:
-        """The names of everything that the run reads: the model, and its texts."""
-        return [self.model_name, *([self.dataset] if self.needs_windows else []), *self.texts]
+    def inputs(self) -> list[Input]:
+        """Everything that the run reads: the model, and its texts."""
+        texts = [*([self.dataset] if self.needs_windows else []), *self.texts]
+        return [(MODEL, self.model_name), *((TEXT, name) for name in texts)]
 
     @property
     def key(self) -> dict:

@@ -38,9 +38,13 @@ class GradientSettings:
 def is_ours(path: Path) -> bool:
     """True for a file of gradients of any version; only such a file is ever replaced."""
     with suppress(OSError, ValueError):
-        content = read_json(path)
-        return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.partition("/")[0])
+        return is_content_of_ours(read_json(path))
     return False
+
+
+def is_content_of_ours(content: object) -> bool:
+    """True for what a file of gradients of any version holds."""
+    return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.partition("/")[0])
 
 
 def _local_label(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lib
-from lib.config.snapshot import Snapshot
+from lib.config.snapshot import FILE, MODEL, TEXT, Snapshot, entry
 
 _ONLY_ROUNDING = "changes the last digits at most; a stopped run may go on elsewhere, or with smaller batches"
 _WHERE = "says where files are written"
@@ -46,7 +46,8 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
     },
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
 }
-_NAMES = ("model", "dataset", "eval_datasets", "calibration_dataset", "tasks", "gradient_file")  # of what is read
+_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE}  # of what is read, by setting
+_KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset"), TEXT)
 
 
 def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[str, object]) -> dict:
@@ -62,11 +63,15 @@ def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[s
     left_out = {"source", "snapshot", "cache_dir", *WITHOUT_EFFECT[tool], *unused}
     values = {name: value for name, value in values.items() if name not in left_out}
     stamps = settings.snapshot.stamps
-    for name in _NAMES:
-        if name in values:
-            value = values[name]
-            values[name] = [stamps[one] for one in value] if isinstance(value, list | tuple) else stamps[str(value)]
+    for name in _KINDS.keys() & values.keys():
+        value = values[name]
+        of_each = [stamps[entry(_KINDS[name], str(one))] for one in (value if _is_list(value) else [value])]
+        values[name] = of_each if _is_list(value) else of_each[0]
     return {"tool": tool, "code": code_digest(), **values}
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
 
 
 @cache

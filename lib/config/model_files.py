@@ -1,6 +1,7 @@
 """Checks of the files that are given as a model, before any is loaded. Imports no torch."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,12 @@ from typing import Any
 from lib.errors import InputError
 from lib.files import read_file, read_json
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_LOADED = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # or the files that an index of this name lists; the first there is
+_INDEX = ".index.json"
 ADAPTER_FILE = "adapter_config.json"
 _OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -56,8 +62,8 @@ def check_folder(name: str, folder: Path) -> None:
     if (folder / ADAPTER_FILE).is_file():
         raise InputError(f"model {name}: {adapter_advice(name)}")
     others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _OTHER_WEIGHTS)
-    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
-    if not has_weights and any(file.lower().endswith(".gguf") for file in others):
+    weights = weight_files(folder)
+    if not weights and any(file.lower().endswith(".gguf") for file in others):
         raise InputError(f"model {name}: a folder of GGUF files, for llama.cpp; {_GGUF_ADVICE}")
     config = folder / "config.json"
     if not config.is_file():
@@ -65,12 +71,18 @@ def check_folder(name: str, folder: Path) -> None:
         what = f"but there is one in {below[-1]}; give that" if below else "give one that save_pretrained() wrote"
         raise InputError(f"model {name}: no config.json in this folder{',' if below else ';'} {what}")
     check_config(name, _read_config(name, config))
-    if not has_weights:
+    for index in sorted(folder.rglob(f"*{_INDEX}")):
+        for listed in _listed(index):
+            if os.path.isabs(listed) or ".." in Path(listed).parts:
+                what = f"{index.name} names weights outside the folder ({listed})"
+                raise InputError(f"model {name}: {what}; copy them into it")
+    if not weights:
         found = f" but {others[0]}" if others else ""
         raise InputError(f"model {name}: no weights (*.safetensors) in this folder{found}; give one with its weights")
-    for file in (file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
-        if not file.is_file():
-            raise InputError(f"model {name}: {file.name} is no file, or a link that leads nowhere; copy the file there")
+    for file in weights:
+        if not os.path.isfile(file):
+            what = f"{file.relative_to(folder)} is no file, or a link that leads nowhere"
+            raise InputError(f"model {name}: {what}; copy the file there")
     tokenizers = [folder / file for file in _TOKENIZER_FILES if (folder / file).is_file()]
     if not tokenizers:
         raise InputError(f"model {name}: no tokenizer in this folder; copy tokenizer.json of the model into it")
@@ -79,8 +91,24 @@ def check_folder(name: str, folder: Path) -> None:
             raise InputError(
                 f"model {name}: {file.name} has {size:,} bytes, more than a tokenizer; copy the model's own"
             )
-    for index in sorted(folder.rglob("*.index.json")):
-        _check_index(name, index)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that loading a folder reads, whether they are there or not, sorted.
+
+    They are those that its config, or an index, names; in a folder without such names, all that look like weights.
+    """
+    for name in (*_named_by_config(folder), *(loaded + end for loaded in _LOADED for end in ("", _INDEX))):
+        if os.path.lexists(folder / name):
+            found = _listed(folder / name) if name.endswith(_INDEX) else [name]
+            if found:
+                return sorted(folder / file for file in found)
+    return sorted(all_weights(folder))
+
+
+def all_weights(folder: Path) -> set[Path]:
+    """All files at the top of a folder that look like weights of Transformers, loaded or not."""
+    return {file for pattern in _WEIGHTS for file in folder.glob(pattern)}
 
 
 def adapter_advice(name: str) -> str:
@@ -123,12 +151,19 @@ def _read_config(name: str, path: Path) -> Any:
     return config
 
 
-def _check_index(name: str, index: Path) -> None:
-    """Raises `InputError` for an index of weights that names files outside its folder."""
+def _listed(index: Path) -> set[str]:
+    """The files of weights that an index names; none of a broken one, which the loader reports."""
     try:
-        files = [Path(file) for file in read_json(index)["weight_map"].values()]
+        return {name for name in read_json(index)["weight_map"].values() if isinstance(name, str)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # the loader reports a broken index
-    for file in files:
-        if file.is_absolute() or ".." in file.parts:
-            raise InputError(f"model {name}: {index.name} names weights outside the folder ({file}); copy them into it")
+        return set()
+
+
+def _named_by_config(folder: Path) -> list[str]:
+    """The file of weights, or index, that a config names in place of the usual ones."""
+    try:
+        named = json.loads(read_file(folder / "config.json", _LARGEST_CONFIG)).get("transformers_weights")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return []
+    is_inside = isinstance(named, str) and not os.path.isabs(named) and ".." not in Path(named).parts
+    return [named] if is_inside else []  # the loader refuses one outside

@@ -4,105 +4,118 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.config.sources import is_demo, parse_text
-from lib.demo import DEMO_MODEL
+from lib.config.model_files import all_weights, weight_files
+from lib.config.sources import expand, is_demo, locate_model, parse_text, text_files
 from lib.errors import InputError, InputsChanged
-from lib.files import read_file, read_json
+from lib.files import read_file
 
+MODEL, TEXT, FILE = "model", "text", "file"  # what a name is given as; a file is one of gradients, or of a task
+_MANY = 10 * 10**9  # bytes, which take some 10 seconds or more
 _THREADS = 4  # a digest is computed without the interpreter's lock
 _BLOCK = 2**20  # bytes
 _YAML = (".yaml", ".yml")
+_TASK_FOLDER = re.compile(r"\b(?:dataset_path|data_dir)['\"]?:\s*['\"]?([^\s'\"{},]+)")
 _NOT_LOADED = (".md", ".log", ".png", ".tsv", ".csv", ".gguf", ".pth", ".h5", ".msgpack", ".onnx")
 _OF_RUNS = ("result.json", "results.jsonl", "log.txt")  # which may stand in the folder of a model
 _C4_UNREAD = re.compile(r"c4-(train|validation)\.(?!00000)\d{5}-of-\d{5}\.json\.gz")
 
 
+Input = tuple[str, str]  # what a name is given as, and the name
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """Local models, texts and other files as they were at one time, by the names that a command gives them.
+    """Local models, texts and other files as they were at one time, by what a command gives: "model NAME", "text NAME".
 
     `stamps` has what a key says of each: its path with a digest of what its files hold; hub ids are taken as they are.
-    `files` has what tells that a file was changed: its size, times, inode and digest, by name and path.
+    `files` has what tells that a file was changed: its size, times, inode and digest, by path.
     """
 
     stamps: dict[str, str]
     files: dict[str, dict[str, list]]
 
     @classmethod
-    def take(cls, names: Iterable[str]) -> "Snapshot":
-        """Reads all files of these names. Raises `InputError` for one that cannot be read."""
-        found = {name: _files(name) for name in dict.fromkeys(names)}
+    def take(
+        cls,
+        inputs: Iterable[Input],
+        agree: Callable[[Callable[[], dict]], dict] = lambda function: function(),
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> "Snapshot":
+        """Reads all files of these inputs, in the first process of several: `agree` gives its result to all.
+
+        Tells when that takes long. Raises `InputError` for a file that cannot be read.
+        """
+        return cls(**agree(lambda: asdict(cls._take(inputs, tell))))
+
+    @classmethod
+    def _take(cls, inputs: Iterable[Input], tell: Callable[[str], object]) -> "Snapshot":
+        given = {entry(*one): one for one in inputs}
+        found = {name: _files(*one) for name, one in given.items()}
         every = list(dict.fromkeys(path for paths in found.values() for path in paths))
+        if (size := sum(os.path.getsize(path) for path in every)) > _MANY:
+            tell(f"Reading     {size / 10**9:.0f} GB of models and texts once, for a digest of what they hold")
         with ThreadPoolExecutor(_THREADS) as pool:
             looks = dict(zip(every, pool.map(_look, every), strict=True))
         files = {name: {str(path): looks[path] for path in paths} for name, paths in found.items()}
-        return cls({name: _stamp(name, files[name]) for name in files}, files)
+        return cls({name: _stamp(*given[name], files[name]) for name in files}, files)
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raises `InputsChanged`, naming a file, if one of these names was changed meanwhile."""
-        for name in names:
-            known = self.files[name]
-            is_model = _is_model(_place(name))  # into whose folder runs may write
-            present = {} if is_model else dict.fromkeys(map(str, _files(name)))
+    def check(self, inputs: Iterable[Input]) -> None:
+        """Raises `InputsChanged`, naming a file, if one of these inputs was changed meanwhile."""
+        for kind, name in inputs:
+            known = self.files[entry(kind, name)]
+            present = (
+                {} if kind == MODEL else dict.fromkeys(map(str, _files(kind, name)))
+            )  # runs may write to a model's
             for path in {**present, **known}:
                 if path not in known or not _is_as_it_was(Path(path), *known[path]):
                     raise InputsChanged(f"{path}: was changed while the run worked, so it gives no result")
 
 
-def _place(name: str) -> Path:
-    return DEMO_MODEL if is_demo(name) else parse_text(name).path
+def entry(kind: str, name: str) -> str:
+    """The name of an input in a snapshot."""
+    return f"{kind} {name}"
 
 
-def _is_model(path: Path) -> bool:
-    return os.path.isfile(path / "config.json")
+def _place(kind: str, name: str) -> Path:
+    if kind == MODEL:
+        return Path(locate_model(name))
+    return parse_text(name).path if kind == TEXT else expand(name)
 
 
-def _files(name: str) -> list[Path]:
-    """The files of a name that loading may read, in order; none for a hub id."""
-    path = _place(name)
+def _files(kind: str, name: str) -> list[Path]:
+    """The files of an input that loading may read, in order; none for a hub id, or the text of the demo."""
+    path = _place(kind, name)
     try:
-        if os.path.isfile(path):
-            return list(_task_files(path)) if path.suffix in _YAML else [path]
-        if not os.path.isdir(path):
+        if kind == MODEL:
+            return sorted(set(_model_files(path))) if os.path.isdir(path) else []
+        if (kind, name) == (TEXT, "demo"):
             return []
-        return sorted(set(_model_files(path) if _is_model(path) else _text_files(path)))
+        if os.path.isfile(path):
+            return list(_task_files(path)) if kind == FILE and path.suffix in _YAML else [path]
+        if kind == FILE or not os.path.isdir(path):
+            return []
+        return [file for file in text_files(path) if not _C4_UNREAD.fullmatch(file.name)]
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({error}); make its files readable") from error
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
-    """The files at the top, and of those below the shards that an index names, chat templates, and code.
+    """The files at the top, and of those below the weights, chat templates, and code; no weights that are not loaded.
 
     Folders below may hold anything else: results, other models.
     """
+    yield from (path for path in weight_files(folder) if os.path.isfile(path))
     top = [path for path in folder.iterdir() if _is_visible_file(path, folder) and path.suffix not in _NOT_LOADED]
-    top = [path for path in top if path.name not in _OF_RUNS]
-    yield from top
+    yield from (path for path in set(top) - all_weights(folder) if path.name not in _OF_RUNS)
     yield from (path for path in folder.glob("additional_chat_templates/*") if path.is_file())
-    for index in (path for path in top if path.name.endswith(".index.json")):
-        yield from (path for shard in _shards(index) if os.path.isfile(path := folder / shard))
     if any(path.suffix == ".py" for path in top):
         code = (path for path in folder.rglob("*.py") if _is_visible_file(path, folder))
-        yield from (path for path in code if path.parent == folder or not _is_model(path.parent))
-
-
-def _shards(index: Path) -> set[str]:
-    """The files of weights that an index names; none of a broken one, which the loader reports."""
-    try:
-        return {name for name in read_json(index)["weight_map"].values() if isinstance(name, str)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return set()
-
-
-def _text_files(folder: Path) -> Iterator[Path]:
-    """All files but hidden ones, and of a copy of C4 those that are read."""
-    visible = (path for path in folder.rglob("*") if _is_visible_file(path, folder))
-    return (path for path in visible if not _C4_UNREAD.fullmatch(path.name))
+        yield from (path for path in code if path.parent == folder or not (path.parent / "config.json").is_file())
 
 
 def _is_visible_file(path: Path, folder: Path) -> bool:
@@ -110,7 +123,10 @@ def _is_visible_file(path: Path, folder: Path) -> bool:
 
 
 def _task_files(path: Path) -> dict[Path, None]:
-    """A task's YAML file with all files that it names: what it includes, the code of its functions, its data."""
+    """A task's YAML file with all files that it names: what it includes, the code of its functions, its data.
+
+    Of a folder that it names as its data set, the files that may be read as text.
+    """
     found: dict[Path, None] = {}
     left = [Path(os.path.realpath(path))]
     while left:
@@ -119,6 +135,9 @@ def _task_files(path: Path) -> dict[Path, None]:
             continue
         found[file] = None
         text = read_file(file).decode("utf-8", "replace") if file.suffix in _YAML else ""
+        for folder in re.findall(_TASK_FOLDER, text):
+            for place in (file.parent / folder, Path(folder)):
+                left += [Path(os.path.realpath(path)) for path in text_files(place)] if os.path.isdir(place) else []
         for word in re.findall(r"[^\s'\"\[\]{},]+", text):
             module = word.rpartition(".")[0].replace(".", "/") + ".py"
             places = (file.parent / word, Path(word), file.parent / module)
@@ -149,14 +168,16 @@ def _is_as_it_was(path: Path, size: int, mtime: int, ctime: int, inode: int, dig
     return (stat.st_ctime_ns, stat.st_ino) == (ctime, inode) or _look(path)[-1] == digest
 
 
-def _stamp(name: str, files: dict[str, list]) -> str:
-    """What a key says of a name. The demo text comes from the documentation of Python, so it goes by its version."""
-    if not files and not is_demo(name):
+def _stamp(kind: str, name: str, files: dict[str, list]) -> str:
+    """What a key says of an input. The demo text comes from the documentation of Python, so it goes by its version."""
+    if (kind, name) == (TEXT, "demo"):
+        return f"demo, Python {platform.python_version()}"
+    if not files:
         return name
-    place = _place(name).absolute()
+    place = _place(kind, name).absolute()
     content = hashlib.sha256()
     for path, (*_, digest) in files.items():
         content.update(os.fsencode(os.path.relpath(path, place)) + f" {digest}\n".encode())
-    part = name.removeprefix(parse_text(name).source)  # the configuration and the column, if given
-    what = f"demo, Python {platform.python_version()}" if is_demo(name) else f"{place}{part}"
+    part = name.removeprefix(parse_text(name).source) if kind == TEXT else ""  # configuration and column, if given
+    what = "demo" if kind == MODEL and is_demo(name) else f"{place}{part}"
     return f"{what} {content.hexdigest()[:16]}"

@@ -15,6 +15,7 @@ TEXT_KINDS = {".txt": "txt", ".md": "txt", ".json": "json", ".jsonl": "json", ".
 TEXT_KINDS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # of the content, by suffix
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # of any of these but .parquet, by a second suffix
 TEXT_SUFFIXES = (*TEXT_KINDS, *PACKINGS)
+_TEXT_OR_ARROW = (*TEXT_SUFFIXES, ".arrow")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -115,6 +116,16 @@ def check_model(name: str) -> None:
     if not path.is_dir():
         raise InputError(f"model {name}: {refuse_path(path)}")
     check_folder(name, path)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files below a folder that may be read as text, by their names, sorted; none that are hidden.
+
+    Among them are the card, and the files of `save_to_disk`.
+    """
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in _TEXT_OR_ARROW)
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    return [path for path in (folder / name for name in visible) if path.is_file()]
 
 
 def is_hub_text(name: str) -> bool:

@@ -9,7 +9,7 @@ from lib.config.gradients import GradientSettings
 from lib.config.keys import key_of
 from lib.config.methods import ALLOCATORS, PRUNERS, Method, Pattern
 from lib.config.quantization import Quantization
-from lib.config.snapshot import Snapshot
+from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 
 
@@ -63,11 +63,12 @@ class SparsityPruning:
         return f"{self.method.name} {self.target_sparsity:g} {self.pattern}{seed}"
 
     @property
-    def inputs(self) -> list[str]:
-        """The names of everything that the run reads: the model, its texts, the gradients and tasks."""
-        text = [self.calibration_dataset] if self.needs_text else []
+    def inputs(self) -> list[Input]:
+        """Everything that the run reads: the model, its texts, the gradients and tasks."""
+        texts = [*([self.calibration_dataset] if self.needs_text else []), *self.texts]
         gradients = [str(self.gradient_file)] if self.uses_gradients and self.gradient_file else []
-        return [self.model, *text, *self.texts, *gradients, *self.tasks]
+        files = [*gradients, *self.tasks]
+        return [(MODEL, self.model), *((TEXT, name) for name in texts), *((FILE, name) for name in files)]
 
     @property
     def key(self) -> dict:

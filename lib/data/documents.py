@@ -22,9 +22,10 @@ class Documents(Sequence[str | None]):
         self._ends = array("q", [0])  # of the rows, in bytes
         try:
             for row in rows:
-                self._ends.append(self._ends[-1] + self._file.write(json.dumps(row, default=str).encode()))
+                content = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+                self._ends.append(self._ends[-1] + self._file.write(content))
                 if self._ends[-1] > largest:
-                    raise too_large(f"dataset {source}", largest)
+                    raise too_large(f"dataset {source}", largest, "bytes")
         except OSError as error:
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
 
@@ -39,7 +40,7 @@ class Documents(Sequence[str | None]):
     def __getitem__(self, index):
         start, end = self._ends[range(len(self))[index]], self._ends[range(1, len(self) + 1)[index]]
         self._file.seek(start)
-        row = json.loads(self._file.read(end - start))
+        row = json.loads(self._file.read(end - start).decode("utf-8", "surrogatepass"))
         try:
             text = self._render(row)
             (text or "").encode()  # raises for half of a surrogate pair, which no tokenizer takes

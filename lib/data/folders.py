@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lib.config.sources import TEXT_SUFFIXES, TextName
+from lib.config.sources import TEXT_SUFFIXES, TextName, text_files
 from lib.data.readers import kind, unreadable
 from lib.errors import InputError
 from lib.files import read_file
@@ -60,8 +60,7 @@ def choose_split(source: str, items: Sequence[Item], purpose: str, name: Callabl
 
 def _files_below(text: TextName, purpose: str) -> list[Path]:
     """The files below a folder; in a copy of C4 or WikiText, only those of the configuration in use."""
-    names = [path.relative_to(text.path) for path in sorted(text.path.rglob("*")) if path.is_file()]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    names = [path.relative_to(text.path) for path in text_files(text.path)]
     names = [name for name in names if name.name not in _NO_TEXT and kind(name)]
     c4 = [name for name in names if name.name in {Path(file).name for file in C4_FILES.values()}]
     wikitext = [name for name in names if WIKITEXT_CONFIG in name.parts]
@@ -102,6 +101,11 @@ def _of_config(text: TextName, names: list[Path], purpose: str) -> list[Path]:
     within = Path(configs[chosen].get("data_dir") or ".")
     splits = _patterns(configs[chosen].get("data_files") or "**")
     patterns = [pattern for split in choose_split(text.source, list(splits), purpose, str) for pattern in splits[split]]
+    for place in (within, *(Path(pattern) for pattern in patterns)):
+        if place.is_absolute() or ".." in place.parts:
+            raise InputError(
+                f"dataset {text.source}: its {_CARD} names files outside the folder ({place}); name your files"
+            )
     found = {
         within / name
         for pattern in patterns

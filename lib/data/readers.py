@@ -15,8 +15,8 @@ import pyarrow.parquet
 from lib.config.sources import PACKINGS, TEXT_KINDS
 from lib.errors import InputError, first_line
 
-LARGEST = 16 * 2**30  # characters of a source, unpacked
-LARGEST_IN_MEMORY = 2**30  # characters needed at once: of a document, a JSON array, or all that is evaluated on
+LARGEST = 16 * 2**30  # characters of a source, unpacked, or bytes of its rows
+LARGEST_IN_MEMORY = 2**30  # the same, needed at once: of a document, a JSON array, or all to evaluate on
 
 _UTF_BY_MARK = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _UTF_BY_MARK |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the first begins one of UTF-32
@@ -52,11 +52,9 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
     return _json_rows(path) if kind(path) == "json" else _csv_rows(path)
 
 
-def too_large(name: str, largest: int) -> InputError:
-    """The error for more than `largest` characters of text."""
-    return InputError(
-        f"{name}: has more than {largest:,} characters of text; give a part of it, such as its first lines"
-    )
+def too_large(name: str, largest: int, unit: str = "characters") -> InputError:
+    """The error for more than `largest` characters or bytes of text."""
+    return InputError(f"{name}: has more than {largest:,} {unit} of text; give a part of it, such as its first lines")
 
 
 def unreadable(name: str, error: Exception, problem: str = "cannot be read") -> InputError:
@@ -75,7 +73,9 @@ def _opened(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
             start = buffer.peek()
             encoding = next((utf for mark, utf in _UTF_BY_MARK.items() if start.startswith(mark)), None)
             if not encoding and b"\0" in start:
-                raise not_utf8
+                codecs.getincrementaldecoder("utf-8")().decode(start)  # raises for what is no UTF-8
+                advice = "take them out, or, if it is UTF-16 without its mark, convert it to UTF-8"
+                raise InputError(f"{path}: holds NUL characters; {advice}")
             yield io.TextIOWrapper(buffer, encoding or "utf-8", newline=newline)
     except UnicodeError as error:
         raise not_utf8 from error

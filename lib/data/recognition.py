@@ -83,7 +83,7 @@ def _complete(source: str, rows: Iterable[dict[str, Any]], columns: Sequence[str
 
 def _in_memory(source: str, documents: Documents) -> list[str | None]:
     if documents.bytes > LARGEST_IN_MEMORY:
-        raise too_large(f"dataset {source}", LARGEST_IN_MEMORY)
+        raise too_large(f"dataset {source}", LARGEST_IN_MEMORY, "bytes")
     return list(documents)
 
 

@@ -1,11 +1,12 @@
 """Checks that the weights of a checkpoint are those of its config: none missing, none more, all of the same size."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.config.model_files import WEIGHT_FILES
+from lib.config.model_files import weight_files
 from lib.config.sources import locate_model
 from lib.errors import InputError
 from lib.models.modeling_pruned import LAYERS_NAMES, find_name
@@ -26,7 +27,7 @@ def check_file_sizes(name: str, outline: "PreTrainedModel") -> None:
     folder = Path(locate_model(name))
     if not folder.is_dir():
         return
-    held = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    held = sum(file.stat().st_size for file in weight_files(folder) if os.path.isfile(file))
     per_byte = 8 if getattr(outline.config, "quantization_config", None) else 1
     parameters = outline.num_parameters()
     if parameters > held * per_byte + _UNNOTICED:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -23,14 +24,20 @@ def environment(device: torch.device) -> dict:
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "version": _VERSION,
-        "commit": _COMMIT,
+        **code_version(),
         "versions": versions,
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+@cache
+def code_version() -> dict[str, str | None]:
+    """Version and commit of these scripts, when first asked for: to be asked for early, as files may change."""
+    root = Path(lib.__path__[0]).parent
+    return {"version": version(root), "commit": commit(root)}
 
 
 def version(root: Path) -> str | None:
@@ -55,7 +62,3 @@ def commit(root: Path) -> str | None:
             command, env=options, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     return None
-
-
-_ROOT = Path(lib.__path__[0]).parent
-_VERSION, _COMMIT = version(_ROOT), commit(_ROOT)  # of the code that is imported: files may change while it runs

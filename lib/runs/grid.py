@@ -10,13 +10,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+from lib.config.snapshot import Snapshot
 from lib.config.sources import labels, short_name
 from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory, one_line
 from lib.models.loading import load_config
 from lib.reporting.console import Report
+from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import Entry, check_result, csv_table, entries, markdown
-from lib.runs.single import Run, run_cell, take_snapshot
+from lib.runs.single import Run, run_cell
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
 from lib.runtime.memory import release_memory
@@ -49,7 +51,9 @@ class _GridRun:
         self.ranks = join(resolve_device(cells[0].source.device))
         self.results, self.report = ResultsFile(folder, overwrite, self.ranks.is_first), Report(self.ranks.is_first)
         self.cells: Cells = {}
-        snapshot = take_snapshot([name for cell in cells for name in cell.inputs], self.ranks)
+        inputs = [one for cell in cells for one in cell.inputs]
+        code_version()
+        snapshot = Snapshot.take(inputs, self.ranks.agree, self.report.print)
         for cell in (replace(cell, snapshot=snapshot) for cell in cells):
             self.cells.setdefault(canonical(cell.key), cell)
         for result in (found for key in self.cells if (found := self.results.find(key)) is not None):

@@ -5,9 +5,9 @@ state, perplexity and result.json are here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,10 +24,10 @@ from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.export.huggingface import how_to_load
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
-from lib.reporting.environment import environment
+from lib.reporting.environment import code_version, environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
-from lib.runtime.distributed import Ranks, join
+from lib.runtime.distributed import join
 from lib.runtime.launcher import launched
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
@@ -197,7 +197,9 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     stem = f"{kind.tool}-{short_name(settings.model_name)[:80]}"
     with output_folder.chosen(settings.output_dir, stem) if report.is_first else nullcontext() as chosen:
         folder = Path(ranks.agree(lambda: str(chosen)))
-        settings = replace(settings, snapshot=take_snapshot(settings.inputs, ranks))
+        with report.timed("snapshot"):
+            code_version()
+            settings = replace(settings, snapshot=Snapshot.take(settings.inputs, ranks.agree, report.print))
         if settings.resume and (before := ranks.agree(partial(finished, folder, settings.key, settings.overwrite))):
             check_saved(before, settings.save_model, settings.save_format)
             report.print(f"Finished before: {folder / RESULT}")
@@ -211,11 +213,6 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
             with state.session(report.seconds):
                 report.open(folder)
                 return kind(report, settings, workspace).execute()
-
-
-def take_snapshot(names: Iterable[str], ranks: Ranks) -> Snapshot:
-    """What the first process finds under the names of models, texts and other files, before anything is read."""
-    return Snapshot(**ranks.agree(lambda: asdict(Snapshot.take(names))))
 
 
 def run_cell(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_ours
+from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_content_of_ours, is_ours
 from lib.errors import InputError, first_line
 from lib.files import read_json
 from lib.models.decoder import Decoder
@@ -25,7 +25,6 @@ from lib.storage.atomic import write_json
 _PIECE = 2**26  # elements that are copied at once to be hashed
 _THREADS = 4  # a digest is computed without the interpreter's lock
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map")  # in a config
-_ADVICE = "make it again with save_gradient.py --overwrite, or delete it"
 _FIELDS = {"model": str, "fingerprint": str, "text": str, "settings": dict, "layers": list, "environment": dict}
 _SETTINGS = {"dataset": str, "nsamples": int, "seqlen": int, "loss": str, "gradient_type": str, "seed": int}
 
@@ -111,7 +110,7 @@ def read(path: Path) -> Artifact:
     """Reads the file. Raises `InputError` if it is missing, broken, or of another kind."""
     try:
         content = read_json(path)
-        if not is_ours(path):
+        if not is_content_of_ours(content):
             raise ValueError("another kind of file")
     except FileNotFoundError as error:
         raise InputError(f"gradients {path}: no such file; make it with save_gradient.py") from error
@@ -122,7 +121,8 @@ def read(path: Path) -> Artifact:
     try:
         return _of_json(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"gradients {path}: broken ({error}); {_ADVICE}") from error
+        advice = "make it again with save_gradient.py --overwrite, or delete it"
+        raise InputError(f"gradients {path}: broken ({error}); {advice}") from error
 
 
 def _of_json(content: dict) -> Artifact:
@@ -168,23 +168,28 @@ def _typed(value: object, kinds: Mapping[str, type]) -> dict[str, Any]:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_settings(artifact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor) -> None:
-    """Raises `InputError` unless the artifact was computed with these settings, on these windows (N, T)."""
+def check_settings(
+    artifact: Artifact, path: Path, settings: GradientSettings, windows: torch.Tensor, advice: str
+) -> None:
+    """Raises `InputError` unless the artifact was computed with these settings, on these windows (N, T).
+
+    `advice` says what to do then.
+    """
     for name, value in asdict(settings).items():
         if name != "dataset" and (found := getattr(artifact.settings, name)) != value:
-            raise InputError(f"gradients {path}: made with {name} {found}, not {value}; make another")
+            raise InputError(f"gradients {path}: made with {name} {found}, not {value}; {advice}")
     if artifact.text != digest_of(windows):
         raise InputError(
-            f"gradients {path}: made on other text than {settings.dataset} is now (or by another tokenizer); {_ADVICE}"
+            f"gradients {path}: made on other text than {settings.dataset} is now (or by another tokenizer); {advice}"
         )
 
 
-def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder, digest: str) -> None:
-    """Raises `InputError` unless the artifact was computed from exactly this model, of that fingerprint."""
+def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder, digest: str, advice: str) -> None:
+    """Raises `InputError`, with `advice`, unless the artifact was computed from this model, of that fingerprint."""
     linears = find_linears(decoder)
     sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
     found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artifact.layers]
     if artifact.fingerprint != digest or found != sizes:
         raise InputError(
-            f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); {_ADVICE}"
+            f"gradients {path}: made for another model than {model} as it is now (or for another --dtype); {advice}"
         )

@@ -8,7 +8,7 @@ import torch
 
 from lib.config.gradients import GradientSettings
 from lib.config.keys import code_digest
-from lib.config.snapshot import Snapshot
+from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 from lib.data.sampling import sampled_windows
 from lib.errors import one_line
@@ -31,6 +31,11 @@ def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Ten
 def state_folder(path: Path) -> Path:
     """The folder of an artifact's resume state, next to it; exists while it is being computed."""
     return path.with_suffix(".state")
+
+
+def inputs(source: ModelSource, settings: GradientSettings) -> list[Input]:
+    """What is read: the model and the text."""
+    return [(MODEL, source.name), (TEXT, settings.dataset)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Sensitivities:
         model, where = one_line(self.source.name), environment(decoder.device)
         found = Artifact(model, self.fingerprint, text, named, layers, where)
         if self.ranks.is_first:
-            self.snapshot.check((self.source.name, settings.dataset))
+            self.snapshot.check(inputs(self.source, settings))
             artifact.write(self.path, found)
         return found
 

@@ -1,6 +1,7 @@
 """The run of `save_gradient.py`: compute a model's sensitivities and write them to a file."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lib.config.gradients import GradientSettings
@@ -14,6 +15,7 @@ from lib.models.limits import check_tokens, dtype_name, window_length
 from lib.models.linears import check_not_offloaded, find_linears
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.reporting.console import Report, columns
+from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_sensitivity
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -21,9 +23,11 @@ from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
-from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, state_folder
+from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, inputs, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, discard, read
+
+_ADVICE = "name another --output, or replace the file with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ def run(settings: SaveGradient) -> Artifact:
     source, gradients = settings.source, settings.gradients
     ranks = join(resolve_device(source.device))
     report = Report(ranks.is_first)
-    snapshot = Snapshot.take((source.name, gradients.dataset) if ranks.is_first else ())
+    with report.timed("snapshot"):
+        code_version()
+        snapshot = Snapshot.take(inputs(source, gradients), ranks.agree, report.print)
     with report.timed("load"):
         config = load_config(source)
         check_config(source, config, gradients)
@@ -63,9 +69,9 @@ def run(settings: SaveGradient) -> Artifact:
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
     folder = state_folder(settings.output)
-    wanted = Sensitivities(
-        decoder, source, gradients, windows, settings.output, artifact.fingerprint(decoder), snapshot, ranks
-    )
+    with report.timed("fingerprint"):
+        fingerprint = ranks.agree(partial(artifact.fingerprint, decoder))
+    wanted = Sensitivities(decoder, source, gradients, windows, settings.output, fingerprint, snapshot, ranks)
     if settings.resume and (before := finished(settings, wanted)):
         report.print(f"Finished before: {settings.output}")
         if ranks.is_first:  # may be left over, and the plot missing, after a kill at the very end
@@ -96,8 +102,8 @@ def finished(settings: SaveGradient, wanted: Sensitivities) -> Artifact | None:
         return None
     try:
         found = artifact.read(settings.output)
-        artifact.check_settings(found, settings.output, settings.gradients, wanted.windows)
-        artifact.check_model(found, settings.output, settings.source.name, decoder, wanted.fingerprint)
+        artifact.check_settings(found, settings.output, settings.gradients, wanted.windows, _ADVICE)
+        artifact.check_model(found, settings.output, settings.source.name, decoder, wanted.fingerprint, _ADVICE)
         return found
     except InputError:
         if settings.overwrite or ranks.agree(lambda: read(state_folder(settings.output)) is not None):

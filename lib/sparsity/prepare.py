@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
 from lib.sparsity import semi_structured_kernels
+
+_GIVEN = "give the file of this model, or leave --gradients out"
+_OUR_FILE = "move the file away, and it is made anew"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SparsityWorkspace(Workspace):
     @cached_property
     def fingerprint(self) -> str:
         """That of the dense model: to be asked for the first time while it is dense."""
-        return artifact.fingerprint(self.decoder)
+        return self.batcher.ranks.agree(partial(artifact.fingerprint, self.decoder))
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -88,7 +91,8 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
         for asked, known in gradients.items():
             if by_gradients[asked].computes_gradients:
-                artifact.check_settings(known, by_gradients[asked].gradient_path, asked, texts.gradients[asked])
+                path = by_gradients[asked].gradient_path
+                artifact.check_settings(known, path, asked, texts.gradients[asked], _OUR_FILE)
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
         if settings.semi_structured and decoder.is_offloaded:
@@ -113,7 +117,8 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
     )
     for asked, known in gradients.items():
         path = by_gradients[asked].gradient_path
-        artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint)
+        advice = _OUR_FILE if by_gradients[asked].computes_gradients else _GIVEN
+        artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint, advice)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
         workspace.weights = _dense_copies(settings.model, workspace.linears)
     return workspace

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 import lib.config.snapshot
-from lib.config.snapshot import Snapshot
+from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.errors import InputError, InputsChanged
 
 
 def stamp(path: Path) -> str:
-    return Snapshot.take([str(path)]).stamps[str(path)]
+    return next(iter(Snapshot.take([given(path)]).stamps.values()))
+
+
+def given(path: Path) -> Input:
+    is_model = (path / "config.json").is_file()
+    return (MODEL if is_model else FILE if path.suffix in (".yaml", ".json") else TEXT), str(path)
 
 
 def rewrite(path: Path, content: str | bytes) -> None:
@@ -106,7 +111,8 @@ def test_names_that_are_not_here_stand_as_they_are(tmp_path, monkeypatch):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     names = ["allenai/c4", "wikitext2", str(loop), str(tmp_path / "no.txt")]
-    assert Snapshot.take(names).stamps == {name: name for name in names}
+    for kind in (MODEL, TEXT, FILE):
+        assert list(Snapshot.take((kind, name) for name in names).stamps.values()) == names
 
 
 def test_links_in_a_circle_end(model, tmp_path):
@@ -139,7 +145,8 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 def test_each_file_is_read_once_for_all_that_is_asked(tiny_folder, text_file, monkeypatch):
     look, seen = lib.config.snapshot._look, []
     monkeypatch.setattr(lib.config.snapshot, "_look", lambda path: seen.append(path) or look(path))
-    Snapshot.take([str(tiny_folder), str(text_file), str(tiny_folder), f"{tiny_folder}/.", "demo"])
+    models = [(MODEL, name) for name in (str(tiny_folder), f"{tiny_folder}/.", "demo")]
+    Snapshot.take([*models, (TEXT, str(text_file)), (FILE, str(text_file)), (TEXT, "demo")])
     assert len(seen) == len(set(seen)) > 5
 
 
@@ -158,26 +165,26 @@ def test_each_file_is_read_once_for_all_that_is_asked(tiny_folder, text_file, mo
 )
 def test_a_change_is_found_and_named(tmp_path, change):
     (tmp_path / "a.txt").write_text("one")
-    before = Snapshot.take([str(tmp_path)])
-    before.check([str(tmp_path)])
+    before = Snapshot.take([given(tmp_path)])
+    before.check([given(tmp_path)])
     change(tmp_path)
     with pytest.raises(InputsChanged, match=r"/[ab]\.txt: was changed while the run worked"):
-        before.check([str(tmp_path)])
+        before.check([given(tmp_path)])
 
 
 def test_what_is_linked_or_has_other_rights_is_no_change(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    before = Snapshot.take([str(path)])
+    before = Snapshot.take([given(path)])
     os.link(path, tmp_path / "b.txt")
     path.chmod(0o600)
-    before.check([str(path)])
+    before.check([given(path)])
 
 
 def test_files_that_runs_write_in_the_folder_of_a_model_are_no_change(model):
-    before = Snapshot.take([str(model)])
+    before = Snapshot.take([given(model)])
     (model / "gradients.json").write_text("{}")
-    before.check([str(model)])
+    before.check([given(model)])
     rewrite(model / "shards/one.safetensors", "x")
     with pytest.raises(InputsChanged, match="one.safetensors"):
-        before.check([str(model)])
+        before.check([given(model)])

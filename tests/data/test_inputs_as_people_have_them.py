@@ -214,7 +214,7 @@ def test_a_column_can_be_named(tmp_path):
     assert "is plain text, without columns" in refusal(tmp_path / "b.txt::text")
     assert "no such file or folder" in refusal(tmp_path / "c.jsonl::text")
     names = [f"{path}::chat", f"{path}::text", str(path)]
-    assert len(set(Snapshot.take(names).stamps.values())) == 3
+    assert len(set(Snapshot.take(("text", name) for name in names).stamps.values())) == 3
 
 
 def test_a_column_of_the_hub_can_be_named():
@@ -302,7 +302,7 @@ The data set.
     (tmp_path / "README.md").write_text(card.replace("  default: true\n", ""))
     assert "lists the configurations xx, en" in refusal(tmp_path) and documents(f"{tmp_path}:en") == ["en/train"]
     (tmp_path / "README.md").write_text(card.replace("data_dir: en", "data_files: ../*.jsonl"))
-    assert "no file of its configuration en is there" in refusal(tmp_path)
+    assert "its README.md names files outside the folder (../*.jsonl)" in refusal(tmp_path)
     (tmp_path / "README.md").write_text("---\nconfigs: [x: {\n---\n")
     assert "its configurations cannot be read" in refusal(tmp_path)
     (tmp_path / "README.md").write_text("# A folder of text\n")
@@ -325,7 +325,7 @@ def test_links_that_go_in_circles_are_no_text(tmp_path):
     assert documents(tmp_path / "folder") == ["a"]
     assert "no such file or folder" in refusal(tmp_path / "loop.txt")
     name = str(tmp_path / "loop.txt")
-    assert Snapshot.take([name]).stamps == {name: name}
+    assert list(Snapshot.take([("text", name)]).stamps.values()) == [name]
 
 
 def test_a_pipe_is_no_text(tmp_path):
@@ -382,13 +382,13 @@ def test_a_packed_text_that_grows_beyond_bounds_is_refused(tmp_path, monkeypatch
     content |= {"a.json.gz": json.dumps([json.loads(row)] * 300), "a.csv.gz": "text\n" + "word\n" * 300_000}
     with gzip.open(tmp_path / name, "wt") as file:
         file.write(content.get(name, "word " * 300_000))
-    assert "characters of text; give a part of it" in refusal(tmp_path / name)
+    assert " of text; give a part of it" in refusal(tmp_path / name)
 
 
 def test_text_to_evaluate_on_must_fit_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(lib.data.recognition, "LARGEST_IN_MEMORY", 1000)
     path = write_jsonl(tmp_path / "a.jsonl", *[{"text": "word"}] * 200)
-    assert len(documents(path)) == 200 and "more than 1,000 characters" in refusal(path, "test")
+    assert len(documents(path)) == 200 and "more than 1,000 bytes" in refusal(path, "test")
 
 
 def test_a_tokenizer_that_explodes_is_told_before_memory_is_full():

@@ -48,7 +48,7 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     assert sorted(result["candidates"]) == result["ffn_removed"] and len(result["mha_removed"]) == 1
     (only,) = result["rounds"]
     assert only["loss"] == min(only["losses"].values()) == only["losses"][str(only["selected"])]
-    assert set(result["seconds"]) == {"load", "data", "bi", "search", "evaluate", "save", "check"}
+    assert set(result["seconds"]) == {"snapshot", "load", "data", "bi", "search", "evaluate", "save", "check"}
     assert result["peak_memory_bytes"] > 0
     assert {"versions", "device", "command"} <= set(result["environment"])
     parameters = result["parameters"]
