@@ -32,7 +32,7 @@ from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError
 from lib.storage import log_tsv
 from lib.storage.atomic import check_writable
-from lib.storage.resume_state import check_state_folder
+from lib.storage.state_folder import check_state_folder
 
 AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
 WBITS = (*range(2, 9), 16)

@@ -22,6 +22,7 @@ from lib.runtime.launcher import launched
 from lib.storage import resume_state
 from lib.storage.atomic import check_writable
 from lib.storage.output_folder import check_plot
+from lib.storage.state_folder import check_state_folder
 
 
 def build_parser() -> flags.Parser:
@@ -82,7 +83,7 @@ def check_output(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: is no file of gradients, and is not replaced; name another")
     check_plot(plot, f"--output {args.output}")
     state = args.output.with_suffix(".state")
-    resume_state.check_state_folder(state, f"--output {args.output}")
+    check_state_folder(state, f"--output {args.output}")
     if not (args.overwrite or args.resume) and resume_state.is_unfinished(state):
         raise InputError(f"--output {args.output}: is unfinished; add --resume to go on, or --overwrite to begin anew")
     check_writable(args.output.parent, "--output")

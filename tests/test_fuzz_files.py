@@ -16,7 +16,7 @@ from lib.errors import InputError
 from lib.reporting.tables import check_result, csv_table, entries, markdown
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import LayerSensitivity, Spread
-from lib.storage import output_folder, resume_state
+from lib.storage import output_folder, resume_state, state_folder
 from lib.storage.results_jsonl import ResultsFile, canonical, digest
 from lib.storage.resume_state import State
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
@@ -55,7 +55,7 @@ def valid_files() -> dict[str, bytes]:
             return {
                 "gradients": (folder / "gradients.json").read_bytes(),
                 "results": (folder / output_folder.RESULTS).read_bytes(),
-                "state": (folder / "state" / resume_state.FILE).read_bytes(),
+                "state": (folder / "state" / state_folder.FILE).read_bytes(),
             }
     finally:
         shutil.rmtree(folder)
@@ -118,7 +118,7 @@ def is_number(value: object) -> bool:
 
 
 def state_or_line(folder: Path, content: bytes | None = None) -> dict | None:
-    found = parse(folder / resume_state.FILE, content, lambda: resume_state.read(folder))
+    found = parse(folder / state_folder.FILE, content, lambda: resume_state.read(folder))
     if found is not None:
         assert isinstance(found["key"], str) and isinstance(found["values"], dict)
         assert all(isinstance(name, str) for name in found["values"])
@@ -130,9 +130,9 @@ def state_or_line(folder: Path, content: bytes | None = None) -> dict | None:
 @fuzz(files_of("state"))
 def test_a_state_is_read_whole_or_refused_in_a_line(folder, content):
     state_or_line(folder, content)
-    parse(folder / resume_state.FILE, content, lambda: resume_state.is_unfinished(folder))
-    parse(folder / resume_state.FILE, content, lambda: resume_state.was_saved(folder, folder / "model"))
-    parse(folder / resume_state.FILE, content, lambda: State(folder, KEY, resume=True))
+    parse(folder / state_folder.FILE, content, lambda: resume_state.is_unfinished(folder))
+    parse(folder / state_folder.FILE, content, lambda: resume_state.was_saved(folder, folder / "model"))
+    parse(folder / state_folder.FILE, content, lambda: State(folder, KEY, resume=True))
 
 
 @fuzz(files_of("results"))
@@ -175,7 +175,7 @@ def test_the_files_that_are_changed_are_right(folder):
 
 
 READERS = {
-    resume_state.FILE: resume_state.read,
+    state_folder.FILE: resume_state.read,
     output_folder.RESULTS: ResultsFile,
     "gradients.json": lambda folder: artifact.read(folder / "gradients.json"),
 }

@@ -18,6 +18,7 @@ from lib.storage import resume_state
 from lib.storage.atomic import check_writable
 from lib.storage.model_folder import check_holds_none_of, check_model_folder
 from lib.storage.output_folder import RESULT, STATE, check_output_folder, is_of_ours
+from lib.storage.state_folder import check_state_folder
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     else:
         check_output_folder(output_dir, "run")
         state = output_dir / STATE
-        resume_state.check_state_folder(state, f"--output_dir {output_dir}")
+        check_state_folder(state, f"--output_dir {output_dir}")
         if not args.overwrite and not args.resume:
             if resume_state.is_unfinished(state):
                 advice = "add --resume to go on with it, or --overwrite to begin anew"
@@ -104,7 +105,7 @@ def check_grid_output(args: argparse.Namespace) -> None:
         raise InputError("--save_model: saves one model; leave it out, or give one value for each flag")
     if launched().is_first:
         check_output_folder(args.output_dir, "grid")
-        resume_state.check_state_folder(args.output_dir / STATE, f"--output_dir {args.output_dir}")
+        check_state_folder(args.output_dir / STATE, f"--output_dir {args.output_dir}")
 
 
 def _hub_home() -> Path:

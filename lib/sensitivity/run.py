@@ -25,7 +25,8 @@ from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
 from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, inputs, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
-from lib.storage.resume_state import State, discard, read
+from lib.storage.resume_state import State, read
+from lib.storage.state_folder import discard
 
 _ADVICE = "name another --output, or replace the file with --overwrite"
 

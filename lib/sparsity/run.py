@@ -31,7 +31,8 @@ from lib.sparsity.pruners import Pruner
 from lib.sparsity.stages import make_pruner, make_quantizer
 from lib.storage import log_tsv
 from lib.storage.output_folder import SPARSITY
-from lib.storage.resume_state import State, discard
+from lib.storage.resume_state import State
+from lib.storage.state_folder import discard
 
 
 class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):

@@ -1,12 +1,10 @@
 """Resume state: the finished parts of a run, kept in its output folder until the run ends. Does not import torch.
 
 `state.json` maps names to finished results, with a digest of it all. Large results are files beside it, written
-atomically and named by what they hold. The first line of `lock` is the mark that says that a folder is a state.
+atomically and named by what they hold.
 """
 
-import fcntl
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,17 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
-from lib.files import read_file, read_json
+from lib.files import read_json
 from lib.storage.atomic import atomic_folder, write_json
 from lib.storage.model_folder import check_model_folder, signature
 from lib.storage.output_folder import RESULT, STATE
 from lib.storage.results_jsonl import digest
+from lib.storage.state_folder import FILE, delete, discard, locked
 
-FILE = "state.json"
-_FORMAT, _LOCK, _SAVED = "state/2", "lock", "saved"
-_MARK = b"resume state of a pruning run\n"
-_STAGES = ("pruned", "quantized")  # folders of changed weights
-_OWN = re.compile(r"\.?(state\.json|gradient\.safetensors|layer-\d+\.safetensors)(\.partial-\d+)?")  # and drafts
+_FORMAT, _SAVED = "state/2", "saved"
 
 
 class Processes(Protocol):
@@ -70,7 +65,7 @@ class State:
         def choose() -> tuple[str, bool]:
             try:
                 if folder.is_dir():
-                    os.close(_locked(folder))
+                    os.close(locked(folder))
             except InputError:
                 return f"{folder.name}-{os.getpid()}", False
             with suppress(InputError):
@@ -114,7 +109,7 @@ class State:
         self._seconds = seconds
         if self._is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
+            self._lock = locked(self.folder)
             self._write(self._values)  # first, so that the key covers every file added later
 
     @property
@@ -146,7 +141,7 @@ class State:
         """Deletes the state of a run that is finished, or of no use."""
         self._values = {}
         if self._lock is not None:
-            _delete(self.folder)
+            delete(self.folder)
             self._release()
 
     def _release(self) -> None:
@@ -211,12 +206,6 @@ def read(folder: Path) -> dict | None:
         raise InputError(f"{path}: broken, so that run cannot go on ({error}); {START_OVER}") from error
 
 
-def check_state_folder(folder: Path, flag: str) -> None:
-    """Raises `InputError` for a folder that is there and is no state, by its mark, or is a link."""
-    if os.path.lexists(folder) and not _is_state(folder):
-        raise InputError(f"{flag}: {folder} is there, and no state of a run, so it is not replaced; name another")
-
-
 def is_unfinished(folder: Path) -> bool:
     """True when the folder holds a finished part of an unfinished run. Raises `InputError` for a broken state."""
     content = read(folder)
@@ -232,14 +221,6 @@ def was_saved(folder: Path, model: Path) -> bool:
 def _is_saved(values: dict[str, Any], model: Path) -> bool:
     saved = values.get(_SAVED)
     return model.is_dir() and saved == {"folder": str(model.resolve()), "signature": signature(model)}
-
-
-def discard(folder: Path) -> None:
-    """Deletes a state. Raises `InputError` when a run holds it, or it is none."""
-    if folder.is_dir():
-        descriptor = _locked(folder)
-        _delete(folder)
-        os.close(descriptor)
 
 
 def how_to_resume(output_dir: Path) -> str:
@@ -281,57 +262,3 @@ def check_saved(result: dict, folder: Path | None, save_format: str) -> None:
 
 def _has_layers(folder: Path) -> bool:
     return any(folder.rglob("*.safetensors"))
-
-
-def _is_state(folder: Path) -> bool:
-    """True for a folder with our mark, or one that a run was killed in before it wrote the mark."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    names = [path.name for path in folder.iterdir()]
-    if not names:
-        return True
-    try:
-        content = read_file(folder / _LOCK) if not (folder / _LOCK).is_symlink() else None
-    except (OSError, ValueError):
-        return False
-    return content == _MARK or (content == b"" and names == [_LOCK])
-
-
-def _delete(folder: Path) -> None:
-    """Deletes the files of a state, the mark last, and the folder; anything else in it stays."""
-    (folder / FILE).unlink(missing_ok=True)  # first: the other files mean nothing without it
-    stages = [stage for name in _STAGES if (stage := folder / name).is_dir() and not stage.is_symlink()]
-    for place in (*stages, folder):
-        for path in place.iterdir():
-            if _OWN.fullmatch(path.name) and not path.is_dir():
-                path.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something else
-            if place == folder and [left.name for left in folder.iterdir()] == [_LOCK]:
-                (folder / _LOCK).unlink()
-            place.rmdir()
-
-
-def _locked(folder: Path) -> int:
-    """Locks a state, and marks it, until the returned descriptor is closed or this process ends.
-
-    Raises `InputError` when another run holds it, or the folder is no state.
-    """
-    check_state_folder(folder, "state")
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{folder}: another run is at work on it; wait for it, or name another folder") from error
-    except OSError as error:
-        os.close(descriptor)
-        raise InputError(f"{folder}: cannot be locked ({error.strerror}); name a folder on another disk") from error
-    try:
-        if os.fstat(descriptor).st_size == 0:
-            os.write(descriptor, _MARK)
-    except OSError:
-        (folder / _LOCK).unlink()
-        os.close(descriptor)
-        folder.rmdir()
-        raise
-    return descriptor

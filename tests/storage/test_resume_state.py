@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.models.sealed_tensors import Sealed, save_sealed
-from lib.storage import resume_state
 from lib.storage.results_jsonl import ResultsFile, canonical
-from lib.storage.resume_state import State, check_state_folder, discard, is_unfinished
+from lib.storage.resume_state import State, is_unfinished
+from lib.storage.state_folder import FILE, check_state_folder, discard
 
 KEY = {"a": 1}
 
@@ -36,7 +36,7 @@ def test_a_state_is_read_as_it_was_written(folder):
 
 @pytest.mark.parametrize("old, new", [("1.25", "1.26"), ('"x"', '"y"'), ("null", "0"), ("losses", "scores")])
 def test_a_state_in_which_anything_was_changed_is_refused(folder, old, new):
-    path = folder / resume_state.FILE
+    path = folder / FILE
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match="state.json: broken, so that run cannot go on .its digest does not match"):
