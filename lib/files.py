@@ -1,5 +1,6 @@
-"""Reading small files that anybody may have written: regular files of bounded size, strict JSON. Imports no torch."""
+"""Reading small files that anybody may have written, as strict JSON; digests of JSON. Imports no torch."""
 
+import hashlib
 import json
 import math
 import os
@@ -59,3 +60,14 @@ def _integer(text: str) -> int:
     if len(text) > 20 or not -_LARGEST_INTEGER <= int(text) < _LARGEST_INTEGER:
         raise ValueError(f"{text[:20]} is too large a number")
     return int(text)
+
+
+def canonical(key: dict) -> str:
+    """A key as JSON text; equal keys give equal text."""
+    return json.dumps(key, sort_keys=True, allow_nan=False)
+
+
+def digest_of_json(content: dict) -> str:
+    """SHA-256 of what can be written as JSON."""
+    as_read = json.loads(json.dumps(content, allow_nan=False))  # where every name is a text
+    return hashlib.sha256(canonical(as_read).encode()).hexdigest()

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from lib.config.gradients import GradientSettings
 from lib.errors import InputError
+from lib.files import canonical, digest_of_json
 from lib.reporting.tables import check_result, csv_table, entries, markdown
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage import output_folder, resume_state, state_folder
-from lib.storage.results_jsonl import ResultsFile, canonical, digest
+from lib.storage.results_jsonl import ResultsFile
 from lib.storage.resume_state import State
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
 
@@ -65,12 +66,12 @@ VALID = valid_files()
 
 
 def of_state(content: dict) -> dict:
-    return {**content, "digest": digest({name: value for name, value in content.items() if name != "digest"})}
+    return {**content, "digest": digest_of_json({name: value for name, value in content.items() if name != "digest"})}
 
 
 def of_gradients(content: dict) -> dict:
     inner = {name: value for name, value in content.items() if name not in ("format", "digest")}
-    return {**content, "digest": artifact._digest_of_content(inner)}
+    return {**content, "digest": digest_of_json(inner)}
 
 
 SIGNED = {"state": of_state, "results": of_state, "gradients": of_gradients}  # with the digest of their content

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from lib.config.snapshot import Snapshot
 from lib.config.sources import labels, short_name
 from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory, one_line
+from lib.files import canonical
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version
@@ -26,7 +27,7 @@ from lib.runtime.setup import set_up
 from lib.storage import output_folder
 from lib.storage.atomic import atomic_file
 from lib.storage.output_folder import CSV, GRID_PLOT, TABLE
-from lib.storage.results_jsonl import ResultsFile, canonical
+from lib.storage.results_jsonl import ResultsFile
 
 Result = TypeVar("Result")
 Cells = dict[str, Any]  # settings of runs, by their keys as text

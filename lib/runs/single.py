@@ -22,6 +22,7 @@ from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
 from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.export.huggingface import how_to_load
+from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
@@ -34,7 +35,6 @@ from lib.runtime.setup import set_up
 from lib.storage import output_folder
 from lib.storage.model_folder import signature
 from lib.storage.output_folder import RESULT, STATE
-from lib.storage.results_jsonl import digest
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
 
@@ -109,7 +109,7 @@ class Run(ABC, Generic[Settings, Space]):
         self.check_unchanged()
         return {
             "tool": self.tool,
-            "key": digest(self.settings.key),
+            "key": digest_of_json(self.settings.key),
             **self.describe(),
             **fields,
             "seconds": self.report.seconds,

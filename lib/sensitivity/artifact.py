@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_content_of_ours, is_ours
 from lib.errors import InputError, first_line
-from lib.files import read_json
+from lib.files import digest_of_json, read_json
 from lib.models.decoder import Decoder
 from lib.models.linears import find_linears
 from lib.sensitivity.gradients import LayerSensitivity, Spread
@@ -99,11 +99,7 @@ def write(path: Path, artifact: Artifact) -> None:
     if path.exists() and not is_ours(path):
         raise InputError(f"gradients {path}: is no file of gradients, and is not replaced; name another")
     content = asdict(artifact)
-    write_json(path, {"format": FORMAT, "digest": _digest_of_content(content), **content})
-
-
-def _digest_of_content(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_json(path, {"format": FORMAT, "digest": digest_of_json(content), **content})
 
 
 def read(path: Path) -> Artifact:
@@ -129,7 +125,7 @@ def _of_json(content: dict) -> Artifact:
     """The inverse of `asdict`. Raises `ValueError` for what no run writes."""
     if content.pop("format") != FORMAT:
         raise ValueError("of another version of these scripts")
-    if content.pop("digest", None) != _digest_of_content(content):
+    if content.pop("digest", None) != digest_of_json(content):
         raise ValueError("changed since it was written")
     fields = _typed(content, _FIELDS)
     settings = _typed(fields["settings"], _SETTINGS)

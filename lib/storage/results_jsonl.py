@@ -1,13 +1,12 @@
 """results.jsonl, the finished cells of a grid: one line per cell, appended atomically. Does not import torch."""
 
 import fcntl
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.files import parse_json, read_file
+from lib.files import canonical, digest_of_json, parse_json, read_file
 from lib.storage.atomic import atomic_file
 from lib.storage.output_folder import RESULTS
 
@@ -36,7 +35,7 @@ class ResultsFile:
                 break
             try:
                 entry = parse_json(line)
-                if entry.pop("digest") != digest(entry):
+                if entry.pop("digest") != digest_of_json(entry):
                     raise ValueError("its digest does not match")
                 self._found[canonical(dict(entry["key"]))] = dict(entry["result"])
             except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -58,7 +57,7 @@ class ResultsFile:
         With `overwrite`, the first cell replaces the existing file.
         """
         entry = {"key": json.loads(key), "result": result}
-        line = (json.dumps({**entry, "digest": digest(entry)}, allow_nan=False) + "\n").encode()
+        line = (json.dumps({**entry, "digest": digest_of_json(entry)}, allow_nan=False) + "\n").encode()
         self._found[key] = json.loads(line)["result"]
         if not self._is_writer:
             return
@@ -78,14 +77,3 @@ class ResultsFile:
 
 
 _ADVICE = "move the file away, or name another --output_dir"
-
-
-def canonical(key: dict) -> str:
-    """A key as JSON text; equal keys give equal text."""
-    return json.dumps(key, sort_keys=True, allow_nan=False)
-
-
-def digest(content: dict) -> str:
-    """SHA-256 of what can be written as JSON."""
-    as_read = json.loads(json.dumps(content, allow_nan=False))  # where every name is a text
-    return hashlib.sha256(canonical(as_read).encode()).hexdigest()

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
-from lib.files import read_json
+from lib.files import digest_of_json, read_json
 from lib.storage.atomic import atomic_folder, write_json
 from lib.storage.model_folder import check_model_folder, signature
 from lib.storage.output_folder import RESULT, STATE
-from lib.storage.results_jsonl import digest
 from lib.storage.state_folder import FILE, delete, discard, locked
 
 _FORMAT, _SAVED = "state/2", "saved"
@@ -43,7 +42,7 @@ class State:
         self._folder = folder
         self._lock: int | None = None  # descriptor of the locked file
         self._is_writer = folder is not None and (processes is None or processes.is_first)
-        self.key = digest(key)
+        self.key = digest_of_json(key)
         self._seconds: dict[str, float] = {}
         self._values: dict[str, object] = {}
         content = None
@@ -70,7 +69,7 @@ class State:
                 return f"{folder.name}-{os.getpid()}", False
             with suppress(InputError):
                 content = read(folder)
-                return folder.name, content is not None and content["key"] == digest(key)
+                return folder.name, content is not None and content["key"] == digest_of_json(key)
             return folder.name, False
 
         name, resume = processes.agree(choose)
@@ -129,7 +128,7 @@ class State:
 
     def _write(self, values: dict[str, object]) -> None:
         content = {"format": _FORMAT, "key": self.key, "values": values, "seconds": self._seconds}
-        write_json(self.folder / FILE, {**content, "digest": digest(content)})
+        write_json(self.folder / FILE, {**content, "digest": digest_of_json(content)})
 
     def once(self, name: str, compute: Callable[[], object]):
         """The value kept under a name; computes and keeps it if there is none."""
@@ -195,7 +194,7 @@ def read(folder: Path) -> dict | None:
         is_state = content["format"] == _FORMAT and isinstance(content["key"], str)
         if not is_state or not all(isinstance(content[name], dict) for name in ("values", "seconds")):
             raise ValueError("no state of this version")
-        if found != digest(content):
+        if found != digest_of_json(content):
             raise ValueError("its digest does not match")
         if not all(type(n) in (int, float) and n >= 0 for n in content["seconds"].values()):
             raise ValueError("its seconds are no times")
@@ -239,7 +238,7 @@ def finished(output_dir: Path, key: dict, overwrite: bool) -> dict | None:
         return None
     with suppress(OSError, ValueError, LookupError, TypeError):
         found = read_json(path)
-        if found["key"] == digest(key):
+        if found["key"] == digest_of_json(key):
             discard(folder)  # left by a run that was killed while it ended
             return found
     if overwrite:

@@ -21,11 +21,12 @@ import lib.sparsity.run
 import ppllms
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
+from lib.files import canonical
 from lib.models.loading import load_model
 from lib.reporting.plots import has_matplotlib
 from lib.sparsity.run import SparsityRun
 from lib.storage.output_folder import RESULTS as FILE
-from lib.storage.results_jsonl import ResultsFile, canonical
+from lib.storage.results_jsonl import ResultsFile
 from tests.command import run, run_alp
 
 TABLES = ("table.md", "table.csv")

@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
+from lib.files import canonical
 from lib.models.sealed_tensors import Sealed, save_sealed
-from lib.storage.results_jsonl import ResultsFile, canonical
+from lib.storage.results_jsonl import ResultsFile
 from lib.storage.resume_state import State, is_unfinished
 from lib.storage.state_folder import FILE, check_state_folder, discard
 
