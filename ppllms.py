@@ -47,7 +47,27 @@ OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 def build_parser() -> flags.Parser:
     """The parser of all flags."""
     parser = flags.Parser(description=__doc__, epilog=flags.list_methods("methods:", DEPTH_METHODS))
-    group = parser.add_argument_group("model and budget")
+    add_budget_flags(parser.add_argument_group("model and budget"))
+    add_text_flags(parser.add_argument_group("text"))
+    flags.add_shared_flags(parser)
+    group = parser.add_argument_group("saving")
+    group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
+    group.add_argument(
+        "--save_format",
+        **flags.one_of(SAVE_FORMATS),
+        default="hf",
+        help="default: hf (compact)",
+    )
+    group = parser.add_argument_group("applying a plan")
+    group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
+    group.add_argument(
+        "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
+    )
+    flags.add_preset(parser, DEPTH_PRESETS)
+    return parser
+
+
+def add_budget_flags(group) -> None:
     group.add_argument(
         "--model_name",
         type=types.name,
@@ -83,7 +103,9 @@ def build_parser() -> flags.Parser:
         default=DEPTH_METHODS["beam"].flags["beam_width"],
         help="beam: plans kept for each amount removed (default: 1)",
     )
-    group = parser.add_argument_group("text")
+
+
+def add_text_flags(group) -> None:
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
         "--dataset", type=types.name, help=f"calibration text: {flags.TEXTS} (default: c4; demo for the demo model)"
@@ -95,22 +117,6 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--eval_datasets", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
     )
-    flags.add_shared_flags(parser)
-    group = parser.add_argument_group("saving")
-    group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
-    group.add_argument(
-        "--save_format",
-        **flags.one_of(SAVE_FORMATS),
-        default="hf",
-        help="default: hf (compact)",
-    )
-    group = parser.add_argument_group("applying a plan")
-    group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
-    group.add_argument(
-        "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
-    )
-    flags.add_preset(parser, DEPTH_PRESETS)
-    return parser
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -80,7 +80,7 @@ def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> No
     check_holds_none_of(folder, [Path.cwd(), output_dir, *paths], list(filter(Path.exists, named)))
     if is_of_ours(folder, output_dir):
         raise InputError(f"--save_model {folder}: is a name of the output folder's own files; name another")
-    caches = [_hub_home(), getattr(args, "cache_dir", None)]
+    caches = [_hub_home(), Path(os.environ.get("HF_HUB_CACHE") or _hub_home()), getattr(args, "cache_dir", None)]
     if cache := next((cache for cache in caches if cache and cache.resolve() in folder.resolve().parents), None):
         raise InputError(f"--save_model {folder}: lies in the cache of the hub, {cache}; name another folder")
     keep_modules_elsewhere()

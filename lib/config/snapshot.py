@@ -17,13 +17,11 @@ from lib.files import read_file
 MODEL, TEXT, FILE = "model", "text", "file"  # what a name is given as; a file is one of gradients, or of a task
 _MANY = 10 * 10**9  # bytes, which take some 10 seconds or more
 _THREADS = 4  # a digest is computed without the interpreter's lock
-_BLOCK = 2**20  # bytes
 _YAML = (".yaml", ".yml")
 _TASK_FOLDER = re.compile(r"\b(?:dataset_path|data_dir)['\"]?:\s*['\"]?([^\s'\"{},]+)")
 _NOT_LOADED = (".md", ".log", ".png", ".tsv", ".csv", ".gguf", ".pth", ".h5", ".msgpack", ".onnx")
 _OF_RUNS = ("result.json", "results.jsonl", "log.txt")  # which may stand in the folder of a model
 _C4_UNREAD = re.compile(r"c4-(train|validation)\.(?!00000)\d{5}-of-\d{5}\.json\.gz")
-
 
 Input = tuple[str, str]  # what a name is given as, and the name
 
@@ -65,12 +63,13 @@ class Snapshot:
         return cls({name: _stamp(*given[name], files[name]) for name in files}, files)
 
     def check(self, inputs: Iterable[Input]) -> None:
-        """Raises `InputsChanged`, naming a file, if one of these inputs was changed meanwhile."""
+        """Raises `InputsChanged`, naming a file, if one of these inputs was changed meanwhile.
+
+        A file that is new is a change of a text, but not of a model, in whose folder runs may write.
+        """
         for kind, name in inputs:
             known = self.files[entry(kind, name)]
-            present = (
-                {} if kind == MODEL else dict.fromkeys(map(str, _files(kind, name)))
-            )  # runs may write to a model's
+            present = {} if kind == MODEL else dict.fromkeys(map(str, _files(kind, name)))
             for path in {**present, **known}:
                 if path not in known or not _is_as_it_was(Path(path), *known[path]):
                     raise InputsChanged(f"{path}: was changed while the run worked, so it gives no result")
@@ -149,12 +148,10 @@ def _look(path: Path) -> list:
     """Size, times (ns), inode and SHA-256 of a file. Raises `InputError` if it cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
-            stat, digest, block = os.fstat(file.fileno()), hashlib.sha256(), bytearray(_BLOCK)
-            while count := file.readinto(block):
-                digest.update(memoryview(block)[:count])
+            stat, digest = os.fstat(file.fileno()), hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, digest.hexdigest()]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, digest]
 
 
 def _is_as_it_was(path: Path, size: int, mtime: int, ctime: int, inode: int, digest: str) -> bool:

@@ -84,11 +84,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     A checkpoint with removed sublayers is loaded into the stock class without them, and needs no code of its own. A
     model that does not fit the device is offloaded, see `offload`. Raises `InputError` if it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     device = resolve_device(source.device)
     config = _load_config(source)
-    stock = _stock_of_pruned(config)
     outline = load_outline(config, source.trust_remote_code)
     if outline is not None:
         check_file_sizes(source.name, outline)
@@ -102,6 +99,22 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
         folder = tempfile.TemporaryDirectory(prefix="offloaded-")  # for weights not stored as safetensors
+    model = _load_checked(source, config, device_map, folder.name if folder else None)
+    if folder:
+        offload.offload_to_disk(model, device)
+        offload.delete_with(model, folder)
+    elif place == "cpu":
+        offload.offload_to_host(model, device)
+    elif source.device_map is None:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _load_checked(source: ModelSource, config, device_map, offload_folder: str | None) -> Any:
+    """The model of a checkpoint, with all of its weights and no others. Raises `InputError`."""
+    from transformers import AutoModelForCausalLM
+
+    stock = _stock_of_pruned(config)
     with _loading_errors(source.name):
         loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
@@ -109,7 +122,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
             config=config,
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
-            offload_folder=folder.name if folder else None,
+            offload_folder=offload_folder,
             trust_remote_code=source.trust_remote_code,
             cache_dir=source.cache_dir,
             output_loading_info=True,
@@ -122,14 +135,7 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
         model.__class__ = stock
     if getattr(config, "quantization_config", None):
         model._weight_conversions = None  # else `save_pretrained` would quantize the weights again
-    if folder:
-        offload.offload_to_disk(model, device)
-        offload.delete_with(model, folder)
-    elif place == "cpu":
-        offload.offload_to_host(model, device)
-    elif source.device_map is None:
-        model.to(device)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _dtype_of(source: ModelSource, config) -> torch.dtype:

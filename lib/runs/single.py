@@ -29,7 +29,6 @@ from lib.reporting.environment import code_version, environment
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
-from lib.runtime.launcher import launched
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
@@ -193,7 +192,8 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
     Raises `InputError`, and `RunError` that says what is kept and how to resume.
     """
     set_up()
-    ranks, report = join(resolve_device(settings.source.device)), Report(launched().is_first)
+    ranks = join(resolve_device(settings.source.device))
+    report = Report(ranks.is_first)
     stem = f"{kind.tool}-{short_name(settings.model_name)[:80]}"
     with output_folder.chosen(settings.output_dir, stem) if report.is_first else nullcontext() as chosen:
         folder = Path(ranks.agree(lambda: str(chosen)))

@@ -17,27 +17,16 @@ import torch
 import torch.distributed as dist
 
 from lib.errors import InputError, first_line
-from lib.runtime.launcher import launched
+from lib.runtime.launcher import Launch, launched
 
 Json = TypeVar("Json")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Launch):
     """This process among all processes of a run; by default it is the only one."""
 
-    rank: int = 0
-    count: int = 1
     device: torch.device = torch.device("cpu")  # where tensors must be to be sent
-
-    @property
-    def is_first(self) -> bool:
-        """True for the process that prints and writes."""
-        return self.rank == 0
-
-    @property
-    def are_several(self) -> bool:
-        return self.count > 1
 
     def share(self, total: int, unit: int) -> slice:
         """This process's slice of `total` windows, cut at multiples of `unit` to keep the batches of a single process.
@@ -124,4 +113,4 @@ def join(device: torch.device) -> Ranks:
     # Long timeout: one process may work for hours while the others wait. If one dies, the launcher ends all.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     atexit.register(state.destroy_process_group)  # its threads must not outlive the interpreter
-    return Ranks(state.process_index, state.num_processes, device)
+    return Ranks(state.process_index, state.num_processes, device=device)

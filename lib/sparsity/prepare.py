@@ -1,6 +1,6 @@
 """The workspace of `alp_prune.py` runs on one model: loaded and checked before any work starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -75,11 +75,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
     Raises `InputError`, before the weights are read if possible.
     """
     settings, by_gradients = cells[0], {cell.gradients: cell for cell in cells if cell.uses_gradients}
-    found = {
-        asked: compute.find(cell.gradient_path, must_exist=cell.gradient_file is not None, ranks=ranks)
-        for asked, cell in by_gradients.items()
-    }
-    gradients = {asked: known for asked, known in found.items() if known}
+    gradients = known_gradients(by_gradients, ranks)
     with report.timed("load"):
         if settings.semi_structured:
             semi_structured_kernels.check_device(resolve_device(settings.source.device))
@@ -122,6 +118,17 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
         workspace.weights = _dense_copies(settings.model, workspace.linears)
     return workspace
+
+
+def known_gradients(
+    by_gradients: Mapping[GradientSettings, SparsityPruning], ranks: Ranks
+) -> dict[GradientSettings, artifact.Artifact]:
+    """The artifacts that there are, of those that runs ask for. Raises `InputError` for a given file without one."""
+    found = {
+        asked: compute.find(cell.gradient_path, must_exist=cell.gradient_file is not None, ranks=ranks)
+        for asked, cell in by_gradients.items()
+    }
+    return {asked: known for asked, known in found.items() if known}
 
 
 def _dense_copies(model: str, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:

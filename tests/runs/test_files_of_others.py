@@ -95,8 +95,9 @@ def test_a_model_is_not_saved_under_a_name_of_the_output_folder(arguments, tmp_p
     assert refused(tmp_path, "own files", *command, script=ppllms, monkeypatch=monkeypatch)
 
 
-def test_the_cache_of_the_hub_is_not_saved_to(arguments, tmp_path, monkeypatch, refused):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_the_cache_of_the_hub_is_not_saved_to(arguments, tmp_path, monkeypatch, refused, variable):
+    monkeypatch.setenv(variable, str(tmp_path / "hf"))
     command = [*arguments, "--save_model", tmp_path / "hf/hub/models--a--b/snapshots/c", "--overwrite"]
     assert refused(tmp_path, "lies in the cache of the hub", *command, script=ppllms, monkeypatch=monkeypatch)
 
