@@ -9,8 +9,8 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,19 +97,15 @@ def save_pruned(
     on the first of the windows (N, T) if given; both inside `checking`. Raises `SaveError` for a model that the format
     cannot hold.
     """
-    with checking():
-        input_ids = check_window(decoder, windows)
-        expected = logits_of(decoder, input_ids, plan)
-    device = decoder.device
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".changes-", dir=folder) as changes:
+    with (
+        _checked(folder, decoder, plan, windows, checking),
+        TemporaryDirectory(prefix=".changes-", dir=folder) as changes,
+    ):
         if save_format == "masked":
             zero_sublayers(decoder, plan, Changes(Path(changes)))
         else:
             compact(decoder, plan)
         _write(decoder.model, tokenizer, folder, max_shard_size, save_format)
-    with checking():
-        check_reload(folder, decoder.model, device, input_ids, expected)
 
 
 def save_weights(
@@ -124,13 +120,27 @@ def save_weights(
 
     It is checked, and the arguments and errors are, as in `save_pruned`.
     """
+    with _checked(folder, decoder, Plan(decoder.num_layers), windows, checking):
+        _write(decoder.model, tokenizer, folder, max_shard_size, "hf")
+
+
+@contextmanager
+def _checked(
+    folder: Path,
+    decoder: Decoder,
+    plan: Plan,
+    windows: torch.Tensor | None,
+    checking: Callable[[], AbstractContextManager],
+) -> Iterator[None]:
+    """Makes the folder; what the block saves there must give the logits of the model under the plan before it."""
     with checking():
         input_ids = check_window(decoder, windows)
-        expected = logits_of(decoder, input_ids, Plan(decoder.num_layers))
+        expected = logits_of(decoder, input_ids, plan)
+    device = decoder.device
     folder.mkdir(parents=True, exist_ok=True)
-    _write(decoder.model, tokenizer, folder, max_shard_size, "hf")
+    yield
     with checking():
-        check_reload(folder, decoder.model, decoder.device, input_ids, expected)
+        check_reload(folder, decoder.model, device, input_ids, expected)
 
 
 def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None, save_format: str) -> None:
