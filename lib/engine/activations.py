@@ -1,6 +1,6 @@
 """Hidden states of calibration windows, moved through the decoder one layer at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
@@ -85,13 +85,19 @@ class Activations:
 
     @torch.no_grad()
     def step(self, mode: Mode = _ON, see: See | None = None) -> torch.Tensor:
-        """Moves the hidden states through the layer in the given mode.
+        """Moves the hidden states through the layer in the given mode, to the next layer; returns as `move`."""
+        seen = self.move(mode, see)
+        self.layer += 1
+        return seen
+
+    @torch.no_grad()
+    def move(self, mode: Mode, see: See | None = None) -> torch.Tensor:
+        """Moves the hidden states through the layer in the given mode; `layer` stays, as its other sublayer may follow.
 
         Returns `see(inputs, outputs)` of every batch, both (B, T, D) -> (B, ...), concatenated over all windows.
         Without `see` it returns zeros (N,).
         """
         if len(self.windows) == 0 or see is None and not mode.attention and not mode.ffn:
-            self.layer += 1
             return torch.zeros(len(self.windows))
 
         def move(rows: slice) -> torch.Tensor:
@@ -103,9 +109,18 @@ class Activations:
             return seen
 
         with self.decoder.at(self.layer):
-            seen = self.batcher.map(move, len(self.windows))
-        self.layer += 1
-        return seen
+            return self.batcher.map(move, len(self.windows))
+
+    @torch.no_grad()
+    def outputs(self, mode: Mode) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the windows of every batch and the layer's output (B, T, D) for them; the hidden states stay.
+
+        A batch that runs out of memory is not retried here, as in `look`.
+        """
+        with self.decoder.at(self.layer):
+            for start in range(0, len(self.windows), self.batcher.size):
+                rows = slice(start, min(start + self.batcher.size, len(self.windows)))
+                yield rows, self.decoder.run_layer(self.layer, self.states(rows), self.inputs.of(rows), mode)
 
     def advance(self) -> None:
         """Moves the hidden states through the layer. Raises `RunError` if the output is not finite."""

@@ -39,9 +39,8 @@ from lib.models.modeling_pruned import (
     skip_sublayers,
 )
 from lib.models.offload import follow, layers_of, offloaded
+from lib.models.residual_writers import OUTPUT_PROJECTIONS
 from lib.models.weight_deltas import Changes, difference
-
-OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2"}
 
 
 def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -> None:

@@ -59,6 +59,10 @@ class Architecture:
             raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
         return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
 
+    def sublayer_modules(self, index: int, kind: str) -> dict[str, nn.Module]:
+        """{attribute of the layer: module} of a sublayer as the model was given, on or off."""
+        return {name: self._originals[index][name] for name in self.sublayers[index][kind]}
+
     def _find_mode(self, index: int) -> Mode:
         """The sublayers that a layer has before this run prunes any."""
         modules = self._originals[index].values()

@@ -144,8 +144,8 @@ class Decoder(Architecture):
             return
         layer = self.layers[index]
         for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
-            originals = {name: self._originals[index][name] for name in self.sublayers[index][kind]}
-            for name, module in (originals if is_on else skip_modules(layer, kind)).items():
+            modules = self.sublayer_modules(index, kind) if is_on else skip_modules(layer, kind)
+            for name, module in modules.items():
                 setattr(layer, name, module)
         self._modes[index] = mode
 
