@@ -13,6 +13,11 @@ Several methods, rates, models or seeds make a table; the same command resumes a
     python ppllms.py --preset demo
     python ppllms.py --model_name PATH --method ppllms blockpruner beam --prune_rate 0.15 0.25 --output_dir OUT
 
+Damage is taken back in closed form, by refitting the output projections that stay (slower, much better models):
+
+    python ppllms.py --compensate all
+    python ppllms.py --model_name PATH --compensate all --compensate_dataset c4 wikitext2 --compensate_shares 3 1
+
 A plan from an earlier run can be applied again, to the model or to a GGUF file of it:
 
     python ppllms.py --apply_plan runs/.../result.json --save_model OUT
@@ -28,7 +33,7 @@ from pathlib import Path
 from lib.cli import checks, flags, types
 from lib.cli.exit_status import end_script, importing
 from lib.config import sources
-from lib.config.depth import DepthPruning
+from lib.config.depth import COMPENSATIONS, DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
@@ -40,6 +45,7 @@ SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
 OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method", "beam_width", "preset")
 COUNTS = ("mha_remove_layers", "ffn_remove_layers")
+OF_COMPENSATION = ("nsamples", "seed")  # a compensation uses these too, and without texts of its own --dataset
 AXES = ("model_name", "method", "prune_rate", "seed")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
@@ -50,6 +56,7 @@ def build_parser() -> flags.Parser:
     add_budget_flags(parser.add_argument_group("model and budget"))
     add_text_flags(parser.add_argument_group("text"))
     flags.add_shared_flags(parser)
+    add_compensation_flags(parser.add_argument_group("compensation"))
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
     group.add_argument(
@@ -119,6 +126,21 @@ def add_text_flags(group) -> None:
     )
 
 
+def add_compensation_flags(group) -> None:
+    group.add_argument(
+        "--compensate",
+        **flags.one_of(COMPENSATIONS),
+        default="none",
+        help="refit the output projections before gaps, or all from the first gap on (default: none)",
+    )
+    group.add_argument(
+        "--compensate_dataset", type=types.name, nargs="+", help="its calibration texts (default: that of --dataset)"
+    )
+    group.add_argument(
+        "--compensate_shares", type=types.above_0, nargs="+", help="shares of the texts' windows (default: equal ones)"
+    )
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), DEPTH_PRESETS, arguments)
@@ -132,9 +154,13 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     """Raises `InputError` for flags that have no effect together with others."""
     if args.gguf and not args.apply_plan:
         raise InputError("--gguf: needs --apply_plan, the result.json of a run on the unpruned model")
+    used_by_compensation = {*OF_COMPENSATION, *(() if args.compensate_dataset else ("dataset",))}
+    used_by_compensation = used_by_compensation if args.compensate != "none" else set()
     for name in sorted(given):
         if args.gguf and name not in OF_A_GGUF:
             raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
+        if name in used_by_compensation:
+            continue
         takers = [method.name for method in DEPTH_METHODS.values() if method.takes(name)]
         if name in COUNTS and not set(args.method) <= set(takers):
             raise InputError(f"--{name}: is of --method {' '.join(takers)}; others go by --prune_rate; leave it out")
@@ -142,6 +168,11 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError(f"--{name}: --method {' '.join(args.method)} has no use for it; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
+    if args.compensate == "none" and (names := sorted(given & {"compensate_dataset", "compensate_shares"})):
+        raise InputError(f"--{names[0]}: needs --compensate nearest or all")
+    if args.compensate_shares and len(args.compensate_shares) != len(args.compensate_dataset or [""]):
+        texts, shares = len(args.compensate_dataset or [""]), len(args.compensate_shares)
+        raise InputError(f"--compensate_shares: {shares} for {texts} texts of --compensate_dataset; give one for each")
     if len(args.prune_rate) > 1 and None not in (args.mha_remove_layers, args.ffn_remove_layers):
         raise InputError("--prune_rate: with both counts given the rate has no effect; give one, or none")
     if args.apply_plan and len(args.model_name or ()) > 1:
@@ -172,8 +203,10 @@ def texts(args: argparse.Namespace, model: str) -> dict:
     """The texts of a run on a model: the given ones, or the defaults for that model."""
     is_demo = sources.is_demo(model)
     evaluation = args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])
+    dataset = args.dataset or ("demo" if is_demo else "c4")
     return {
-        "dataset": args.dataset or ("demo" if is_demo else "c4"),
+        "dataset": dataset,
+        "compensate_dataset": (args.compensate_dataset or [dataset]) if args.compensate != "none" else [],
         "eval_datasets": list(dict.fromkeys(evaluation)),
     }
 
@@ -194,6 +227,7 @@ def check(args: argparse.Namespace) -> None:
     for name in args.model_name:
         of_model = texts(args, name)
         used_texts |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
+        used_texts |= dict.fromkeys(of_model["compensate_dataset"])
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
         sources.check_text(source)

@@ -10,6 +10,8 @@ from lib.config.plan import SavedPlan
 from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 
+COMPENSATIONS = ("none", "nearest", "all")  # which output projections are refitted; see lib.depth.compensation
+
 
 @dataclass(frozen=True)
 class DepthPruning:
@@ -38,6 +40,9 @@ class DepthPruning:
     overwrite: bool = False
     resume: bool = False
     eval_stride: int | None = None
+    compensate: str = COMPENSATIONS[0]
+    compensate_dataset: Sequence[str] = ()
+    compensate_shares: Sequence[float] | None = None  # of the windows; None: equal ones
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     save_model: Path | None = None
     save_format: str = "hf"
@@ -65,7 +70,7 @@ class DepthPruning:
     @property
     def inputs(self) -> list[Input]:
         """Everything that the run reads: the model, and its texts."""
-        texts = [*([self.dataset] if self.needs_windows else []), *self.texts]
+        texts = [*([self.dataset] if self.needs_windows else []), *self.compensate_dataset, *self.texts]
         return [(MODEL, self.model_name), *((TEXT, name) for name in texts)]
 
     @property
@@ -75,10 +80,18 @@ class DepthPruning:
         unused = {flag for flag in flags if not takes(flag)}
         if self.saved_plan:
             unused |= {"method", "prune_rate", "seed", *flags}
+        if self.compensates:
+            unused -= {"nsamples", "seed"}
+        else:
+            unused |= {"compensate_dataset", "compensate_shares"}
         if not self.eval_ppl:
             unused |= {"eval_datasets", "eval_stride"}
         plan = asdict(self.saved_plan.plan) if self.saved_plan else None
         return key_of("ppllms", self, unused, {"saved_plan": plan})
+
+    @property
+    def compensates(self) -> bool:
+        return self.compensate != COMPENSATIONS[0]
 
     @property
     def needs_windows(self) -> bool:

@@ -47,7 +47,7 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
 }
 _KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE}  # of what is read, by setting
-_KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset"), TEXT)
+_KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset", "compensate_dataset"), TEXT)
 
 
 def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[str, object]) -> dict:

@@ -17,18 +17,18 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of terminals, in logs
 _SPACES, _LETTERS, _IN_WORDS = 0.1, 0.4, 0.65  # shares: of all characters spaces and letters, of letters those in words
 
 
-def describe_texts(calibration: Corpus | None, evaluation: Sequence[Corpus]) -> list[str]:
+def describe_texts(calibration: Sequence[Corpus], evaluation: Sequence[Corpus]) -> list[str]:
     """Console lines: one for each text, and one for each warning."""
     lines: list[str] = []
-    for corpus in (*([calibration] if calibration else []), *evaluation):
-        purpose = "calibration" if corpus is calibration else "evaluation"
+    for place, corpus in enumerate((*calibration, *evaluation)):
+        purpose = "calibration" if place < len(calibration) else "evaluation"
         first = next((text for text in islice(corpus.documents, _DOCUMENTS) if text and text.strip()), "")
         start = " ".join(first[:_SHOWN].split())
         lines.append(f'Text        {corpus.name} ({purpose}): {corpus.label}, begins "{start}"')
         if not looks_like_text(_sample(corpus)):
             lines.append(f"Warning     {corpus.name}: does not look like text; figures on it mean little")
     for corpus in evaluation:
-        if calibration and _share_files(calibration, corpus):
+        if any(_share_files(other, corpus) for other in calibration):
             lines.append(
                 f"Warning     {corpus.name}: is calibration text too, so its perplexity is too good; use another"
             )

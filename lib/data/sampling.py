@@ -1,6 +1,7 @@
 """Turns documents into windows of tokens (N, T), with the sampling of the reference code."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,6 +24,15 @@ def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, s
     order = np.random.default_rng(seed).permutation(count)[:nsamples]  # same as datasets.Dataset.shuffle
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
     return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
+
+
+def mixed_windows(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """Windows (N_i, T) of several texts in the given shares, as many as there are: (N, T), one text after another.
+
+    The shares need not add up to 1. At least one window of each text is taken.
+    """
+    most = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    return torch.cat([part[: max(1, int(most * share + 1e-6))] for part, share in zip(parts, shares, strict=True)])
 
 
 def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:

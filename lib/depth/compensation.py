@@ -75,6 +75,7 @@ class Refit:
 
     layer: int
     name: str  # path within the layer
+    unknowns: int  # for each of its outputs
     form: str | None
     strength: float | None
     held_out_error: float
@@ -199,9 +200,10 @@ class _Streams:
                 best = fit(*moments, writer.matrix)
             except RunError as error:
                 raise RunError(f"layer {writer.layer} {writer.name}: {error}") from error
+            unknowns = len(writer.matrix)
             if best.change is not None:
                 writer.matrix.add_(best.change)
-            return asdict(Refit(writer.layer, writer.name, best.form, best.strength, best.held_out_error))
+            return asdict(Refit(writer.layer, writer.name, unknowns, best.form, best.strength, best.held_out_error))
 
         found = Refit(**ranks.agree(fit_here))
         ranks.send(writer.module.weight, 0)

@@ -9,7 +9,7 @@ from lib.config.depth import DepthPruning
 from lib.config.plan import Mode, Plan
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
-from lib.data.sampling import calibration_windows, evaluation_windows
+from lib.data.sampling import calibration_windows, evaluation_windows, mixed_windows
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
@@ -17,8 +17,11 @@ from lib.errors import InputError
 from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
+from lib.models.linears import dense_copies
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.modeling_pruned import skip_lists
+from lib.models.offload import follow
+from lib.models.residual_writers import has_writers, output_projections
 from lib.reporting.console import Report
 from lib.runs.single import Workspace
 from lib.runtime.batching import Batcher, automatic_batch_size
@@ -30,8 +33,16 @@ class DepthWorkspace(Workspace):
     """What runs on one model share, with what one of them found that the others reuse."""
 
     windows: dict[int, torch.Tensor]  # the calibration set (N, T), by seed
+    compensation_windows: dict[int, torch.Tensor]  # those that projections are refitted on (N, T), by seed
+    weights: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # and their dense copies, in a table
     bi_scores: dict[int, list[float]] = field(default_factory=dict)  # by seed
     _sweep: tuple[int, Sweep] | None = None
+
+    def restore(self) -> None:
+        """Restores the dense weights of all projections that a compensation may have changed."""
+        follow(self.decoder.layers, [])
+        for weight, copy in self.weights:
+            weight.data.copy_(copy)
 
     def sweep(self, seed: int) -> Sweep:
         """What measures trials on the windows of a seed; kept until another seed is asked for."""
@@ -54,21 +65,28 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        windows, eval_windows = load_windows(report, cells, tokenizer, seqlen, config.vocab_size)
+        texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
         for cell in cells:
             check_decoder(cell, decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
-    return DepthWorkspace(
+    workspace = DepthWorkspace(
         tokenizer=tokenizer,
         decoder=decoder,
         batcher=batcher,
         seqlen=seqlen,
-        windows=windows,
-        eval_windows=eval_windows,
+        windows=texts.calibration,
+        compensation_windows=texts.compensation,
+        eval_windows=texts.evaluation,
     )
+    if settings.compensates and len(cells) > 1 and not decoder.is_on_disk:
+        projections = output_projections(decoder)
+        cause = f"--model_name {settings.model_name}: host memory has no room for a second copy of the weights that "
+        copies = dense_copies(projections, cause + "--compensate changes, from which each cell of a table begins")
+        workspace.weights = [(one.weight, copy) for one, copy in zip(projections, copies, strict=True)]
+    return workspace
 
 
 def check_config(cells: Sequence[DepthPruning], config) -> int:
@@ -128,6 +146,11 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
         find_counts(settings, decoder)
     else:
         check_reachable(decoder, moves_of(settings.depth_method, decoder), settings.prune_rate)
+    if settings.compensates and decoder.has_weights and not has_writers(decoder):
+        raise InputError(
+            f"--compensate: no sublayer of {decoder.family} ends in a projection that writes into the residual stream; "
+            "leave it out"
+        )
     if settings.save_model:
         check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
         if settings.save_format != "masked" and not decoder.has_weights:
@@ -166,25 +189,42 @@ def _modes_left(settings: DepthPruning, decoder: Decoder) -> list[Mode]:
     return [gone] if settings.depth_method.removes == "layers" else [gone, no_attention, no_ffn]
 
 
-def load_windows(
-    report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int
-) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """The calibration windows of each seed and the windows of every evaluation text; each text is tokenized once."""
+@dataclass(frozen=True)
+class Texts:
+    """The windows (N, T) that the runs on one model need."""
+
+    calibration: dict[int, torch.Tensor]  # by seed
+    compensation: dict[int, torch.Tensor]  # by seed
+    evaluation: dict[str, torch.Tensor]  # by text
+
+
+def load_texts(report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:
+    """Reads and tokenizes the text that the runs need. Raises `InputError`."""
     settings = cells[0]
     seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
-    corpus = load_corpus(settings.dataset, "train", tokenizer) if seeds else None
-    evaluation = [
-        load_corpus(text, "test", tokenizer) for text in (settings.eval_datasets if settings.eval_ppl else ())
-    ]
-    for line in describe_texts(corpus, evaluation):
+    names = dict.fromkeys([*([settings.dataset] if seeds else []), *settings.compensate_dataset])
+    corpora = {name: load_corpus(name, "train", tokenizer) for name in names}
+    evaluation = [load_corpus(text, "test", tokenizer) for text in settings.texts]
+    for line in describe_texts(list(corpora.values()), evaluation):
         report.print(line)
-    windows = {
-        seed: calibration_windows(corpus, tokenizer, settings.nsamples, seqlen, seed) for seed in seeds if corpus
-    }
+
+    def windows_of(name: str, seed: int) -> torch.Tensor:
+        return calibration_windows(corpora[name], tokenizer, settings.nsamples, seqlen, seed)
+
+    calibration = {seed: windows_of(settings.dataset, seed) for seed in seeds}
+    compensation: dict[int, torch.Tensor] = {}
+    if settings.compensates:
+        shares = settings.compensate_shares or [1.0] * len(settings.compensate_dataset)
+        for seed in dict.fromkeys(cell.seed for cell in cells):
+            parts = [windows_of(name, seed) for name in settings.compensate_dataset]
+            compensation[seed] = mixed_windows(parts, shares)
+            if len(compensation[seed]) < 2:
+                advice = "give more text, or a lower --seqlen"
+                raise InputError(f"--compensate: needs at least 2 windows of {seqlen} tokens; {advice}")
     eval_windows = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in evaluation}
-    for tokens in (*windows.values(), *eval_windows.values()):
+    for tokens in (*calibration.values(), *compensation.values(), *eval_windows.values()):
         check_tokens(settings.model_name, tokens, vocab_size)
-    return windows, eval_windows
+    return Texts(calibration, compensation, eval_windows)
 
 
 def find_counts(settings: DepthPruning, decoder: Decoder) -> Counts:

@@ -17,7 +17,7 @@ import torch
 
 from lib.errors import RunError
 
-STRENGTHS = (0.01, 0.1, 1.0)
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 FULL, MAP = "full", "map"
 
 

@@ -1,11 +1,14 @@
 """The console lines of a run of `ppllms.py`."""
 
+from collections.abc import Sequence
+
 import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.plan import Plan, SavedPlan
 from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
+from lib.depth.compensation import Refit, held_out
 from lib.depth.greedy import Round
 from lib.evaluation.perplexity import Perplexity
 from lib.models.decoder import Decoder
@@ -111,3 +114,29 @@ def show_perplexity(
         report.print("Perplexity (dense -> pruned), ± standard error over windows")
     size = f"{len(windows)} windows of {windows.shape[1]} tokens"
     report.print(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
+
+
+def show_compensation(report: Report, settings: DepthPruning, windows: torch.Tensor) -> None:
+    """What projections are refitted on."""
+    texts, shares = settings.compensate_dataset, settings.compensate_shares
+    mixed = f" in shares of {':'.join(f'{share:g}' for share in shares)}" if shares and len(texts) > 1 else ""
+    is_held_out = held_out(len(windows))
+    to_fit, to_check = (int(count) * windows.shape[1] for count in ((~is_held_out).sum(), is_held_out.sum()))
+    report.print()
+    report.print(f"Compensation {settings.compensate}, on {', '.join(texts)}{mixed}")
+    report.print(f"  output projections are fitted to {to_fit:,} tokens, and chosen by {to_check:,} others")
+
+
+def show_refits(report: Report, refits: Sequence[Refit]) -> None:
+    """How many projections were changed, and where the hidden states came back the most."""
+    changed = [refit for refit in refits if refit.is_changed]
+    most = max((refit.unknowns for refit in refits), default=0)
+    report.print(f"  {len(changed)} of {len(refits)} changed; each of their outputs has up to {most:,} unknowns")
+    if changed:
+        best = min(changed, key=lambda refit: refit.held_out_error)
+        taken = f"takes back {1 - best.held_out_error:.1%} of what is missing after it"
+        report.print(f"  the most: layer {best.layer} {best.name} {taken}")
+
+
+def show_compensated(report: Report, text: str, found: dict[str, Perplexity]) -> None:
+    report.print(f"  {text}: perplexity {found['pruned']} -> {found['compensated']}")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import local_path, short_name
 from lib.depth import report as depth_report
+from lib.depth.compensation import Finished, Refit, compensate, held_out
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.errors import RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
+from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
 from lib.runs.single import Run
 from lib.storage.output_folder import REMOVALS, RESULT
@@ -36,11 +42,14 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         """A run of other settings on the same workspace."""
         return DepthRun(self.report, settings, self.workspace)
 
+    def restore(self) -> None:
+        self.workspace.restore()
+
     def show_model(self) -> None:
         depth_report.show_model(self.report, self.settings.model_name, self.decoder)
 
     def prune(self) -> dict:
-        """Finds the plan and measures perplexity under it; the model itself is pruned when it is saved."""
+        """Finds the plan, compensates for it, and measures perplexity. The model loses its sublayers in `save_model`."""
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
             depth_report.show_saved_plan(self.report, saved, self.decoder.total_parameters)
@@ -48,12 +57,14 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             self.plan, found = self.search()
         parameters = self.count_parameters()
         depth_report.show_plan(self.report, self.plan, parameters)
+        perplexities = self.measure()
         return {
             **found,
             "mha_removed": list(self.plan.mha_removed),
             "ffn_removed": list(self.plan.ffn_removed),
             "parameters": parameters,
-            **self.measure(),
+            **(self.compensate(perplexities) if self.settings.compensates else {}),
+            **as_fields(perplexities),
         }
 
     def search(self) -> tuple[Plan, dict]:
@@ -75,8 +86,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         target = settings.prune_rate if is_by_rate and not settings.saved_plan else None
         return {"total": total, "removed": removed, "target_rate": target, "actual_rate": removed / total}
 
-    def measure(self) -> dict[str, dict]:
-        """The fields of the perplexity of the dense and of the pruned model, on every evaluation text."""
+    def measure(self) -> dict[str, dict[str, Perplexity]]:
+        """The perplexity of the dense and of the pruned model, on every evaluation text."""
         found: dict[str, dict[str, Perplexity]] = {}
         dense = self.workspace.dense
         self.report.seconds.setdefault("evaluate", 0.0)
@@ -85,7 +96,26 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
                 dense[text] = self.perplexity("dense", text)
             found[text] = {"dense": dense[text], "pruned": self.perplexity("pruned", text, self.plan)}
             depth_report.show_perplexity(self.report, text, found[text], windows, is_first=len(found) == 1)
-        return as_fields(found)
+        return found
+
+    def compensate(self, perplexities: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
+        """Refits projections, and adds the perplexity after that; returns the `compensation` of result.json."""
+        settings, state, decoder = self.settings, self.state, self.decoder
+        windows = self.workspace.compensation_windows[settings.seed]
+        depth_report.show_compensation(self.report, settings, windows)
+        finished = Finished(
+            Changes(state.folder / "compensated", f"{state.key} compensated"),
+            {int(layer): [Refit(**one) for one in refits] for layer, refits in state.get("refits", {}).items()},
+            lambda found: state.put("refits", {layer: list(map(asdict, refits)) for layer, refits in found.items()}),
+        )
+        with self.report.timed("compensate"), self.report.progress(decoder.num_layers, "compensation") as progress:
+            mode, batcher = settings.compensate, self.workspace.batcher
+            refits = compensate(decoder, self.plan, windows, mode, batcher, finished, progress)
+        depth_report.show_refits(self.report, refits)
+        for text, stages in perplexities.items():
+            stages["compensated"] = self.perplexity("compensated", text, self.plan)
+            depth_report.show_compensated(self.report, text, stages)
+        return {"compensation": describe_compensation(settings, windows, refits)}
 
     def describe(self) -> dict:
         settings, workspace = self.settings, self.workspace
@@ -121,13 +151,27 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     def save_model(self, folder: Path) -> None:
         workspace, save_format = self.workspace, self.settings.save_format
-        windows = next(iter((*workspace.eval_windows.values(), *workspace.windows.values())), None)
+        texts = (workspace.eval_windows, workspace.windows, workspace.compensation_windows)
+        windows = next((windows for of_texts in texts for windows in of_texts.values()), None)
         checking = partial(self.report.timed, "check")
         try:
             save_pruned(self.decoder, self.plan, workspace.tokenizer, folder, save_format, windows, checking)
         except SaveError as error:
             how = f"; the plan is kept, add --apply_plan {self.report.folder / RESULT} --save_format masked"
             raise RunError(f"--save_format {save_format}: {error}{how * (save_format != 'masked')}") from error
+
+
+def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits: Sequence[Refit]) -> dict:
+    """The `compensation` of result.json."""
+    is_held_out, tokens = held_out(len(windows)), windows.shape[1]
+    return {
+        "mode": settings.compensate,
+        "dataset": list(settings.compensate_dataset),
+        "shares": list(settings.compensate_shares or [1.0] * len(settings.compensate_dataset)),
+        "tokens": int((~is_held_out).sum()) * tokens,
+        "held_out_tokens": int(is_held_out.sum()) * tokens,
+        "projections": [{**asdict(refit), "kept": refit.is_changed} for refit in refits],
+    }
 
 
 for _method in DEPTH_METHODS.values():  # a method without an implementation fails here, not in the middle of a run

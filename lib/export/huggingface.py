@@ -174,7 +174,8 @@ def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None)
     For a model whose layers are read from disk, the zeros go to `changes`. Raises `RunError` for weights that a device
     map offloaded.
     """
-    follow(decoder.layers, [changes] if changes else [])
+    if changes:
+        follow(decoder.layers, [changes], besides=True)
     for index in range(decoder.num_layers):
         decoder.set_mode(index, Mode())
         mode = plan.mode(index)

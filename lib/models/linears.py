@@ -10,6 +10,7 @@ from torch import nn
 from lib.config.plan import Mode
 from lib.errors import InputError
 from lib.models.decoder import Decoder
+from lib.runtime.memory import free_host_memory
 
 _ON = Mode()
 
@@ -109,6 +110,17 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
             )
         groups.append([InputGroup(tuple(names), tuple(linears[name] for name in names)) for _, names in seen])
     return groups
+
+
+def dense_copies(modules: Sequence[nn.Module], cause: str) -> list[torch.Tensor]:
+    """Copies of the modules' weights in host memory, from which each cell of a table begins.
+
+    Raises `InputError`, which begins with `cause`, if there is no room for them.
+    """
+    weights = [weight for module in modules if isinstance(weight := module.weight, torch.Tensor)]
+    if sum(weight.nbytes for weight in weights) > free_host_memory():
+        raise InputError(f"{cause}; use --offload disk")
+    return [weight.detach().to("cpu", copy=True) for weight in weights]
 
 
 @contextmanager

@@ -216,11 +216,11 @@ def _move_buffers(layer: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def follow(layers: Iterable[nn.Module], changes: Sequence[Changes]) -> None:
-    """From now on, layers read from disk get these changes, applied in order."""
+def follow(layers: Iterable[nn.Module], changes: Sequence[Changes], besides: bool = False) -> None:
+    """From now on, layers read from disk get these changes, applied in order; `besides` what they get already."""
     for layer in layers:
         if (found := offloaded(layer)) and found.is_on_disk:
-            found.changes = list(changes)
+            found.changes = [*(found.changes if besides else []), *changes]
 
 
 def delete_with(model: nn.Module, folder: TemporaryDirectory) -> None:

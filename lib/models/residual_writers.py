@@ -54,6 +54,23 @@ def output_projection(decoder: Decoder, index: int, kind: str) -> tuple[str, nn.
     return (path, module) if module.weight.is_floating_point() else None
 
 
+def output_projections(decoder: Decoder) -> list[nn.Linear | Conv1D]:
+    """Those of all sublayers that the model has."""
+    kinds = ((SKIP_ATTENTION, SKIP_FFN) for _ in range(decoder.num_layers))
+    found = (output_projection(decoder, index, kind) for index, both in enumerate(kinds) for kind in both)
+    return [projection for _, projection in filter(None, found)]
+
+
+def has_writers(decoder: Decoder) -> bool:
+    """True when some sublayer of the model writes linearly into the residual stream."""
+    return any(
+        find_writer(decoder, index, kind) is not None
+        for index, mode in enumerate(decoder.given_modes)
+        for kind, is_there in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn))
+        if is_there
+    )
+
+
 @torch.no_grad()
 def find_writer(decoder: Decoder, index: int, kind: str) -> Writer | None:
     """The writer of a sublayer, or None where it does not write linearly.

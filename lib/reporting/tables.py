@@ -80,7 +80,7 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
             share = result["sparsity" if stage == "pruned" else "quantized_sparsity"] if is_alp else None
             share = result["parameters"]["actual_rate"] if share is None else share
             error = result["perplexity_standard_error"][text][stage]
-            figure = find(result, "perplexity", text)
+            figure = None if stage == "compensated" else find(result, "perplexity", text)
             name = method if stage == "pruned" else f"{method} {stage}"
             yield Entry(result["model"], name, setting, share, result["seed"], "perplexity", text, value, error, figure)
     zero_shot, is_quantized = result.get("zero_shot", {"shown": {}, "mean": None}), "quantization" in result

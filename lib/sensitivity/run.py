@@ -62,7 +62,7 @@ def run(settings: SaveGradient) -> Artifact:
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
         corpus = load_corpus(gradients.dataset, "train", tokenizer)
-        for line in describe_texts(corpus, ()):
+        for line in describe_texts([corpus], ()):
             report.print(line)
         windows = gradient_windows(gradients, corpus, tokenizer)
         check_tokens(source.name, windows, config.vocab_size)

@@ -16,7 +16,7 @@ from lib.errors import InputError
 from lib.evaluation.zero_shot import ZeroShot
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
-from lib.models.linears import InputGroup, check_columns, check_not_offloaded, find_linears, input_groups
+from lib.models.linears import InputGroup, check_columns, check_not_offloaded, dense_copies, find_linears, input_groups
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.offload import follow
 from lib.reporting.console import Report
@@ -24,7 +24,6 @@ from lib.runs.single import Workspace
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import Ranks
-from lib.runtime.memory import free_host_memory
 from lib.sensitivity import artifact, compute
 from lib.sparsity import semi_structured_kernels
 
@@ -116,7 +115,9 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         advice = _OUR_FILE if by_gradients[asked].computes_gradients else _GIVEN
         artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint, advice)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        workspace.weights = _dense_copies(settings.model, workspace.linears)
+        cause = f"--model {settings.model}: host memory has no room for a second copy of its weights, from which "
+        cause += "each cell of a table, and rounding by sparsegpt, begins"
+        workspace.weights = dense_copies(workspace.linears, cause)
     return workspace
 
 
@@ -129,16 +130,6 @@ def known_gradients(
         for asked, cell in by_gradients.items()
     }
     return {asked: known for asked, known in found.items() if known}
-
-
-def _dense_copies(model: str, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
-    """Copies of the linears' weights in host memory. Raises `InputError` if there is no room for them."""
-    if sum(linear.weight.nbytes for linear in linears) > free_host_memory():
-        raise InputError(
-            f"--model {model}: host memory has no room for a second copy of its weights, from which each "
-            "cell of a table, and rounding by sparsegpt, begins; use --offload disk"
-        )
-    return [linear.weight.detach().to("cpu", copy=True) for linear in linears]
 
 
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
@@ -173,7 +164,7 @@ def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seql
     needs_text = any(cell.needs_text for cell in cells)
     corpus = load_corpus(settings.calibration_dataset, "train", tokenizer) if needs_text else None
     texts = [load_corpus(text, "test", tokenizer) for text in settings.dataset]
-    for line in describe_texts(corpus, texts):
+    for line in describe_texts([corpus] if corpus else [], texts):
         report.print(line)
     if corpus:
         for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):

@@ -60,7 +60,7 @@ def test_only_files_of_equal_size_are_compared_and_each_is_read_once(tmp_path, m
 
     def warnings() -> list[str]:
         first, second = (Corpus(name, ["A text."], files=tuple(files[name])) for name in files)
-        return [line for line in describe_texts(first, [second]) if "is calibration text too" in line]
+        return [line for line in describe_texts([first], [second]) if "is calibration text too" in line]
 
     assert not warnings() and len(read) == len(set(read)) == 60
     read.clear()

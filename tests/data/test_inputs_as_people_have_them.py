@@ -409,7 +409,7 @@ def test_a_tokenizer_that_explodes_is_told_before_memory_is_full():
 
 def lines(calibration, *evaluation) -> list[str]:
     corpora = [load_corpus(str(text), "test") for text in evaluation]
-    return describe_texts(load_corpus(str(calibration), "train") if calibration else None, corpora)
+    return describe_texts([load_corpus(str(calibration), "train")] if calibration else [], corpora)
 
 
 def test_a_run_says_how_it_read_its_texts_and_how_they_begin(tmp_path):
@@ -503,7 +503,7 @@ def test_the_shared_inputs_are_read_as_their_users_expect(name, expected, demo_t
     corpus = load_corpus(str(SHARED / name), "train", demo_tokenizer)
     assert corpus.documents[0].startswith((SHARED / "plain.txt").read_text() if expected == "plain" else expected)
     assert not any(word in document for document in corpus.documents for word in ("zzz", "tobor", "made", "conv-"))
-    said = describe_texts(corpus, ())
+    said = describe_texts([corpus], ())
     assert len(said) == (2 if name == "noise.txt" else 1)
     if name == "caps.jsonl":
         assert "column `Text`" in said[0]
