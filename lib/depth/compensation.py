@@ -8,7 +8,7 @@ parameter is added. The fit itself is in `lib.depth.refit`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 import torch
@@ -81,28 +81,13 @@ class Refit:
     held_out_error: float
 
     @property
+    def path(self) -> str:
+        """The path of its weight within the layer."""
+        return f"{self.name}.weight"
+
+    @property
     def is_changed(self) -> bool:
         return self.form is not None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The layers that an earlier, interrupted run finished; this run adds its own."""
-
-    changes: Changes
-    refits: dict[int, list[Refit]] = field(default_factory=dict)  # by layer
-    keep: Callable[[dict[int, list[Refit]]], object] = lambda refits: None
-
-    def __contains__(self, layer: int) -> bool:
-        known = self.refits.get(layer)
-        return known is not None and (layer in self.changes or not any(refit.is_changed for refit in known))
-
-    def add(self, layer: int, refits: list[Refit], weights: Mapping[str, Difference], is_first: bool) -> None:
-        """Keeps what became of a layer; the first process writes."""
-        self.refits[layer] = refits
-        self.keep(self.refits)  # before the weights: a layer that has them is finished
-        if weights:
-            (self.changes.write if is_first else self.changes.add)(layer, weights)
 
 
 @torch.no_grad()
@@ -112,46 +97,55 @@ def compensate(
     windows: torch.Tensor,
     mode: str,
     batcher: Batcher,
-    finished: Finished,
+    changes: Changes,
     progress: Progress | None = None,
 ) -> list[Refit]:
     """Refits projections of the model under a plan in place, on windows (N, T) with N at least 2; returns all refits.
 
-    Layers in `finished` are restored. Several processes share the windows. Raises `RunError` that names the layer if
-    its hidden states are not finite.
+    Each finished layer is written to `changes`; layers already there are restored. Several processes share the windows.
+    Raises `RunError` that names the layer if its hidden states are not finite.
     """
     first, steps = steps_of(decoder, plan)
-    writers = _find_writers(decoder, first, steps, mode)
-    pending = [step.layer for step in writers if step.layer not in finished]
+    writers, ranks = _find_writers(decoder, first, steps, mode), batcher.ranks
+    pending = [step.layer for step in writers if step.layer not in changes]
     streams = _Streams(decoder, windows, batcher, first) if pending else None
     for layer, group in groupby(steps, key=lambda step: step.layer):
-        refits: list[Refit] = []
-        weights: dict[str, Difference] = {}
-        if streams and layer > pending[-1]:
-            streams = None  # nothing above is left to refit
+        of_layer = {step: writers.get(step) for step in group}
         with decoder.at(layer):
-            for step in group:
-                writer = writers.get(step)
-                if streams:
-                    streams.move_dense(step)
-                if writer and layer in finished:
-                    weight = writer.module.weight
-                    weight.copy_(finished.changes.apply(layer, writer.path, weight))
-                elif writer and streams:
-                    old = writer.module.weight.clone()
-                    refits.append(streams.refit(step, writer))
-                    if refits[-1].is_changed:
-                        weights[writer.path] = difference(old, writer.module.weight)
-                if streams:
-                    streams.move_pruned(step)
+            if not streams or layer > pending[-1]:
+                for writer in filter(None, of_layer.values()):
+                    _restore(writer, changes)
+            elif layer in changes:
+                streams.walk(of_layer, lambda step, writer: _restore(writer, changes))
+            elif refits := _refit_layer(streams, of_layer):
+                weights = {refit.path: change for refit, change in refits if change}
+                note = [asdict(refit) for refit, _ in refits]
+                (changes.write if ranks.is_first else changes.add)(layer, weights, note)
             decoder.keep(layer)
-        if refits:
-            finished.add(layer, refits, weights, batcher.ranks.is_first)
         if progress:
             progress(1)
-    batcher.ranks.wait()  # until the first process has written everything
-    follow(decoder.layers, [finished.changes])
-    return [refit for _, of_layer in sorted(finished.refits.items()) for refit in of_layer]
+    ranks.wait()  # until the first process has written everything
+    follow(decoder.layers, [changes])
+    return [Refit(**one) for _, of_layer in sorted(changes.notes.items()) for one in of_layer]
+
+
+def _refit_layer(streams: "_Streams", writers: Mapping[Step, Writer | None]) -> list[tuple[Refit, Difference | None]]:
+    """Refits the projections of a layer, from the bottom up; returns what became of each, and of its weight."""
+    found: list[tuple[Refit, Difference | None]] = []
+
+    def settle(step: Step, writer: Writer) -> None:
+        old = writer.module.weight.clone()
+        refit = streams.refit(step, writer)
+        found.append((refit, difference(old, writer.module.weight) if refit.is_changed else None))
+
+    streams.walk(writers, settle)
+    return found
+
+
+def _restore(writer: Writer, changes: Changes) -> None:
+    """Gives a projection the weight that an earlier, interrupted run found."""
+    weight = writer.module.weight
+    weight.copy_(changes.apply(writer.layer, writer.path, weight))
 
 
 def _find_writers(decoder: Decoder, first: Sequence[Move], steps: Sequence[Step], mode: str) -> dict[Step, Writer]:
@@ -179,14 +173,16 @@ class _Streams:
         self.pruned = self.dense.fork() if first else None  # None: the same as the dense stream so far
         _move(self.dense, first)
 
-    def move_dense(self, step: Step) -> None:
-        if self.pruned is None and step.is_gap:
-            self.pruned = self.dense.fork()
-        _move(self.dense, step.dense)
-
-    def move_pruned(self, step: Step) -> None:
-        if self.pruned is not None:
-            _move(self.pruned, [step.pruned])
+    def walk(self, writers: Mapping[Step, Writer | None], settle: Callable[[Step, Writer], None]) -> None:
+        """Moves both through a layer; `settle` gets a projection when the dense stream has left its sublayer for good."""
+        for step, writer in writers.items():
+            if self.pruned is None and step.is_gap:
+                self.pruned = self.dense.fork()
+            _move(self.dense, step.dense)
+            if writer:
+                settle(step, writer)
+            if self.pruned is not None:
+                _move(self.pruned, [step.pruned])
 
     def refit(self, step: Step, writer: Writer) -> Refit:
         """Refits one projection in place, so that after `step` the pruned stream comes near the dense one."""

@@ -14,7 +14,7 @@ from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import local_path, short_name
 from lib.depth import report as depth_report
-from lib.depth.compensation import Finished, Refit, compensate, held_out
+from lib.depth.compensation import Refit, compensate, held_out
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.errors import RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
@@ -49,7 +49,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         depth_report.show_model(self.report, self.settings.model_name, self.decoder)
 
     def prune(self) -> dict:
-        """Finds the plan, compensates for it, and measures perplexity. The model loses its sublayers in `save_model`."""
+        """Finds the plan, measures perplexity, and compensates. The model loses its sublayers in `save_model`."""
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
             depth_report.show_saved_plan(self.report, saved, self.decoder.total_parameters)
@@ -103,14 +103,10 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         settings, state, decoder = self.settings, self.state, self.decoder
         windows = self.workspace.compensation_windows[settings.seed]
         depth_report.show_compensation(self.report, settings, windows)
-        finished = Finished(
-            Changes(state.folder / "compensated", f"{state.key} compensated"),
-            {int(layer): [Refit(**one) for one in refits] for layer, refits in state.get("refits", {}).items()},
-            lambda found: state.put("refits", {layer: list(map(asdict, refits)) for layer, refits in found.items()}),
-        )
+        changes = Changes(state.folder / "compensated", f"{state.key} compensated")
         with self.report.timed("compensate"), self.report.progress(decoder.num_layers, "compensation") as progress:
             mode, batcher = settings.compensate, self.workspace.batcher
-            refits = compensate(decoder, self.plan, windows, mode, batcher, finished, progress)
+            refits = compensate(decoder, self.plan, windows, mode, batcher, changes, progress)
         depth_report.show_refits(self.report, refits)
         for text, stages in perplexities.items():
             stages["compensated"] = self.perplexity("compensated", text, self.plan)

@@ -5,6 +5,7 @@ A weight that only lost elements is stored as one bit per element, any other in 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,26 +40,30 @@ class Changes:
         """`owner` names the run and stage. Raises `InputError` for a broken file, and for one of another owner."""
         self.folder, self._owner = folder, owner
         self._changed: dict[int, dict[str, str]] = {}  # layer -> path of a weight -> its prefix
+        self.notes: dict[int, Any] = {}  # JSON that a layer's changes were written with
         for path in sorted(folder.glob("layer-*.safetensors")):
             try:
-                kinds = [name.split(".", 1) for name in Sealed(path, owner).names]
-                self._changed[int(path.stem.removeprefix("layer-"))] = {weight: f"{kind}." for kind, weight in kinds}
+                sealed, layer = Sealed(path, owner), int(path.stem.removeprefix("layer-"))
+                kinds = [name.split(".", 1) for name in sealed.names]
+                self._changed[layer] = {weight: f"{kind}." for kind, weight in kinds}
+                self.notes[layer] = sealed.content
             except ValueError as error:
                 raise broken(path, error) from error
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed
 
-    def write(self, layer: int, differences: Mapping[str, Difference]) -> None:
-        """Writes the changes of a layer, {path within the layer: `difference`}, atomically."""
+    def write(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
+        """Writes the changes of a layer, {path within it: `difference`}, and a JSON `note` on them, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {kind + path: tensor for path, (kind, tensor) in differences.items()}
-        save_sealed(self.folder / _FILE.format(layer), tensors, self._owner)
-        self.add(layer, differences)
+        save_sealed(self.folder / _FILE.format(layer), tensors, self._owner, note)
+        self.add(layer, differences, note)
 
-    def add(self, layer: int, differences: Mapping[str, Difference]) -> None:
+    def add(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
         """Registers a layer that another process has written."""
         self._changed[layer] = {path: kind for path, (kind, _) in differences.items()}
+        self.notes[layer] = note
 
     def apply(self, layer: int, path: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight of a layer with its change applied, or as given if it has none."""

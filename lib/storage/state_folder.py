@@ -15,7 +15,7 @@ from lib.files import read_file
 FILE = "state.json"
 _LOCK = "lock"
 _MARK = b"resume state of a pruning run\n"
-_STAGES = ("pruned", "quantized")  # folders of changed weights
+_STAGES = ("pruned", "quantized", "compensated")  # folders of changed weights
 _OWN = re.compile(r"\.?(state\.json|gradient\.safetensors|layer-\d+\.safetensors)(\.partial-\d+)?")  # and drafts
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lib.depth.compensation
 import lib.depth.run
 import lib.depth.searches
 import lib.depth.trial_losses
@@ -35,6 +36,7 @@ WORK = [
     (lib.depth.searches, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
     (lib.runs.single, "perplexity"),
+    (lib.depth.compensation, "_refit_layer"),
     (lib.sparsity.run, "layer_scores"),
     (lib.sparsity.run, "count_zeros"),
     (lib.sparsity.layerwise, "_prune_layer"),
@@ -48,6 +50,8 @@ RUNS = {
     "ppllms-disk": ("depth", [*COUNTS, "--offload", "disk", "--save_format", "masked"]),
     "blockpruner": ("depth", ["--method", "blockpruner", "--prune_rate", 0.1]),
     "beam": ("depth", ["--method", "beam", "--prune_rate", 0.1]),
+    "compensated": ("depth", [*COUNTS, "--compensate", "all"]),
+    "compensated-disk": ("depth", [*COUNTS, "--compensate", "nearest", "--offload", "disk", "--save_format", "masked"]),
     "random": ("depth", ["--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]),
     "wanda_alp": ("alp", ["--prune_method", "wanda_alp", "--grad_nsamples", 3, "--grad_seqlen", 16]),
     "sparsegpt": ("alp", ["--prune_method", "sparsegpt"]),
