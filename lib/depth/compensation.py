@@ -174,7 +174,7 @@ class _Streams:
         _move(self.dense, first)
 
     def walk(self, writers: Mapping[Step, Writer | None], settle: Callable[[Step, Writer], None]) -> None:
-        """Moves both through a layer; `settle` gets a projection when the dense stream has left its sublayer for good."""
+        """Moves both through a layer; `settle` gets a projection that the dense stream is through with."""
         for step, writer in writers.items():
             if self.pruned is None and step.is_gap:
                 self.pruned = self.dense.fork()
