@@ -108,7 +108,7 @@ def compensate(
     first, steps = steps_of(decoder, plan)
     writers, ranks = _find_writers(decoder, first, steps, mode), batcher.ranks
     pending = [step.layer for step in writers if step.layer not in changes]
-    streams = _Streams(decoder, windows, batcher, first) if pending else None
+    streams = Streams(decoder, windows, batcher, first) if pending else None
     for layer, group in groupby(steps, key=lambda step: step.layer):
         of_layer = {step: writers.get(step) for step in group}
         with decoder.at(layer):
@@ -129,7 +129,7 @@ def compensate(
     return [Refit(**one) for _, of_layer in sorted(changes.notes.items()) for one in of_layer]
 
 
-def _refit_layer(streams: "_Streams", writers: Mapping[Step, Writer | None]) -> list[tuple[Refit, Difference | None]]:
+def _refit_layer(streams: "Streams", writers: Mapping[Step, Writer | None]) -> list[tuple[Refit, Difference | None]]:
     """Refits the projections of a layer, from the bottom up; returns what became of each, and of its weight."""
     found: list[tuple[Refit, Difference | None]] = []
 
@@ -162,7 +162,7 @@ def held_out(count: int) -> torch.Tensor:
     return (places % HELD_OUT == HELD_OUT - 1) | ((places == count - 1) & (count < HELD_OUT))
 
 
-class _Streams:
+class Streams:
     """The hidden states of the windows in the dense and in the pruned model, on their way up the layers."""
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor, batcher: Batcher, first: Sequence[Move]):
@@ -187,7 +187,7 @@ class _Streams:
     def refit(self, step: Step, writer: Writer) -> Refit:
         """Refits one projection in place, so that after `step` the pruned stream comes near the dense one."""
         ranks = self.batcher.ranks
-        moments = self.batcher.retry_smaller(lambda: self._observe(step, writer), len(self.dense.windows))
+        moments = self.batcher.retry_smaller(lambda: self.observe(step, writer), len(self.dense.windows))
         for one in moments:
             one.combine(ranks.add)
 
@@ -205,7 +205,7 @@ class _Streams:
         ranks.send(writer.module.weight, 0)
         return found
 
-    def _observe(self, step: Step, writer: Writer) -> tuple[Moments, Moments]:
+    def observe(self, step: Step, writer: Writer) -> tuple[Moments, Moments]:
         """The moments over the windows of this process: of those to fit to, and of those held out."""
         device, (in_features, out_features) = writer.module.weight.device, writer.matrix.shape
         to_fit, to_check = (Moments(in_features, out_features, device) for _ in range(2))

@@ -86,6 +86,18 @@ def test_fewer_windows_than_processes_share_the_trials(one, two, depth, tmp_path
     assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
 
 
+def test_compensation_is_that_of_one_process(one, two, depth, tmp_path):
+    """Sums over windows are added in another order."""
+    flags = [*depth, "--method", "random", "--prune_rate", 0.1, "--nsamples", 40, "--compensate", "all"]
+    one(*flags, "--output_dir", "one", "--save_model", "m1")
+    two(*flags, "--output_dir", "two", "--save_model", "m2")
+    weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("m1", "m2"))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, atol=1e-4, rtol=1e-3)
+    one, two = (result_in(tmp_path / name)["perplexity"].popitem()[1]["compensated"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl"])
 def test_masks_are_those_of_one_process(one, two, method, sparsity, tmp_path):
     """Sums over windows are added in another order: densities to 1e-6, masks all but never another, weights to 1e-4."""
