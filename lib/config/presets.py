@@ -65,5 +65,6 @@ DEPTH_PRESETS = {
         "nsamples": 32,
         "method": list(DEPTH_METHODS),
         "prune_rate": [0.15, 0.25, 0.35],
+        "compensate": "all",
     },
 }

@@ -38,6 +38,12 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
         "eval_ppl": ([], ["--eval_ppl", "no"]),
         "eval_datasets": ([], ["--eval_datasets", "{text}"]),
         "apply_plan": ([], ["--apply_plan", "{plan}"]),
+        "compensate": ([], ["--compensate", "all"]),
+        "compensate_dataset": (["--compensate", "all"], ["--compensate_dataset", "{text}"]),
+        "compensate_shares": (
+            ["--compensate", "all", "--compensate_dataset", "{text}", "demo"],
+            ["--compensate_shares", 1, 2],
+        ),
     },
     "alp_prune": {
         "model": ([], ["--model", "{model}"]),
