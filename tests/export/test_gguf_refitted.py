@@ -266,7 +266,7 @@ def test_big_endian_files_are_refused(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_llama_cpp_runs_the_compensated_model(kind, tmp_path):
-    """Logits of the saved model, to rounding in F32, and in Q8_0 those of a file made of the refitted model."""
+    """Logits of the saved model, to rounding in F32 and to the quantization in Q8_0; the refit moves them by over 1."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from tests.export.test_gguf import _ids, _LlamaCpp
 
