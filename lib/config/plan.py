@@ -58,6 +58,17 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Refitted:
+    """Output projections that the run of a plan refitted, and the model in which it saved them, if it did."""
+
+    result: Path  # of that run
+    projections: tuple[tuple[int, str], ...]  # (layer of the unpruned model, path of the module within the layer)
+    folder: Path | None = None
+    signature: str = ""  # of the folder, as the run left it
+    is_masked: bool = False  # the saved model has all layers, under their old numbers
+
+
+@dataclass(frozen=True)
 class SavedPlan:
     """A plan that an earlier run found and wrote to its result.json."""
 
@@ -65,6 +76,7 @@ class SavedPlan:
     model: str  # the path, for a local folder
     plan: Plan
     parameters: int  # of that model
+    refitted: Refitted | None = None
 
     def fits(self, parameters: int) -> bool:
         """True for about the same number of parameters; a fine-tuned model may have a few more tokens."""
@@ -103,6 +115,29 @@ def _saved_plan(path: Path, content: Any) -> SavedPlan:
         raise ValueError("numbers of layers and parameters must be whole")
     if not 0 < layers <= MOST_LAYERS or total < 1:
         raise ValueError(f"no model has {layers:,} layers and {total:,} parameters")
-    return SavedPlan(
-        path, path_of_model, Plan(layers, **{name: tuple(value) for name, value in removed.items()}), total
-    )
+    plan = Plan(layers, **{name: tuple(value) for name, value in removed.items()})
+    return SavedPlan(path, path_of_model, plan, total, _refitted(path, content, layers))
+
+
+def _refitted(path: Path, content: dict, num_layers: int) -> Refitted | None:
+    """What the run of a plan changed in the weights that stay; None for nothing. Raises as `_saved_plan` does."""
+    if (compensation := content.get("compensation")) is None:
+        return None
+    entries = compensation["projections"] if isinstance(compensation, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("the fields of its compensation have other types")
+    for entry in entries:
+        layer, name, kept = entry["layer"], entry["name"], entry["kept"]
+        if type(layer) is not int or not 0 <= layer < num_layers or type(kept) is not bool:
+            raise ValueError(f"a refitted projection must be kept or not, in a layer below {num_layers}")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise ValueError("a refitted projection must have a name")
+    projections = tuple((entry["layer"], entry["name"]) for entry in entries if entry["kept"])
+    if len(set(projections)) < len(projections):
+        raise ValueError("a refitted projection comes twice")
+    if not projections or content.get("saved_model") is None:
+        return Refitted(path, projections) if projections else None
+    folder, digest, save_format = (content[name] for name in ("saved_model", "saved", "save_format"))
+    if not all(isinstance(text, str) and text for text in (folder, digest, save_format)):
+        raise ValueError("the saved model must have a folder, a digest and a format")
+    return Refitted(path, projections, Path(folder), digest, save_format == "masked")

@@ -10,21 +10,24 @@ src/llama-model.cpp):
 - The head size and rotary size of all layers are read from layer 0, and only if it has heads. A first layer without
   attention is therefore written with one head whose weights are zero; it adds zeros to the hidden states.
 
+What the run of a plan changed in the weights that stay comes from the model that it saved (`gguf_refitted`).
+
 The optional package `gguf` of llama.cpp writes the files. A file that it could not reproduce is refused, and what was
 written is read back and compared with the source before it appears under its name.
 """
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from lib.config.plan import Plan
+from lib.config.plan import Plan, Refitted
 from lib.errors import InputError, RunError
-from lib.export.gguf_header import ALIGNMENT, MAGIC, Header, read_header, refuse
+from lib.export.gguf_header import ALIGNMENT, MAGIC, Header, Tensor, read_header, refuse
 from lib.export.gguf_model import (
     ARCHITECTURE,
     ATTENTION,
@@ -40,9 +43,11 @@ from lib.export.gguf_model import (
     read_gguf,
     split_name,
 )
+from lib.export.gguf_refitted import RefittedTensor, read_refitted
 from lib.storage.atomic import atomic_file, check_writable
 
 Layout = list[tuple[str, str | tuple[int, ...]]]  # tensors by name: name of the source's tensor, or shape of zeros
+_AnyTensor = Tensor | RefittedTensor
 
 _STALE = "general.parameter_count"
 _COMPARED_AT_ONCE = 2**18  # bytes
@@ -59,11 +64,15 @@ class GgufSize:
 
 @dataclass(frozen=True)
 class GgufPruning:
-    """The architecture of the source file, and the sizes before and after pruning."""
+    """The architecture of the source file, the sizes before and after pruning, and what was not copied.
+
+    `refitted` counts refitted tensors by the names of their types: (in the source, as written).
+    """
 
     architecture: str
     before: GgufSize
     after: GgufSize
+    refitted: Counter[tuple[str, str]]
 
 
 def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) -> GgufModel:
@@ -93,11 +102,14 @@ def _begins_as_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) -> GgufPruning:
-    """Writes the source without the sublayers that the plan removes, atomically.
+def apply_plan(
+    source: Path, target: Path, plan: Plan, overwrite: bool = False, refitted: Refitted | None = None
+) -> GgufPruning:
+    """Writes the source without the sublayers that the plan removes, atomically; refitted tensors as they were saved.
 
     The layer numbers of the plan are the block numbers of the source. The source may have been pruned before. Raises
-    `InputError` as `check` does, and for a plan that leaves no attention or removes a sublayer that is already gone.
+    `InputError` as `check` and `read_refitted` do, and for a plan that leaves no attention or removes a sublayer that
+    is already gone.
     """
     model = check(source, target, plan.num_layers, overwrite)
     for what, removed, sizes in (
@@ -110,13 +122,15 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
     if not any(block.heads for block in left.values()):
         raise refuse(source, "the plan leaves no attention; keep that of one layer")
     layout = arrange(model.tensors, left, model.hidden_size, model.head_size)
+    changed = read_refitted(source, model, layout, refitted) if refitted else {}
+    tensors = _new_tensors({**model.tensors, **changed}, layout)
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_file(target) as draft:
             keys = _new_keys(model, add_stand_ins(left.values()))
-            _write(draft, model, keys, layout)
-            if not _is_as_meant(read_header(draft), model, keys, layout):
+            _write(draft, model.header.is_big_endian, keys, tensors)
+            if not _is_as_meant(read_header(draft), keys, tensors):
                 raise RunError(f"--gguf {target}: what was read back is not what was written; name another disk")
     except (ValueError, struct.error) as error:
         raise refuse(source, f"holds what the gguf package cannot write ({error})") from error
@@ -125,6 +139,7 @@ def apply_plan(source: Path, target: Path, plan: Plan, overwrite: bool = False) 
         model.architecture,
         GgufSize(len(model.blocks), _count_parameters(model, whole), source.stat().st_size),
         GgufSize(len(left), _count_parameters(model, layout), target.stat().st_size),
+        Counter((model.tensors[name].kind.name, tensor.kind.name) for name, tensor in changed.items()),
     )
 
 
@@ -185,43 +200,49 @@ def _zeros(block: Block, is_first: bool, hidden_size: int, head_size: int) -> di
     return zeros
 
 
-def _write(draft: Path, model: GgufModel, keys: dict[str, tuple], layout: Layout) -> None:
-    """Writes the new file, in the byte order of the source."""
+def _new_tensors(tensors: Mapping[str, _AnyTensor], layout: Layout) -> dict[str, _AnyTensor]:
+    """The tensors of the new file by name, in order."""
+    import numpy
+    from gguf import GGMLQuantizationType
+
+    def zeros(shape: tuple[int, ...]) -> Tensor:
+        return Tensor(shape, GGMLQuantizationType.F32, numpy.zeros(shape[::-1], numpy.float32).view(numpy.uint8))
+
+    return {name: tensors[origin] if isinstance(origin, str) else zeros(origin) for name, origin in layout}
+
+
+def _write(draft: Path, is_big_endian: bool, keys: dict[str, tuple], tensors: Mapping[str, _AnyTensor]) -> None:
+    """Writes the new file; one tensor at a time is in memory."""
     import numpy
     from gguf import GGUFEndian, GGUFWriter
+    from gguf.quants import quant_shape_to_byte_shape
 
-    endianess = GGUFEndian.BIG if model.header.is_big_endian else GGUFEndian.LITTLE
+    endianess = GGUFEndian.BIG if is_big_endian else GGUFEndian.LITTLE
     with closing(GGUFWriter(draft, PRUNED, endianess=endianess)) as writer:
         for name, (value, *types) in keys.items():
             if name == ALIGNMENT:
                 writer.add_custom_alignment(value)
             else:
                 writer.add_key_value(name, value, *types)
-        for name, origin in layout:
-            if isinstance(origin, str):
-                tensor = model.tensors[origin]
-                writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind, tensor_endianess=endianess)
-            else:
-                writer.add_tensor(name, numpy.zeros(origin[::-1], numpy.float32))
+        for name, tensor in tensors.items():
+            shape = quant_shape_to_byte_shape(tensor.shape[::-1], tensor.kind)
+            writer.add_tensor_info(name, shape, numpy.dtype(numpy.uint8), prod(shape), tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            writer.write_tensor_data(tensor.data, endianess)
 
 
-def _is_as_meant(written: Header, model: GgufModel, keys: dict[str, tuple], layout: Layout) -> bool:
-    """True if a file that was read back has the keys, the tensors of the source in the layout, and zeros."""
+def _is_as_meant(written: Header, keys: dict[str, tuple], tensors: Mapping[str, _AnyTensor]) -> bool:
+    """True if a file that was read back has these keys and tensors."""
     held = {name: key for name, key in written.keys.items() if name != ARCHITECTURE}
-    if repr(held) != repr(keys) or list(written.tensors) != [name for name, _ in layout]:  # repr: NaN is itself
+    if repr(held) != repr(keys) or list(written.tensors) != list(tensors):  # repr: NaN is itself
         return False
-    for name, origin in layout:
-        tensor = written.tensors[name]
-        if isinstance(origin, str):
-            source = model.tensors[origin]
-            if (tensor.shape, tensor.kind) != (source.shape, source.kind) or not _same(tensor.data, source.data):
-                return False
-        elif tensor.shape != origin or tensor.data.any():
-            return False
-    return True
+    return all(
+        (found.shape, found.kind) == (tensor.shape, tensor.kind) and _same(found.data, tensor.data)
+        for found, tensor in zip(written.tensors.values(), tensors.values(), strict=True)
+    )
 
 
 def _same(left, right) -> bool:

@@ -2,11 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
-from lib.config.plan import SavedPlan, read_plan
+from lib.config.plan import Refitted, SavedPlan, read_plan
 from lib.errors import InputError
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
 
@@ -19,6 +20,10 @@ VALID = {
     "ffn_removed": [1, 2],
     "parameters": {"total": 1000, "removed": 250},
 }
+SAVED = {"saved_model": "/models/out", "saved": "0123456789abcdef", "save_format": "hf"}
+PROJECTION = {"layer": 3, "name": "mlp.down_proj", "kept": True}
+PROJECTIONS = [PROJECTION, {"layer": 0, "name": "self_attn.o_proj", "kept": False}]
+COMPENSATED = {**VALID, **SAVED, "compensation": {"mode": "all", "projections": PROJECTIONS}}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +44,22 @@ def plan_or_line(path, content: bytes | None = None) -> SavedPlan | None:
         assert len(set(layers)) == len(layers)
         assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer in layers)
     assert len(plan.mha_removed) < plan.num_layers and len(plan.modes) == plan.num_layers
+    if refitted := saved.refitted:
+        assert refitted.projections and len(set(refitted.projections)) == len(refitted.projections)
+        assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer, _ in refitted.projections)
+        assert all(isinstance(name, str) and name.strip() and name.isprintable() for _, name in refitted.projections)
+        assert refitted.folder is None or refitted.folder.parts and isinstance(refitted.signature, str)
     return saved
 
 
 @fuzz(st.binary(max_size=200))
 def test_bytes_are_no_plan(path, content):
     assert plan_or_line(path, content) is None
+
+
+@fuzz(changed(COMPENSATED).map(written) | cut_or_flipped(written(COMPENSATED)))
+def test_json_with_a_compensation_is_a_plan_or_refused(path, content):
+    plan_or_line(path, content)
 
 
 @fuzz(ANY_JSON.map(written) | changed(VALID).map(written) | cut_or_flipped(written(VALID)))
@@ -55,6 +70,50 @@ def test_json_is_a_plan_or_refused(path, content):
 def test_the_plan_that_is_changed_is_one(path):
     saved = plan_or_line(path, written(VALID))
     assert (saved.model, saved.plan.mha_removed, saved.plan.ffn_removed) == ("some/model", (2,), (1, 2))
+
+
+def test_a_plan_says_what_its_run_refitted_and_where_that_is(path):
+    projections = ((3, "mlp.down_proj"),)
+    for content, refitted in (
+        (VALID, None),
+        ({**VALID, **SAVED}, None),
+        ({**COMPENSATED, "compensation": None}, None),
+        ({**COMPENSATED, "compensation": {"projections": PROJECTIONS[1:]}}, None),
+        (COMPENSATED, Refitted(path, projections, Path("/models/out"), "0123456789abcdef")),
+        (
+            {**COMPENSATED, "save_format": "masked"},
+            Refitted(path, projections, Path("/models/out"), "0123456789abcdef", is_masked=True),
+        ),
+        ({**VALID, "compensation": COMPENSATED["compensation"]}, Refitted(path, projections)),
+    ):
+        assert plan_or_line(path, written(content)).refitted == refitted
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"compensation": []}, "fields of its compensation have other types"),
+        ({"compensation": {"projections": {}}}, "fields of its compensation have other types"),
+        ({"compensation": {"projections": [3]}}, "fields of its compensation have other types"),
+        ({"compensation": {"mode": "all"}}, "has no 'projections'"),
+        ({"compensation": {"projections": [{"layer": 3, "name": "a"}]}}, "has no 'kept'"),
+        ({"compensation": {"projections": [PROJECTION | {"layer": 4}]}}, "in a layer below 4"),
+        ({"compensation": {"projections": [PROJECTION | {"layer": True}]}}, "in a layer below 4"),
+        ({"compensation": {"projections": [PROJECTION | {"kept": 1}]}}, "must be kept or not"),
+        ({"compensation": {"projections": [PROJECTION | {"name": ["a"]}]}}, "projection must have a name"),
+        ({"compensation": {"projections": [PROJECTION | {"name": "a\x1b[31mb"}]}}, "projection must have a name"),
+        ({"compensation": {"projections": [PROJECTION, PROJECTION]}}, "comes twice"),
+        ({"saved_model": ["/"]}, "must have a folder, a digest and a format"),
+        ({"saved_model": ""}, "must have a folder, a digest and a format"),
+        ({"saved": None}, "must have a folder, a digest and a format"),
+        ({"save_format": 1}, "must have a folder, a digest and a format"),
+    ],
+)
+def test_compensations_that_no_run_writes_are_refused(path, change, problem):
+    path.write_text(json.dumps(COMPENSATED | change))
+    with pytest.raises(InputError, match="--apply_plan .*; give .*result.json") as told:
+        read_plan(path)
+    assert "\n" not in str(told.value) and problem in str(told.value)
 
 
 @pytest.mark.parametrize(

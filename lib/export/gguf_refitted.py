@@ -1,0 +1,112 @@
+"""Output projections that a run refitted, read from the model that it saved and quantized for a GGUF file.
+
+Each gets the type of the tensor that it replaces where the package `gguf` can write that well, else Q8_0.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.config.model_files import weight_files
+from lib.config.plan import Refitted
+from lib.errors import InputError
+from lib.export.gguf_header import refuse
+from lib.export.gguf_model import GgufModel, split_name
+from lib.storage.model_folder import signature
+
+_PARTS = {"self_attn.o_proj": "attn_output.weight", "mlp.down_proj": "ffn_down.weight"}
+_WRITTEN = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+@dataclass(frozen=True)
+class RefittedTensor:
+    """A matrix in a safetensors file: its shape with the row length first, and the type that it gets."""
+
+    shape: tuple[int, ...]
+    kind: Any
+    file: Path
+    name: str
+
+    @property
+    def data(self) -> Any:
+        """A uint8 array (rows, bytes of a row) of little-endian numbers, as in `gguf_header.Tensor`. Not kept."""
+        import numpy
+        from gguf import quants
+        from safetensors import safe_open
+
+        with safe_open(self.file, "pt") as weights:
+            matrix = weights.get_tensor(self.name).float().contiguous().numpy()
+        return quants.quantize(matrix, self.kind).view(numpy.uint8)
+
+
+def read_refitted(
+    source: Path, model: GgufModel, layout: Sequence[tuple[str, object]], refitted: Refitted
+) -> dict[str, RefittedTensor]:
+    """{name of a tensor in the source: what replaces it}, for a source that is written in a layout of `gguf.arrange`.
+
+    Raises `InputError` when the saved model is not there as the run left it, and for a source without these tensors.
+    """
+    folder = refitted.folder
+    if not folder:
+        raise _gone(refitted, "saved no model to take them from")
+    if signature(folder) != refitted.signature:
+        raise _gone(refitted, f"saved them in {folder}, which is gone or was changed")
+    if model.header.is_big_endian:
+        reason = "is big-endian, for which refitted weights cannot be quantized"
+        raise refuse(source, f"{reason}; convert it with gguf-convert-endian FILE little")
+    new_names = {origin: name for name, origin in layout}
+    shapes = _read_shapes(folder)
+    found = {}
+    for layer, projection in refitted.projections:
+        old = f"blk.{layer}.{_PARTS.get(projection)}"
+        if old not in new_names:
+            what = f"holds no {projection} of layer {layer}, which the plan's run refitted"
+            raise refuse(source, f"{what}; give the file that the plan was made for")
+        number = layer if refitted.is_masked else split_name(new_names[old])[0]
+        name = _find(folder, shapes, f"{number}.{projection}.weight")
+        file, shape = shapes[name]
+        tensor = model.tensors[old]
+        if shape != tensor.shape:
+            what = f"tensor {old} is {list(tensor.shape)}, and {list(shape)} in {folder}"
+            raise refuse(source, f"{what}; give the file that the plan was made for")
+        found[old] = RefittedTensor(shape, _kind(tensor.kind, shape[0]), file, name)
+    return found
+
+
+def _gone(refitted: Refitted, reason: str) -> InputError:
+    what = f"--gguf: the run of {refitted.result} refitted {len(refitted.projections)} output projections and {reason}"
+    advice = f"--apply_plan {refitted.result} --save_model OUT with its --compensate"
+    return InputError(f"{what}; run {advice}, and give the result.json of that run")
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """{name: (file, shape with the row length first)} of the tensors in the safetensors files of a model."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():
+                    found[name] = file, tuple(weights.get_slice(name).get_shape()[::-1])
+    return found
+
+
+def _find(folder: Path, names: Iterable[str], end: str) -> str:
+    """The name that ends so, whatever stands before its layer number. Raises `InputError` unless there is one."""
+    found = [name for name in names if name == end or name.endswith(f".{end}")]
+    if len(found) != 1:
+        advice = "save the model with --save_format masked and convert that"
+        raise InputError(f"--gguf: {folder} holds {len(found)} tensors {end} in place of one; {advice}")
+    return found[0]
+
+
+def _kind(kind: Any, row_length: int) -> Any:
+    """The type that a tensor gets in place of one of this type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind.name in _WRITTEN:
+        return kind
+    fallback = GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType.F32 if row_length % GGML_QUANT_SIZES[fallback][0] else fallback
