@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lib.config.plan import Plan, Refitted, read_plan
 from lib.errors import InputError
@@ -280,3 +282,24 @@ def test_llama_cpp_runs_the_compensated_model(kind, tmp_path):
     Decoder(refitted).apply(PLAN)
     difference = (found - refitted(input_ids=ids).logits[0]).abs().max()
     assert difference < (1e-4 if kind == "F32" else 0.2) and (found - plain).abs().max() > 1
+
+
+def test_a_run_that_compensates_prunes_the_file_of_its_model_alike(tiny_folder, text_file, tmp_path, monkeypatch):
+    """From the command line to the file: what `--compensate` found is in it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    write_gguf(model.requires_grad_(False), tmp_path / "in.gguf")
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--seqlen", 16]
+    flags += ["--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--nsamples", 40]
+    flags += ["--compensate", "all", "--save_model", tmp_path / "out"]
+    assert run(*flags, "--output_dir", tmp_path / "run", monkeypatch=monkeypatch) == 0
+    plan = ["--apply_plan", tmp_path / "run/result.json"]
+    assert run(*plan, "--gguf", tmp_path / "in.gguf", tmp_path / "out.gguf", monkeypatch=monkeypatch) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    layers, found = saved.model.layers, _tensors(tmp_path / "out.gguf")
+    changed = [one for one in json.loads((tmp_path / "run/result.json").read_text())["compensation"]["projections"]]
+    assert changed and all(one["kept"] for one in changed)
+    for index, layer in enumerate(layers):
+        for name, path in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
+            with suppress(AttributeError):  # removed
+                weight = layer.get_submodule(path).weight
+                assert np.array_equal(found[f"blk.{index}.{name}.weight"].data, weight.detach().numpy())
