@@ -109,7 +109,7 @@ class SparsityPruning:
     @property
     def rounds_while_pruning(self) -> bool:
         """True when quantization starts from the dense weights, and prunes and rounds in one pass."""
-        return self.quantization is not None and self.method.pruning.compensates
+        return self.quantization is not None and self.method.pruning.rounds_while_pruning
 
     @property
     def needs_inputs(self) -> bool:
