@@ -86,7 +86,7 @@ def test_fewer_windows_than_processes_share_the_trials(one, two, depth, tmp_path
     assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
 
 
-@pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl"])
+@pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl", "admm"])
 def test_masks_are_those_of_one_process(one, two, method, sparsity, tmp_path):
     """Sums over windows are added in another order: densities to 1e-6, masks all but never another, weights to 1e-4."""
     flags = [*sparsity, "--prune_method", method]
