@@ -247,7 +247,7 @@ def sparsegpt(weight, inputs, sparsity, block=128, damping=0.01, pattern=None):
     return w.to(weight.dtype)
 
 
-def admm(weight, inputs, sparsity, pattern=None, iterations=20, growth=15, damping=0.1, rho=1.0):
+def admm(weight, inputs, sparsity, pattern=None, iterations=20, growth=18, damping=0.03, rho=1.0):
     """ADMM in fp64, step by step as in its paper, on the weight times the norms of its inputs."""
     x = inputs.double().flatten(0, 1)
     norms = x.norm(dim=0)

@@ -5,7 +5,16 @@ import torch
 
 from lib.config.methods import Pattern
 from lib.errors import RunError
-from lib.sparsity.admm import DAMPING, GROWTH, ITERATIONS, admm_update, growing_share, input_scale, penalized_inverse
+from lib.sparsity.admm import (
+    DAMPING,
+    GROWTH,
+    ITERATIONS,
+    PENALTY,
+    admm_update,
+    growing_share,
+    input_scale,
+    penalized_inverse,
+)
 from lib.sparsity.pruners import Admm, SparseGpt, growing_selection
 from tests import reference
 from tests.sparsity.test_sparsegpt import error, hessian_of, problem
@@ -22,7 +31,7 @@ def test_the_steps_are_those_of_the_paper(pattern, columns):
 
 
 def test_the_reference_takes_as_many_steps_by_default():
-    assert reference.admm.__defaults__ == (None, ITERATIONS, GROWTH, DAMPING, 1.0)
+    assert reference.admm.__defaults__ == (None, ITERATIONS, GROWTH, DAMPING, PENALTY)
 
 
 def test_with_a_fixed_mask_the_weights_that_stay_satisfy_the_normal_equations():
