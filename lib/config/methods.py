@@ -208,7 +208,7 @@ class AllocatorEntry(Entry):
     added to the line that describes the run.
     """
 
-    needs: Literal["gradients", "inputs"]
+    needs: Literal["gradients", "inputs", "nothing"]
     summary: str = ""
 
 
@@ -237,6 +237,14 @@ ALLOCATORS = _registry(
         paper="arXiv:2505.23807",
         needs="inputs",
         flags={"alpha": 0.15},
+    ),
+    AllocatorEntry(
+        name="atp",
+        implementation="lib.sparsity.densities:atp",
+        help="by depth alone: sparsity rises by the same step from layer to layer",
+        paper="arXiv:2502.14770",
+        needs="nothing",
+        flags={"alpha": 0.04},
     ),
 )
 
