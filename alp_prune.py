@@ -135,7 +135,7 @@ def add_pruning_flags(group) -> None:
 
 def add_allocation_flags(group) -> None:
     group.add_argument(
-        "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08, atp 0.04)"
+        "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl, atp 0.08)"
     )
     group.add_argument(
         "--owl_m",

@@ -244,7 +244,7 @@ ALLOCATORS = _registry(
         help="by depth alone: sparsity rises by the same step from layer to layer",
         paper="arXiv:2502.14770",
         needs="nothing",
-        flags={"alpha": 0.04},
+        flags={"alpha": 0.08},
     ),
 )
 

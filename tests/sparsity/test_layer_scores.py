@@ -88,7 +88,7 @@ def test_atp_is_an_arithmetic_progression_that_reads_no_text(alp_arguments, tmp_
         return json.loads((tmp_path / "run/result.json").read_text())
 
     found = result()
-    assert found["layer_density"] == pytest.approx([0.54, 0.54 - 0.08 / 3, 0.54 - 0.16 / 3, 0.46])
-    assert found["alpha"] == 0.04 and found["importance"] == [1.0, 0.75, 0.5, 0.25]
+    assert found["layer_density"] == pytest.approx([0.58, 0.58 - 0.16 / 3, 0.58 - 0.32 / 3, 0.42])
+    assert found["alpha"] == 0.08 and found["importance"] == [1.0, 0.75, 0.5, 0.25]
     assert "Calibration" not in capsys.readouterr().out
     assert result("--alpha", 0.3)["layer_density"] == pytest.approx([0.8, 0.6, 0.4, 0.2])
