@@ -2,7 +2,7 @@
 """ALP: prunes the weights of a language model without training, with a sparsity for each layer.
 
 Connection sensitivity (from save_gradient.py, or computed here) sets the sparsity of each layer; Magnitude, Wanda,
-SparseGPT or RIA choose the weights. Then perplexity is measured and the model saved.
+SparseGPT, ADMM or RIA choose the weights. Then perplexity is measured and the model saved.
 
     python alp_prune.py                                                  # bundled demo model and text
     python alp_prune.py --model Enoch/llama-7b-hf --prune_method wanda_alp --sparsity_ratio 0.7 --save_log
@@ -103,7 +103,7 @@ def add_pruning_flags(group) -> None:
         type=types.name,
         nargs="+",
         default=["wanda_alp"],
-        help="dense, or magnitude, wanda, sparsegpt, ria, each alone or with _alp, _owl or _dlp",
+        help="dense, or magnitude, wanda, sparsegpt, admm, ria, each alone or with _alp, _owl, _dlp or _atp",
     )
     group.add_argument(
         "--sparsity_ratio", type=types.share, nargs="+", help="share of the weights that goes (default: 0.7, or n/m)"
@@ -135,7 +135,7 @@ def add_pruning_flags(group) -> None:
 
 def add_allocation_flags(group) -> None:
     group.add_argument(
-        "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl 0.08)"
+        "--alpha", type=types.at_most_1, help="densities differ by 2 alpha at most (default: 0.15; owl, atp 0.08)"
     )
     group.add_argument(
         "--owl_m",
@@ -299,13 +299,13 @@ def check_quantization(args: argparse.Namespace, method: Method, pattern: Patter
         if given:
             raise InputError(f"{given[0]}: nothing is quantized without --wbits 2 to 8")
         return None
-    is_compensated = args.gptq or method.pruning.compensates
+    is_compensated = args.gptq or method.pruning.rounds_while_pruning
     for flag in ("--act-order", "--static-groups"):
         if flag in given and not is_compensated:
             raise InputError(f"{flag}: needs --gptq")
     if args.static_groups and args.groupsize is None:
         raise InputError("--static-groups: needs --groupsize")
-    if args.act_order and method.pruning.compensates and pattern.is_structured:
+    if args.act_order and method.pruning.rounds_while_pruning and pattern.is_structured:
         raise InputError(f"--act-order: takes apart the neighbours of {pattern}; leave it out with {method.pruner}")
     return Quantization(args.wbits, is_compensated, args.sym, args.groupsize, args.act_order, args.static_groups)
 

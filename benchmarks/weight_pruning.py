@@ -1,5 +1,7 @@
 """Wanda and SparseGPT: our engine compared with the reference loops, llm-compressor, two bare passes, and the floor.
 
+ADMM, which no peer has, is compared with our SparseGPT.
+
     python -m benchmarks.weight_pruning                 # 8 layers of 512/1376 (27.4M parameters), 32 x 512 tokens
     python -m benchmarks.weight_pruning --dtype bfloat16 --layers 4
     python -m venv PEER && PEER/bin/pip install llmcompressor
@@ -33,10 +35,10 @@ from lib.reporting.console import timed
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
 from lib.sparsity.layerwise import Monitor, prune_layers
-from lib.sparsity.pruners import Pruner, SparseGpt, Wanda
+from lib.sparsity.pruners import Admm, Pruner, SparseGpt, Wanda
 
-PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt()}
-OURS, BARE = "ours", "two bare passes"
+PRUNERS = {"Wanda": Wanda(), "SparseGPT": SparseGpt(), "ADMM": Admm()}
+OURS, BARE, OURS_BESIDE = "ours", "two bare passes", "our SparseGPT"
 
 
 class Engine:
@@ -88,6 +90,9 @@ def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, a
         return engine.prune(PRUNERS[method], args.sparsity, parts[-1])
 
     sides: dict[str, Callable[[], tuple[float, float]]] = {OURS: ours, BARE: engine.pass_twice}
+    if method == "ADMM":
+        peers = {}
+        sides[OURS_BESIDE] = partial(engine.prune, PRUNERS["SparseGPT"], args.sparsity, {})
     sides |= {name: partial(peer.prune, method, args.sparsity) for name, peer in peers.items()}
     times: dict[str, list[float]] = {side: [] for side in sides}
     memory: dict[str, float] = dict.fromkeys(sides, 0.0)
@@ -131,7 +136,7 @@ def main() -> None:
     speeds, shape = Speeds.measure(dtype), Shape.of(args, dtype)
     floor = speeds.floor(shape.observe_and_advance(windows.numel()))
     hessians = hessian_speeds(speeds, Speeds.measure(torch.float32)).floor(shape.hessians(windows.numel()))
-    floors = {"Wanda": floor, "SparseGPT": floor + hessians}
+    floors = {"Wanda": floor, "SparseGPT": floor + hessians, "ADMM": floor + hessians}
     engine = Engine(model, windows, args.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         give(Path(folder), model, windows, load_tokenizer(ModelSource("demo")))

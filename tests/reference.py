@@ -245,3 +245,31 @@ def sparsegpt(weight, inputs, sparsity, block=128, damping=0.01, pattern=None):
         w[:, j:] -= (lost / d[j])[:, None] * inverse[j, j:]
         w[mask[:, j], j] = 0
     return w.to(weight.dtype)
+
+
+def admm(weight, inputs, sparsity, pattern=None, iterations=20, growth=18, damping=0.03, rho=1.0):
+    """ADMM in fp64, step by step as in its paper, on the weight times the norms of its inputs."""
+    x = inputs.double().flatten(0, 1)
+    norms = x.norm(dim=0)
+    norms[norms == 0] = 1
+    h = (x / norms).T @ (x / norms)
+    h += damping * torch.eye(len(h))
+    target = (weight.double() * norms).T  # (in, out)
+    target[h.diagonal() < 0.5] = 0  # of inputs that are always zero
+    inverse = torch.linalg.inv(h + rho * torch.eye(len(h)))
+    w, u = target.clone(), torch.zeros_like(target)
+    for step in range(iterations):
+        if step < growth:
+            share = 1 - (1 - (step + 1) / growth) ** 3
+            scores = (w + u).abs().T
+            if pattern is not None:
+                n, m = pattern
+                places = scores.reshape(-1, m).argsort(dim=1, stable=True).argsort(dim=1)
+                scores = scores.masked_fill((places >= n).view_as(scores), torch.inf)
+                sparsity = n / m
+            threshold = scores.flatten().sort().values[int(scores.numel() * sparsity * share + 1e-6)]
+            mask = ((scores <= threshold) & scores.isfinite()).T
+        z = (w + u) * ~mask
+        u = u + w - z
+        w = inverse @ (h @ target + rho * (z - u))
+    return (((w + u) * ~mask).T / norms).to(weight.dtype)

@@ -135,11 +135,11 @@ class PrunerEntry(Entry):
     """A pruner. `implementation` is a subclass of `lib.sparsity.pruners.Pruner`.
 
     `parameters` maps arguments of the class to the flags that set them. `needs_inputs`: it collects statistics of
-    calibration inputs. `compensates`: it updates the weights that stay, and so can round them in the same pass.
+    calibration inputs. `rounds_while_pruning`: it can round the weights that stay in the same pass.
     """
 
     needs_inputs: bool
-    compensates: bool = False
+    rounds_while_pruning: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -179,7 +179,14 @@ PRUNERS = _registry(
         flags={"percdamp": 0.01},
         parameters={"damping": "percdamp"},
         needs_inputs=True,
-        compensates=True,
+        rounds_while_pruning=True,
+    ),
+    PrunerEntry(
+        name="admm",
+        implementation="lib.sparsity.pruners:Admm",
+        help="the smallest |W| times input norm of each matrix, step by step, with the others refitted",
+        paper="arXiv:2401.02938",
+        needs_inputs=True,
     ),
     PrunerEntry(
         name="ria",
@@ -201,7 +208,7 @@ class AllocatorEntry(Entry):
     added to the line that describes the run.
     """
 
-    needs: Literal["gradients", "inputs"]
+    needs: Literal["gradients", "inputs", "nothing"]
     summary: str = ""
 
 
@@ -230,6 +237,14 @@ ALLOCATORS = _registry(
         paper="arXiv:2505.23807",
         needs="inputs",
         flags={"alpha": 0.15},
+    ),
+    AllocatorEntry(
+        name="atp",
+        implementation="lib.sparsity.densities:atp",
+        help="by depth alone: sparsity rises by the same step from layer to layer",
+        paper="arXiv:2502.14770",
+        needs="nothing",
+        flags={"alpha": 0.08},
     ),
 )
 

@@ -30,7 +30,7 @@ ALP_PRESETS = {
             *(
                 f"{pruner}{allocator}"
                 for pruner in ("sparsegpt", "wanda", "ria")
-                for allocator in ("", "_alp", "_owl", "_dlp")
+                for allocator in ("", "_alp", "_owl", "_dlp", "_atp")
                 if pruner != "ria" or allocator in ("", "_alp")
             ),
         ],

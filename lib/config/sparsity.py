@@ -109,14 +109,13 @@ class SparsityPruning:
     @property
     def rounds_while_pruning(self) -> bool:
         """True when quantization starts from the dense weights, and prunes and rounds in one pass."""
-        return self.quantization is not None and self.method.pruning.compensates
+        return self.quantization is not None and self.method.pruning.rounds_while_pruning
 
     @property
     def needs_inputs(self) -> bool:
         """True when calibration windows are needed."""
-        by_inputs = self.is_allocated and not self.uses_gradients
         is_compensated = self.quantization is not None and self.quantization.is_compensated
-        return by_inputs or self.method.pruning.needs_inputs or is_compensated
+        return self._allocates_by("inputs") or self.method.pruning.needs_inputs or is_compensated
 
     @property
     def gradient_path(self) -> Path:
@@ -131,5 +130,8 @@ class SparsityPruning:
     @property
     def uses_gradients(self) -> bool:
         """True when the allocation comes from gradients."""
+        return self._allocates_by("gradients")
+
+    def _allocates_by(self, what: str) -> bool:
         allocation = self.method.allocation
-        return self.is_allocated and allocation is not None and allocation.needs == "gradients"
+        return self.is_allocated and allocation is not None and allocation.needs == what

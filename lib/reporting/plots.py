@@ -20,7 +20,7 @@ from lib.storage.output_folder import PLOT_MARK
 
 _BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
 _COLOURS = (_BLUE, _RED, _GREEN, _YELLOW, "#aa3377", "#66ccee")
-_STROKES = ("-", "--", ":", "-.")
+_STROKES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _NO_MATPLOTLIB = "no plot: matplotlib is not installed (pip install matplotlib)"
 Given = ParamSpec("Given")
 
@@ -100,7 +100,9 @@ def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: fl
         pruner, allocator = parts[name]
         colour = _COLOURS[pruners.index(pruner) % len(_COLOURS)]
         stroke = _STROKES[allocators.index(allocator) % len(_STROKES)]
-        axes.plot(*zip(*sorted(points), strict=True), stroke, color=colour, marker="o", markersize=4, label=name)
+        axes.plot(
+            *zip(*sorted(points), strict=True), linestyle=stroke, color=colour, marker="o", markersize=4, label=name
+        )
     axes.axhline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), color="0.4", va="bottom")
     axes.set(xlabel=across, ylabel="perplexity", yscale="log")

@@ -20,6 +20,10 @@ class LayerStatistics(Protocol):
 
     settings: SparsityPruning
 
+    @property
+    def num_layers(self) -> int:
+        """The number of layers of the model."""
+
     def sensitivities(self) -> list[LayerSensitivity]:
         """The connection sensitivity of every layer."""
 
@@ -42,6 +46,11 @@ def dlp(statistics: LayerStatistics) -> list[float]:
     return median_share(statistics.summaries(median))
 
 
+def atp(statistics: LayerStatistics) -> list[float]:
+    """ATP (arXiv:2502.14770): an arithmetic progression that falls with depth."""
+    return [1 - layer / statistics.num_layers for layer in range(statistics.num_layers)]
+
+
 # Densities ------------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +62,8 @@ def uniform_densities(layers: int, sparsity: float) -> list[float]:
 def spread_densities(scores: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float) -> list[float]:
     """Scales the layers' scores to densities that span at most `2 * alpha`, around the target density.
 
-    ALP, OWL (arXiv:2310.05175, where alpha is lambda) and DLP (arXiv:2505.23807) all do this, each with its own scores.
+    ALP, OWL (arXiv:2310.05175, where alpha is lambda), DLP (arXiv:2505.23807) and ATP (arXiv:2502.14770, whose common
+    difference is 2 alpha / (layers - 1)) all do this, each with its own scores.
     `sizes` are the layers' numbers of weights. If all scores are equal, the densities are uniform. The reference code
     clips only sparsities below 0, to 0.01, so its mean can miss the target and a sparsity can exceed 1; `fit_to_target`
     avoids both.

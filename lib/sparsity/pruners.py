@@ -1,4 +1,4 @@
-"""Which weights of a matrix are pruned: magnitude, Wanda, RIA, SparseGPT; and quantization of the remaining weights.
+"""Which weights of a matrix are pruned: magnitude, Wanda, RIA, SparseGPT, ADMM; and quantization of those that stay.
 
 A pruner works on the weights (out, in) that share one input. `statistic` collects what it needs to know about the
 input, once for all of them; `prune` returns the new weights. Nothing here knows about layers or models.
@@ -12,6 +12,7 @@ import torch
 from lib.config.methods import UNSTRUCTURED, Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError
+from lib.sparsity.admm import admm_update, input_scale, penalized_inverse
 from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
 from lib.sparsity.quantization_grid import round_to_nearest
 from lib.sparsity.sparsegpt import Hessian, Rounding, obs_update
@@ -169,6 +170,45 @@ class SparseGpt(Pruner):
 
     def remark(self, statistic: Hessian | None) -> str | None:
         return describe_damping(statistic, self.damping)
+
+
+@dataclass(frozen=True)
+class Admm(Pruner):
+    """ADMM (arXiv:2401.02938): prunes the smallest |W| times input norm of the matrix, in steps, and refits the others.
+
+    Weights that share an input are stacked into one matrix, but each keeps its own threshold.
+    """
+
+    pattern: Pattern = UNSTRUCTURED
+    needs_inputs = True
+
+    def statistic(self, in_features: int, device: torch.device) -> Hessian:
+        return Hessian(in_features, device)
+
+    def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
+        rows, is_dead, hessian = [len(weight) for weight in weights], statistic.diagonal == 0, statistic.total
+        scale = input_scale(hessian)
+        stacked = torch.cat([weight.float() for weight in weights]).mul_(scale).masked_fill_(is_dead, 0.0)
+        select = growing_selection(self.pattern, sparsity)
+
+        def choose(scores: torch.Tensor, share: float) -> torch.Tensor:
+            return torch.cat([select(part, share) for part in scores.split(rows)])
+
+        new = admm_update(stacked, penalized_inverse(hessian, scale), choose).div_(scale)
+        return [part.to(weight.dtype) for part, weight in zip(new.split(rows), weights, strict=True)]
+
+
+def growing_selection(pattern: Pattern, sparsity: float) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """The function (scores (out, in), share) -> mask, which prunes a share of `sparsity`, or of what n:m prunes."""
+    if not pattern.is_structured:
+        return lambda scores, share: smallest_overall(scores, sparsity * share)
+
+    def smallest_allowed(scores: torch.Tensor, share: float) -> torch.Tensor:
+        allowed = smallest_of_groups(scores, pattern.n, pattern.m)
+        others_last = scores.masked_fill(~allowed, torch.inf)
+        return allowed & smallest_overall(others_last, pattern.n / pattern.m * share)
+
+    return smallest_allowed
 
 
 @dataclass(frozen=True)

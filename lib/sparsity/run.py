@@ -90,6 +90,10 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     # Allocation
 
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.num_layers
+
     def allocate(self) -> tuple[list[float] | None, list[float]]:
         """The scores of all layers (None for a uniform allocation), and their densities."""
         settings, allocator = self.settings, self.settings.method.allocation

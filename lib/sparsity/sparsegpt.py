@@ -54,8 +54,11 @@ class Hessian:
 
     @property
     def diagonal(self) -> torch.Tensor:
-        """The diagonal of H, (in,)."""
-        return self._sum.diagonal() * (2 / self.windows)
+        """The diagonal of H, (in,). Raises `RunError` if it is not finite."""
+        diagonal = self._sum.diagonal() * (2 / self.windows)
+        if not diagonal.isfinite().all():
+            raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
+        return diagonal
 
     def inverse_factor(self, damping: float, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The upper triangular R (in, in) with R^T R = (H + damping * mean(diag H) * I)^-1, and the column order.
@@ -71,13 +74,11 @@ class Hessian:
         return self._factors[by_activation]
 
     def _factorize(self, damping: float, order: torch.Tensor | None) -> torch.Tensor:
-        if not self.diagonal.isfinite().all():
-            raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
         # Let J reverse the rows. J H J = L L^T gives H^-1 = R^T R, where R = J L^-1 J is upper triangular.
         reverse = torch.arange(len(self._sum) - 1, -1, -1, device=self._sum.device)
         places = reverse if order is None else order[reverse]
         hessian = self.total[places[:, None], places].mul_(2 / self.windows)
-        diagonal = hessian.diagonal().clone()
+        diagonal = self.diagonal[places]
         diagonal[diagonal == 0] = 1.0
         mean = diagonal.mean()
         while True:

@@ -177,7 +177,7 @@ def test_words_are_taken_in_any_case_and_the_last_of_a_flag_counts(script, flags
         (ppllms, ["--dtype", "int8"], "choose from auto, float32, bfloat16, float16"),
         (ppllms, ["--preset", "demmo"], "did you mean demo?"),
         (save_gradient, ["--grad_loss", "lst"], "did you mean last?"),
-        (alp_prune, ["--prune_method", "wanda_apl"], "did you mean wanda_alp?"),
+        (alp_prune, ["--prune_method", "wanda_al"], "did you mean wanda_alp?"),
         (alp_prune, ["--prune_method", "sparse"], "did you mean sparsegpt?"),
         (alp_prune, ["--wbits", "4.0"], "did you mean 4?"),
         (ppllms, ["--prune_rate", "25"], "did you mean 0.25?"),

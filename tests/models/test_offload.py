@@ -32,7 +32,7 @@ from lib.sensitivity import artifact
 from lib.sensitivity.gradients import connection_sensitivity
 from lib.sparsity.layerwise import count_zeros, prune_layers
 from lib.sparsity.outlier_scores import layer_scores, median
-from lib.sparsity.pruners import Magnitude, Ria, Rounded, SparseGpt, Wanda
+from lib.sparsity.pruners import Admm, Magnitude, Ria, Rounded, SparseGpt, Wanda
 from tests.families import FAMILIES, LINEAR_FAMILIES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(5)
@@ -88,6 +88,7 @@ PRUNERS = {
     "wanda": Wanda(),
     "ria": Ria(Pattern(2, 4)),
     "sparsegpt": SparseGpt(),
+    "admm": Admm(),
 }
 
 

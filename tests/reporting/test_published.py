@@ -182,7 +182,7 @@ def test_presets_of_weights_are_whole_tables(name):
     args = alp_prune.parse(["--preset", name])
     assert ALP_PRESETS[name].items() <= vars(args).items()
     found = [(one["source"].name, one["method"].name, one["sparsity_ratio"]) for one in alp_prune.cells(args)]
-    assert len(set(found)) == len(found) == {"alp-table2": 77, "alp-table4": 7, "demo": 48}[name]
+    assert len(set(found)) == len(found) == {"alp-table2": 91, "alp-table4": 7, "demo": 75}[name]
     changed = alp_prune.parse(["--preset", name, "--model", "mine", "--nsamples", "3"])
     assert (changed.model, changed.nsamples) == (["mine"], 3) and changed.prune_method == args.prune_method
 

@@ -58,6 +58,7 @@ RUNS = {
     "gptq": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq"]),
     "gptq-disk": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq", "--offload", "disk"]),
     "sparsegpt-gptq": ("alp", ["--prune_method", "sparsegpt", "--wbits", 4]),
+    "admm-gptq": ("alp", ["--prune_method", "admm", "--wbits", 4, "--gptq"]),
     "owl": ("alp", ["--prune_method", "wanda_owl"]),
     "save_gradient": ("gradient", []),
 }

@@ -98,7 +98,7 @@ def test_compensation_is_that_of_one_process(one, two, depth, tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl"])
+@pytest.mark.parametrize("method", [pytest.param("wanda_alp", marks=pytest.mark.slow), "sparsegpt_owl", "admm"])
 def test_masks_are_those_of_one_process(one, two, method, sparsity, tmp_path):
     """Sums over windows are added in another order: densities to 1e-6, masks all but never another, weights to 1e-4."""
     flags = [*sparsity, "--prune_method", method]

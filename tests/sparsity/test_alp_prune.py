@@ -83,7 +83,7 @@ def test_a_run_writes_what_it_prints(prune, alp_arguments, tmp_path, monkeypatch
     assert (tmp_path / "run/sparsity.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "ria_alp"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "ria_alp", "admm"])
 def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path, method):
     result = prune("--prune_method", method, "--save_model", tmp_path / "out", "--sparsity_ratio", 0.5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -328,6 +328,9 @@ def test_rows_that_are_there_are_not_appended_again(prune, tmp_path):
         ["sparsegpt", "--wbits", 4, "--gptq", "--act-order"],
         ["sparsegpt", "--wbits", 3, "--gptq", "--groupsize", 16, "--static-groups", "--act-order"],
         ["sparsegpt", "--wbits", 2, "--sparsity_type", "2:4"],
+        ["admm", "--wbits", 4],
+        ["admm", "--wbits", 4, "--gptq"],
+        ["admm", "--wbits", 2, "--sparsity_type", "2:4", "--gptq", "--act-order"],
         ["dense", "--wbits", 4, "--gptq"],
     ],
     ids=lambda flags: " ".join(map(str, flags)),

@@ -1,4 +1,4 @@
-"""The densities of OWL and DLP are those of their formulas, written down plainly, from the model's own forward."""
+"""The densities of OWL, DLP and ATP are those of their formulas, written down plainly."""
 
 import json
 
@@ -79,3 +79,16 @@ def test_flags_reach_the_allocators(alp_arguments, tmp_path, monkeypatch, capsys
     assert densities("--prune_method", "magnitude_owl", "--owl_m", 2)[0] != base
     found, alpha = densities("--prune_method", "magnitude_dlp")
     assert alpha == 0.15 and max(found) - min(found) == pytest.approx(0.3)
+
+
+def test_atp_is_an_arithmetic_progression_that_reads_no_text(alp_arguments, tmp_path, monkeypatch, capsys):
+    def result(*flags):
+        method = ("--prune_method", "magnitude_atp", "--sparsity_ratio", 0.5, "--overwrite")
+        assert run_alp(*alp_arguments, *method, *flags, monkeypatch=monkeypatch) == 0
+        return json.loads((tmp_path / "run/result.json").read_text())
+
+    found = result()
+    assert found["layer_density"] == pytest.approx([0.58, 0.58 - 0.16 / 3, 0.58 - 0.32 / 3, 0.42])
+    assert found["alpha"] == 0.08 and found["importance"] == [1.0, 0.75, 0.5, 0.25]
+    assert "Calibration" not in capsys.readouterr().out
+    assert result("--alpha", 0.3)["layer_density"] == pytest.approx([0.8, 0.6, 0.4, 0.2])

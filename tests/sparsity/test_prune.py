@@ -18,7 +18,7 @@ from lib.models.linears import input_groups
 from lib.models.loading import load_model
 from lib.runtime.batching import Batcher
 from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
-from lib.sparsity.pruners import InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
+from lib.sparsity.pruners import Admm, InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 
@@ -28,7 +28,9 @@ METHODS = {
     "wanda": (Wanda(), reference.wanda),
     "ria": (Ria(), reference.ria),
     "sparsegpt": (SparseGpt(), reference.sparsegpt),
+    "admm": (Admm(), reference.admm),
 }
+REFITS = ("sparsegpt", "admm")  # and so the weights, by which others are chosen, are not the same to the last bit
 
 
 def pruned(model: nn.Module, pruner: Pruner, sparsities=SPARSITIES, batch_size=2, windows=None, **options) -> nn.Module:
@@ -45,13 +47,17 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_same(found: nn.Module, expected: nn.Module, bits: float = 1.0) -> None:
-    """Masks equal but for a share of the bits, and weights equal where both stay."""
+    """Masks equal but for a share of the bits, and weights equal in the rows whose masks are.
+
+    A bit that differs while a mask grows leaves a trace in the weights, even if the bits of the final masks are equal.
+    """
     found, expected = weights(found), weights(expected)
     assert found.keys() == expected.keys()
     same = {name: (weight == 0) == (expected[name] == 0) for name, weight in found.items()}
     assert sum(s.sum() for s in same.values()) >= bits * sum(s.numel() for s in same.values())
     for name, weight in found.items():
-        assert torch.allclose(weight[same[name]], expected[name][same[name]], rtol=1e-2, atol=1e-3), name
+        rows = same[name].all(dim=1)
+        assert torch.allclose(weight[rows], expected[name][rows], rtol=1e-2, atol=1e-3 if bits == 1.0 else 1e-2), name
 
 
 @pytest.mark.parametrize("family", LINEAR_FAMILIES)
@@ -60,7 +66,7 @@ def test_pruning_is_that_of_the_obvious_loops(family, method):
     model = tiny_model(family)
     pruner, prune = METHODS[method]
     expected = reference.prune_with_hooks(model, tiny_windows(), SPARSITIES, prune)
-    check_same(pruned(model, pruner), expected, bits=0.995 if method == "sparsegpt" else 1.0)
+    check_same(pruned(model, pruner), expected, bits=0.995 if method in REFITS else 1.0)
     others = {n: p for n, p in model.named_parameters() if not any(n.endswith(f"{w}.weight") for w in weights(model))}
     after = dict(pruned(model, pruner).named_parameters())
     assert all(torch.equal(p, after[n]) for n, p in others.items())
@@ -80,7 +86,7 @@ def test_masks_are_the_same_at_any_batch_size(method, pattern):
     assert all(torch.equal(mask[name], masks[0][name]) for mask in masks[1:] for name in mask)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
 def test_masks_of_a_trained_model_are_the_same_at_any_batch_size(method, demo_tokenizer):
     windows = sampled_windows(load_corpus("demo", "train"), demo_tokenizer, 7, 96, 0)
     one, *others = (
@@ -148,10 +154,10 @@ def test_quantizing_afterwards_looks_at_what_quantized_layers_give_and_holds_the
 
 def test_half_precision_models_are_pruned_in_their_dtype():
     model = tiny_model("Llama").to(torch.bfloat16)
-    for pruner, prune in METHODS.values():
+    for method, (pruner, prune) in METHODS.items():
         found = pruned(model, pruner, batch_size=1)
         assert all(weight.dtype == torch.bfloat16 for weight in weights(found).values())
-        if prune is not reference.sparsegpt:  # scores and norms in fp32: of the reference's masks no bit differs
+        if method not in REFITS:  # scores and norms in fp32: of the reference's masks no bit differs
             expected = weights(reference.prune_with_hooks(model, tiny_windows(), SPARSITIES, prune))
             assert all(torch.equal(w == 0, expected[name] == 0) for name, w in weights(found).items())
 
