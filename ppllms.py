@@ -172,7 +172,9 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
         raise InputError(f"--{names[0]}: needs --compensate nearest or all")
     if args.compensate_shares and len(args.compensate_shares) != len(args.compensate_dataset or [""]):
         texts, shares = len(args.compensate_dataset or [""]), len(args.compensate_shares)
-        raise InputError(f"--compensate_shares: got {shares}, but the number of texts is {texts}; give one for each text")
+        raise InputError(
+            f"--compensate_shares: got {shares}, but the number of texts is {texts}; give one for each text"
+        )
     if len(args.prune_rate) > 1 and None not in (args.mha_remove_layers, args.ffn_remove_layers):
         raise InputError("--prune_rate: with both counts given the rate has no effect; give one, or none")
     if args.apply_plan and len(args.model_name or ()) > 1:
