@@ -19,7 +19,7 @@ NOTHING_YET = ": stopped; nothing is finished yet, and the same command starts a
 
 
 EVERY_STEP = ("ppllms", "save_gradient", "random")  # of others, some: each run takes its time
-LONG = ("blockpruner", "beam", "sparsegpt", "owl", "gptq")  # run by -m slow
+LONG = ("blockpruner", "beam", "sparsegpt", "owl", "gptq", "admm-gptq")  # run by -m slow
 
 
 # Going on -------------------------------------------------------------------------------------------------------------
