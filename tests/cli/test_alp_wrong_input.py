@@ -59,7 +59,7 @@ def refuse_gradient(tiny_folder, text_file, tmp_path, alp_arguments, monkeypatch
     "flags, problem",
     [
         *BOTH,
-        (["--prune_method", "wanda_apl"], "--prune_method wanda_apl: no such method; did you mean wanda_alp?"),
+        (["--prune_method", "wanda_allp"], "--prune_method wanda_allp: no such method; did you mean wanda_alp?"),
         (["--prune_method", "xyz"], "--prune_method xyz: no such method; choose from dense, magnitude, magnitude_alp"),
         (["--sparsity_ratio", "1"], "--sparsity_ratio: '1' is not a number of at least 0 and below 1"),
         (["--sparsity_ratio", "-0.1"], "--sparsity_ratio: '-0.1' is not a number of at least 0 and below 1"),

@@ -382,7 +382,7 @@ def test_the_demo_preset_of_depth_in_a_small_form(tmp_path, monkeypatch, text_fi
     small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--prune_rate", 0.25]
     assert run("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
     rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[0] == "|  | 25% |" and len(rows) == 1 + 6
+    assert rows[0] == "|  | 25% |" and len(rows) == 1 + 12
 
 
 # Wrong input ----------------------------------------------------------------------------------------------------------
