@@ -26,15 +26,17 @@ for _ in range(600):  # an exception in the callback would be printed and lost
 """
 
 
+def listen() -> None:
+    """Before a script starts: a job in the background of a shell ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("meanwhile", [IN_PYTHON, IN_AN_EXTENSION], ids=["python", "extension"])
 @pytest.mark.parametrize("script", ["ppllms.py", "alp_prune.py", "save_gradient.py"])
 def test_ctrl_c_while_packages_are_imported_is_one_line(script, meanwhile, tmp_path):
     (tmp_path / "torch.py").write_text(SLOW.format(meanwhile=meanwhile))
     ready = tmp_path / "ready"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "READY": str(ready)}
-
-    def listen() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     command, pipe = [sys.executable, ROOT / script], subprocess.PIPE
     with subprocess.Popen(command, env=environment, stderr=pipe, cwd=tmp_path, preexec_fn=listen) as process:
@@ -55,13 +57,14 @@ def test_ctrl_c_while_a_script_imports_its_own_modules_is_one_line(script, tmp_p
     installed.write_text(f"from {script} import command\ncommand()\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     for program in (ROOT / f"{script}.py", installed):
-        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+        command, options = [sys.executable, program], {"env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, **options, preexec_fn=listen)
         assert (done.returncode, done.stderr) == (130, f"{program.name}: stopped\n")
 
 
 def test_scripts_that_are_imported_leave_ctrl_c_as_it_is():
     check = "import ppllms, alp_prune, save_gradient, signal; print(signal.getsignal(signal.SIGINT).__name__)"
-    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, preexec_fn=listen)
     assert done.stdout == "default_int_handler\n"
 
 
