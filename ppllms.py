@@ -170,6 +170,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
     if args.compensate == "none" and (names := sorted(given & {"compensate_dataset", "compensate_shares"})):
         raise InputError(f"--{names[0]}: needs --compensate nearest or all")
+    if len(set(args.compensate_dataset or ())) < len(args.compensate_dataset or ()):
+        raise InputError("--compensate_dataset: names a text twice; name each once, and give --compensate_shares")
     if args.compensate_shares and len(args.compensate_shares) != len(args.compensate_dataset or [""]):
         texts, shares = len(args.compensate_dataset or [""]), len(args.compensate_shares)
         raise InputError(

@@ -94,6 +94,11 @@ class DepthPruning:
         return self.compensate != COMPENSATIONS[0]
 
     @property
+    def shares(self) -> list[float]:
+        """The shares of the texts of the compensation; they need not add up to 1."""
+        return list(self.compensate_shares or [1.0] * len(self.compensate_dataset))
+
+    @property
     def needs_windows(self) -> bool:
         """True when calibration text is needed."""
         return self.saved_plan is None and self.depth_method.needs_windows

@@ -81,11 +81,6 @@ class Refit:
     held_out_error: float
 
     @property
-    def path(self) -> str:
-        """The path of its weight within the layer."""
-        return f"{self.name}.weight"
-
-    @property
     def is_changed(self) -> bool:
         return self.form is not None
 
@@ -117,10 +112,10 @@ def compensate(
                     _restore(writer, changes)
             elif layer in changes:
                 streams.walk(of_layer, lambda step, writer: _restore(writer, changes))
-            elif refits := _refit_layer(streams, of_layer):
-                weights = {refit.path: change for refit, change in refits if change}
-                note = [asdict(refit) for refit, _ in refits]
-                (changes.write if ranks.is_first else changes.add)(layer, weights, note)
+            else:
+                refits, weights = _refit_layer(streams, of_layer)
+                if refits:
+                    (changes.write if ranks.is_first else changes.add)(layer, weights, list(map(asdict, refits)))
             decoder.keep(layer)
         if progress:
             progress(1)
@@ -129,17 +124,21 @@ def compensate(
     return [Refit(**one) for _, of_layer in sorted(changes.notes.items()) for one in of_layer]
 
 
-def _refit_layer(streams: "Streams", writers: Mapping[Step, Writer | None]) -> list[tuple[Refit, Difference | None]]:
-    """Refits the projections of a layer, from the bottom up; returns what became of each, and of its weight."""
-    found: list[tuple[Refit, Difference | None]] = []
+def _refit_layer(
+    streams: "Streams", writers: Mapping[Step, Writer | None]
+) -> tuple[list[Refit], dict[str, Difference]]:
+    """Refits the projections of a layer, from the bottom up; returns what became of each, and the changed weights."""
+    refits: list[Refit] = []
+    weights: dict[str, Difference] = {}
 
     def settle(step: Step, writer: Writer) -> None:
         old = writer.module.weight.clone()
-        refit = streams.refit(step, writer)
-        found.append((refit, difference(old, writer.module.weight) if refit.is_changed else None))
+        refits.append(streams.refit(step, writer))
+        if refits[-1].is_changed:
+            weights[writer.path] = difference(old, writer.module.weight)
 
     streams.walk(writers, settle)
-    return found
+    return refits, weights
 
 
 def _restore(writer: Writer, changes: Changes) -> None:
@@ -160,6 +159,12 @@ def held_out(count: int) -> torch.Tensor:
     """Which of the windows are held out of the fits, (count,): one of `HELD_OUT`, and at least the last."""
     places = torch.arange(count)
     return (places % HELD_OUT == HELD_OUT - 1) | ((places == count - 1) & (count < HELD_OUT))
+
+
+def token_counts(windows: torch.Tensor) -> tuple[int, int]:
+    """How many tokens of windows (N, T) are fitted to, and how many held out."""
+    checked = int(held_out(len(windows)).sum()) * windows.shape[1]
+    return windows.numel() - checked, checked
 
 
 class Streams:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -208,16 +209,16 @@ def load_texts(report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen:
     for line in describe_texts(list(corpora.values()), evaluation):
         report.print(line)
 
+    @cache
     def windows_of(name: str, seed: int) -> torch.Tensor:
         return calibration_windows(corpora[name], tokenizer, settings.nsamples, seqlen, seed)
 
     calibration = {seed: windows_of(settings.dataset, seed) for seed in seeds}
     compensation: dict[int, torch.Tensor] = {}
     if settings.compensates:
-        shares = settings.compensate_shares or [1.0] * len(settings.compensate_dataset)
         for seed in dict.fromkeys(cell.seed for cell in cells):
             parts = [windows_of(name, seed) for name in settings.compensate_dataset]
-            compensation[seed] = mixed_windows(parts, shares)
+            compensation[seed] = mixed_windows(parts, settings.shares)
             if len(compensation[seed]) < 2:
                 advice = "give more text, or a lower --seqlen"
                 raise InputError(f"--compensate: needs at least 2 windows of {seqlen} tokens; {advice}")

@@ -43,7 +43,6 @@ class Moments:
 
     def error(self, change: torch.Tensor) -> float:
         """The sum over tokens of |r - z change|^2, for a change (in, out) of the projection."""
-        change = change.to(self.gram.dtype)
         explained = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
         return (self.missing - explained).item()
 
@@ -68,8 +67,7 @@ def fit(moments: Moments, held_out: Moments, weight: torch.Tensor) -> Fit:
     """
     if not (moments.gram.isfinite().all() and moments.cross.isfinite().all() and held_out.missing.isfinite()):
         raise RunError("NaN or infinity in the hidden states; try --dtype float32 or bfloat16")
-    before = held_out.error(torch.zeros_like(moments.cross))
-    best = Fit(None, None, None, 1.0)
+    before, best = held_out.missing.item(), Fit(None, None, None, 1.0)
     if before > 0:
         for form, strength, change in _candidates(moments, weight.float()):
             error = held_out.error(change) / before

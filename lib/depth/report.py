@@ -8,7 +8,7 @@ from lib.config.depth import DepthPruning
 from lib.config.plan import Plan, SavedPlan
 from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
-from lib.depth.compensation import Refit, held_out
+from lib.depth.compensation import Refit, token_counts
 from lib.depth.greedy import Round
 from lib.evaluation.perplexity import Perplexity
 from lib.models.decoder import Decoder
@@ -32,11 +32,14 @@ def show_model(report: Report, name: str, decoder: Decoder) -> None:
         report.print(f"            a layer's attention {mha:,} and FFN {ffn:,}, {ffn / mha:.2f} times as many")
 
 
-def show_saved_plan(report: Report, saved: SavedPlan, parameters: int) -> None:
-    """The plan, and a note when the given model has another number of parameters than the plan's."""
+def show_saved_plan(report: Report, saved: SavedPlan, parameters: int, compensates: bool) -> None:
+    """The plan, and notes: when the given model has another size than the plan's, and when its refits are left out."""
     report.print(f"Plan        {saved.path}, found for {saved.model}")
     if not saved.fits(parameters):
         report.print(f"Note        that model has {saved.parameters:,} parameters: is this another?")
+    if saved.refitted and not compensates:
+        refitted = f"its run refitted {len(saved.refitted.projections)} output projections"
+        report.print(f"Note        {refitted}; without --compensate they stay as they are")
 
 
 def show_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:
@@ -118,10 +121,9 @@ def show_perplexity(
 
 def show_compensation(report: Report, settings: DepthPruning, windows: torch.Tensor) -> None:
     """What projections are refitted on."""
-    texts, shares = settings.compensate_dataset, settings.compensate_shares
-    mixed = f" in shares of {':'.join(f'{share:g}' for share in shares)}" if shares and len(texts) > 1 else ""
-    is_held_out = held_out(len(windows))
-    to_fit, to_check = (int(count) * windows.shape[1] for count in ((~is_held_out).sum(), is_held_out.sum()))
+    texts, shares = settings.compensate_dataset, ":".join(f"{share:g}" for share in settings.shares)
+    mixed = f" in shares of {shares}" if len(texts) > 1 else ""
+    to_fit, to_check = token_counts(windows)
     report.print()
     report.print(f"Compensation {settings.compensate}, on {', '.join(texts)}{mixed}")
     report.print(f"  output projections are fitted to {to_fit:,} tokens, and chosen by {to_check:,} others")

@@ -14,7 +14,7 @@ from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import local_path, short_name
 from lib.depth import report as depth_report
-from lib.depth.compensation import Refit, compensate, held_out
+from lib.depth.compensation import Refit, compensate, token_counts
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.errors import RunError
 from lib.evaluation.perplexity import Perplexity, as_fields
@@ -52,7 +52,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         """Finds the plan, measures perplexity, and compensates. The model loses its sublayers in `save_model`."""
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
-            depth_report.show_saved_plan(self.report, saved, self.decoder.total_parameters)
+            total, compensates = self.decoder.total_parameters, self.settings.compensates
+            depth_report.show_saved_plan(self.report, saved, total, compensates)
         else:
             self.plan, found = self.search()
         parameters = self.count_parameters()
@@ -159,13 +160,15 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
 def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits: Sequence[Refit]) -> dict:
     """The `compensation` of result.json."""
-    is_held_out, tokens = held_out(len(windows)), windows.shape[1]
+    to_fit, to_check = token_counts(windows)
     return {
         "mode": settings.compensate,
         "dataset": list(settings.compensate_dataset),
-        "shares": list(settings.compensate_shares or [1.0] * len(settings.compensate_dataset)),
-        "tokens": int((~is_held_out).sum()) * tokens,
-        "held_out_tokens": int(is_held_out.sum()) * tokens,
+        "shares": settings.shares,
+        "nsamples": settings.nsamples,
+        "seed": settings.seed,
+        "tokens": to_fit,
+        "held_out_tokens": to_check,
         "projections": [{**asdict(refit), "kept": refit.is_changed} for refit in refits],
     }
 

@@ -1,6 +1,8 @@
 """How a sublayer writes into the residual stream: the projection at its end, tested on the model itself."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import nn
@@ -20,7 +22,6 @@ class Writer:
     """The projection that ends a sublayer; the layer adds `scale` times its output to the residual stream."""
 
     layer: int
-    sublayer: str  # attention or mlp
     name: str  # path within the layer
     module: nn.Linear | Conv1D
     scale: float
@@ -56,19 +57,17 @@ def output_projection(decoder: Decoder, index: int, kind: str) -> tuple[str, nn.
 
 def output_projections(decoder: Decoder) -> list[nn.Linear | Conv1D]:
     """Those of all sublayers that the model has."""
-    kinds = ((SKIP_ATTENTION, SKIP_FFN) for _ in range(decoder.num_layers))
-    found = (output_projection(decoder, index, kind) for index, both in enumerate(kinds) for kind in both)
+    found = (output_projection(decoder, index, kind) for index, kind in _sublayers(decoder))
     return [projection for _, projection in filter(None, found)]
 
 
 def has_writers(decoder: Decoder) -> bool:
     """True when some sublayer of the model writes linearly into the residual stream."""
-    return any(
-        find_writer(decoder, index, kind) is not None
-        for index, mode in enumerate(decoder.given_modes)
-        for kind, is_there in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn))
-        if is_there
-    )
+    return any(find_writer(decoder, index, kind) for index, kind in _sublayers(decoder))
+
+
+def _sublayers(decoder: Decoder) -> Iterator[tuple[int, str]]:
+    return product(range(decoder.num_layers), (SKIP_ATTENTION, SKIP_FFN))
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def find_writer(decoder: Decoder, index: int, kind: str) -> Writer | None:
     scale = ((moved * change).mean() / change.square().mean()).item()
     if not scale or (moved - scale * change).abs().max() > _SAME * abs(scale) * change.abs().max():
         return None
-    return Writer(index, kind, name, module, scale)
+    return Writer(index, name, module, scale)
 
 
 @torch.no_grad()

@@ -28,6 +28,10 @@ from lib.sensitivity import artifact, compute
 from lib.sparsity import semi_structured_kernels
 
 _GIVEN = "give the file of this model, or leave --gradients out"
+_NO_ROOM = (
+    "--model {}: host memory has no room for a second copy of its weights, from which each cell of a table, and "
+    "rounding by sparsegpt, begins"
+)
 _OUR_FILE = "move the file away, and it is made anew"
 
 
@@ -115,9 +119,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         advice = _OUR_FILE if by_gradients[asked].computes_gradients else _GIVEN
         artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint, advice)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        cause = f"--model {settings.model}: host memory has no room for a second copy of its weights, from which "
-        cause += "each cell of a table, and rounding by sparsegpt, begins"
-        workspace.weights = dense_copies(workspace.linears, cause)
+        workspace.weights = dense_copies(workspace.linears, _NO_ROOM.format(settings.model))
     return workspace
 
 

@@ -10,7 +10,14 @@ import torch
 
 import lib.data.corpora
 from lib.data.corpora import Corpus, load_corpus
-from lib.data.sampling import calibration_windows, cut_windows, evaluation_windows, tokenize, tokenize_start
+from lib.data.sampling import (
+    calibration_windows,
+    cut_windows,
+    evaluation_windows,
+    mixed_windows,
+    tokenize,
+    tokenize_start,
+)
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
 
@@ -247,3 +254,10 @@ def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shar
     assert evaluation_windows(c4, tokenizer, 512).shape == (256, 512)
     assert len(wikitext.documents) == 1 and wikitext.documents[0].startswith("\n\n = Robert <unk> = \n\n\n\n\n Robert")
     assert len(load_corpus(str(shared / "data/wikitext"), "train").documents) == 1
+
+
+def test_texts_are_mixed_in_their_shares():
+    one, two = torch.zeros(10, 4), torch.ones(40, 4)
+    assert mixed_windows([one, two], [1, 1]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 10
+    assert mixed_windows([one, two], [0.2, 0.8]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 40
+    assert mixed_windows([two, one], [6, 1]).shape == (46, 4)

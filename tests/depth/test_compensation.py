@@ -12,114 +12,24 @@ from transformers import AutoModelForCausalLM
 import lib.depth.refit
 import ppllms
 from lib.config.plan import Mode, Plan
-from lib.data.sampling import mixed_windows
 from lib.depth.compensation import Refit, compensate, held_out, steps_of
-from lib.depth.refit import FULL, MAP, Moments, fit, ridge
+from lib.depth.refit import FULL, Moments
 from lib.engine.finite import final_hidden_states
 from lib.models.decoder import Decoder
-from lib.models.residual_writers import find_writer, has_writers, is_sequential, output_projections
+from lib.models.residual_writers import output_projections
 from lib.models.weight_deltas import Changes
 from lib.runtime.batching import Batcher
 from tests.command import run
 from tests.families import FAMILIES, tiny_model, tiny_windows
+from tests.models.test_residual_writers import POST_NORM
 
-POST_NORM = ("Gemma2", "Gemma3", "Olmo2")  # a norm stands between projection and residual stream
-PARALLEL = ("Phi", "GPTNeoX", "Falcon")
 WRITING = [family for family in FAMILIES if family not in POST_NORM]
 PLAN = Plan(4, (1, 2), (2,))  # gaps after a whole layer's attention, and over a whole layer
-
-
-def moments_of(inputs: torch.Tensor, missing: torch.Tensor) -> Moments:
-    found = Moments(inputs.shape[1], missing.shape[1], inputs.device)
-    found.update(inputs, missing)
-    return found
-
-
-@pytest.fixture
-def regression():
-    """Inputs (tokens, in), a linear part of what is missing and noise, for 400 tokens to fit to and 100 to check on."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(500, 12, generator=generator)
-    missing = inputs @ torch.randn(12, 6, generator=generator)
-    missing += torch.randn(500, 6, generator=generator)
-    return inputs, missing, torch.randn(12, 6, generator=generator)
-
-
-# The fit --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strength", lib.depth.refit.STRENGTHS)
-def test_a_ridge_solves_its_normal_equations(regression, strength):
-    inputs, missing, _ = regression
-    found = ridge(inputs.T @ inputs, inputs.T @ missing, strength)
-    penalty = strength * (inputs.T @ inputs).diagonal().mean()
-    # The same, as least squares with a row for each unknown.
-    system = torch.cat([inputs, penalty.sqrt() * torch.eye(12)])
-    expected = torch.linalg.lstsq(system.double(), torch.cat([missing, torch.zeros(12, 6)]).double()).solution
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_an_input_that_is_always_zero_gets_no_weight(regression):
-    inputs, missing, _ = regression
-    inputs[:, 3] = 0
-    assert not ridge(inputs.T @ inputs, inputs.T @ missing, 0.01)[3].any()
-    assert not ridge(torch.zeros(12, 12), torch.zeros(12, 6), 0.01).any()
-
-
-def test_the_error_of_a_change_is_that_of_its_tokens(regression):
-    inputs, missing, change = regression
-    expected = (missing - inputs @ change).square().sum().item()
-    assert moments_of(inputs, missing).error(change) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_change_with_the_lowest_error_on_held_out_tokens_is_taken(regression):
-    inputs, missing, weight = regression
-    to_fit, to_check = moments_of(inputs[:400], missing[:400]), moments_of(inputs[400:], missing[400:])
-    found = fit(to_fit, to_check, weight)
-    errors = {}
-    for strength in lib.depth.refit.STRENGTHS:
-        errors[FULL, strength] = ridge(to_fit.gram, to_fit.cross, strength)
-        written = inputs[:400] @ weight
-        errors[MAP, strength] = weight @ ridge(written.T @ written, written.T @ missing[:400], strength)
-    errors = {key: to_check.error(change) / to_check.error(0 * change) for key, change in errors.items()}
-    best = min(errors, key=errors.get)
-    assert (found.form, found.strength) == best and found.held_out_error == pytest.approx(errors[best], rel=1e-4)
-    assert found.held_out_error < 0.5
-
-
-def test_a_change_that_raises_the_error_on_held_out_tokens_is_not_made(regression):
-    inputs, missing, weight = regression
-    found = fit(moments_of(inputs[:400], missing[:400]), moments_of(inputs[400:], -missing[400:]), weight)
-    assert found == lib.depth.refit.Fit(None, None, None, 1.0)
 
 
 def test_one_window_of_eight_is_held_out_and_at_least_one():
     assert held_out(17).nonzero().flatten().tolist() == [7, 15]
     assert [held_out(count).sum().item() for count in (2, 7, 8, 15, 16)] == [1, 1, 1, 1, 2]
-
-
-def test_texts_are_mixed_in_their_shares():
-    one, two = torch.zeros(10, 4), torch.ones(40, 4)
-    assert mixed_windows([one, two], [1, 1]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 10
-    assert mixed_windows([one, two], [0.2, 0.8]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 40
-    assert mixed_windows([two, one], [6, 1]).shape == (46, 4)
-
-
-# How families write into the residual stream --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_projections_that_write_linearly_are_found(family):
-    decoder = Decoder(tiny_model(family))
-    for kind in ("attention", "mlp"):
-        writer = find_writer(decoder, 1, kind)
-        writes = family not in POST_NORM and (family, kind) != ("Mixtral", "mlp")
-        assert (writer is not None) == writes
-        if writer:
-            assert writer.scale == pytest.approx(0.5 if family == "Granite" else 1.0, rel=1e-4)
-            assert writer.matrix.shape[1] == 32
-    assert has_writers(decoder) == (family not in POST_NORM)
-    assert is_sequential(decoder, 1) == (family not in PARALLEL)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi"])
@@ -233,7 +143,7 @@ def test_nearest_refits_only_what_is_followed_by_a_gap(tmp_path, batcher):
 
 def test_weights_outside_of_the_refitted_projections_stay(tmp_path, batcher):
     decoder, refits, _ = compensated("Llama", "all", tmp_path, batcher)
-    changed = {f"{refit.layer}.{refit.path}" for refit in refits if refit.is_changed}
+    changed = {f"{refit.layer}.{refit.name}.weight" for refit in refits if refit.is_changed}
     decoder.apply(Plan(4))
     before = dict(tiny_model("Llama").get_decoder().layers.named_parameters())
     after = dict(decoder.layers.named_parameters())
@@ -281,7 +191,7 @@ def test_what_a_refit_says_is_kept_with_the_weights(tmp_path, batcher):
     decoder.apply(Plan(4))
     for refit in refits:
         weight = decoder.layers[refit.layer].get_submodule(refit.name).weight
-        assert torch.equal(weight, kept.apply(refit.layer, refit.path, torch.zeros_like(weight)))
+        assert torch.equal(weight, kept.apply(refit.layer, f"{refit.name}.weight", torch.zeros_like(weight)))
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -366,10 +276,12 @@ def command_of_grid(command, flags, tmp_path) -> dict:
     return {(one["seed"], stage): value for one in results for stage, value in perplexity_of(one).items()}
 
 
-def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tmp_path, monkeypatch):
+def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tmp_path, monkeypatch, capsys):
     result = command()
     text = arguments[arguments.index("--dataset") + 1]
     flags = ["--model_name", result["model"], "--apply_plan", tmp_path / "run/result.json", "--eval_datasets", text]
+    assert run(*flags, "--output_dir", tmp_path / "plain", monkeypatch=monkeypatch) == 0
+    assert "without --compensate they stay as they are" in capsys.readouterr().out
     flags += ["--compensate", "all", "--dataset", text, "--nsamples", 40, "--seqlen", 16]
     assert run(*flags, "--output_dir", tmp_path / "applied", monkeypatch=monkeypatch) == 0
     again = json.loads((tmp_path / "applied/result.json").read_text())
@@ -386,6 +298,7 @@ def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tm
             "--compensate_shares: got 2, but the number of texts is 1",
         ),
         (["--compensate", "all", "--compensate_dataset", "no/such.txt"], "no/such.txt"),
+        (["--compensate", "all", "--compensate_dataset", "demo", "demo"], "--compensate_dataset: names a text twice"),
         (
             ["--compensate", "all", "--nsamples", 1, "--seqlen", 64],
             "--compensate: needs at least 2 windows of 64 tokens",

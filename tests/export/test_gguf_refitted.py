@@ -296,10 +296,11 @@ def test_a_run_that_compensates_prunes_the_file_of_its_model_alike(tiny_folder, 
     assert run(*plan, "--gguf", tmp_path / "in.gguf", tmp_path / "out.gguf", monkeypatch=monkeypatch) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     layers, found = saved.model.layers, _tensors(tmp_path / "out.gguf")
-    changed = [one for one in json.loads((tmp_path / "run/result.json").read_text())["compensation"]["projections"]]
-    assert changed and all(one["kept"] for one in changed)
+    refits, compared = json.loads((tmp_path / "run/result.json").read_text())["compensation"]["projections"], 0
     for index, layer in enumerate(layers):
         for name, path in (("attn_output", "self_attn.o_proj"), ("ffn_down", "mlp.down_proj")):
             with suppress(AttributeError):  # removed
                 weight = layer.get_submodule(path).weight
                 assert np.array_equal(found[f"blk.{index}.{name}.weight"].data, weight.detach().numpy())
+                compared += 1
+    assert compared >= sum(one["kept"] for one in refits) > 0
