@@ -39,7 +39,7 @@ from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
 from lib.errors import InputError, printable
 from lib.export import gguf
-from lib.storage.output_folder import RESULT
+from lib.storage.output_folder import PLAN, RESULT, find_plan
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
@@ -66,7 +66,9 @@ def build_parser() -> flags.Parser:
         help="default: hf (compact)",
     )
     group = parser.add_argument_group("applying a plan")
-    group.add_argument("--apply_plan", type=types.folder, help="result.json of an earlier run: prune as it says")
+    group.add_argument(
+        "--apply_plan", type=types.folder, help="output folder or file of an earlier run: prune by its plan"
+    )
     group.add_argument(
         "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
     )
@@ -145,6 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), DEPTH_PRESETS, arguments)
     check_together(args, given)
+    args.apply_plan = find_plan(args.apply_plan) if args.apply_plan else None
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args
@@ -245,8 +248,9 @@ def check(args: argparse.Namespace) -> None:
         plan = [args.apply_plan] if args.apply_plan else []
         checks.check_output(args, [*args.model_name, *used_texts, *plan])
     if args.apply_plan:
-        result = args.output_dir / RESULT if args.output_dir else None
-        check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
+        for target in (args.output_dir / name for name in (RESULT, PLAN) if args.output_dir):
+            check_plan_stays(args.apply_plan, {"--output_dir": target})
+        check_plan_stays(args.apply_plan, {"--save_model": args.save_model})
     if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)):
         checks.prefer_cache_without_network()
 

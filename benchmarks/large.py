@@ -23,7 +23,7 @@ from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Modes, Sweep
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups

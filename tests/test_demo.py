@@ -13,7 +13,7 @@ from lib.data.corpora import load_corpus
 from lib.data.sampling import calibration_windows, evaluation_windows
 from lib.demo import DEMO_MODEL
 from lib.depth.block_influence import block_influence
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model

@@ -16,7 +16,7 @@ from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.sampling import evaluation_windows, sampled_windows
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups

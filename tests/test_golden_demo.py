@@ -35,7 +35,7 @@ from lib.data.sampling import calibration_windows, evaluation_windows, sampled_w
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import choose_candidates, greedy_search
 from lib.depth.trial_losses import Sweep
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.linears import input_groups

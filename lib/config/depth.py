@@ -40,6 +40,7 @@ class DepthPruning:
     overwrite: bool = False
     resume: bool = False
     eval_stride: int | None = None
+    eval_windows: int | None = None  # of each text; None: all
     compensate: str = COMPENSATIONS[0]
     compensate_dataset: Sequence[str] = ()
     compensate_shares: Sequence[float] | None = None  # of the windows; None: equal ones
@@ -85,7 +86,7 @@ class DepthPruning:
         else:
             unused |= {"compensate_dataset", "compensate_shares"}
         if not self.eval_ppl:
-            unused |= {"eval_datasets", "eval_stride"}
+            unused |= {"eval_datasets", "eval_stride", "eval_windows"}
         plan = asdict(self.saved_plan.plan) if self.saved_plan else None
         return key_of("ppllms", self, unused, {"saved_plan": plan})
 

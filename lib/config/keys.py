@@ -46,6 +46,11 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
     },
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
 }
+_EVALUATION = ("eval_stride", "eval_windows", "tasks")
+EVALUATION = {  # by script: settings of the evaluation, which a stopped run may go on without having
+    "ppllms": (*_EVALUATION, "eval_ppl", "eval_datasets"),
+    "alp_prune": (*_EVALUATION, "dataset"),
+}
 _KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE}  # of what is read, by setting
 _KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset", "compensate_dataset"), TEXT)
 
@@ -68,6 +73,11 @@ def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[s
         of_each = [stamps[entry(_KINDS[name], str(one))] for one in (value if _is_list(value) else [value])]
         values[name] = of_each if _is_list(value) else of_each[0]
     return {"tool": tool, "code": code_digest(), **values}
+
+
+def work_of(key: Mapping[str, object]) -> dict:
+    """The part of a key that the pruned model depends on: all but how it is evaluated."""
+    return {name: value for name, value in key.items() if name not in EVALUATION[str(key["tool"])]}
 
 
 def _is_list(value: object) -> bool:

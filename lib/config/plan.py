@@ -70,7 +70,7 @@ class Refitted:
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """A plan that an earlier run found and wrote to its result.json."""
+    """A plan that an earlier run found and wrote to its plan.json and result.json."""
 
     path: Path
     model: str  # the path, for a local folder
@@ -84,7 +84,7 @@ class SavedPlan:
 
 
 def read_plan(path: Path) -> SavedPlan:
-    """The plan in a `result.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""
+    """The plan in a `result.json` or `plan.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""
     try:
         saved = _saved_plan(path, read_json(path))
     except OSError as error:

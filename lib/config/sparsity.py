@@ -42,6 +42,7 @@ class SparsityPruning:
     save_model: Path | None = None
     log: Path | None = None
     eval_stride: int | None = None
+    eval_windows: int | None = None  # of each text; None: all
     semi_structured: bool = False
     tasks: Sequence[str] = field(default_factory=tuple)
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read

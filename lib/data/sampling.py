@@ -65,14 +65,25 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
     return torch.stack(windows)
 
 
-def evaluation_windows(corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
+def evaluation_windows(
+    corpus: Corpus, tokenizer, seqlen: int, stride: int | None = None, most: int | None = None
+) -> torch.Tensor:
     """Evaluation windows (N, seqlen) of all documents, joined as is customary for the source.
 
-    Windows are adjacent, or start every `stride` tokens of the same text. The remainder is dropped.
+    Windows are adjacent, or start every `stride` tokens of the same text. The remainder is dropped. At most `most` of
+    them are taken, evenly spread over the text.
     """
     text = corpus.separator.join(document or "" for document in corpus.documents)
     windows = cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)[: corpus.max_windows]
-    return windows.flatten().unfold(0, seqlen, stride) if stride else windows
+    if stride:
+        windows = windows.flatten().unfold(0, seqlen, stride)
+    return windows[evenly_spread(len(windows), most)] if most else windows
+
+
+def evenly_spread(count: int, most: int) -> torch.Tensor:
+    """At most `most` of the places 0..count-1, evenly spread, ascending: (min(count, most),)."""
+    wanted = min(count, most)
+    return torch.arange(wanted) * count // wanted
 
 
 def tokenize(text: str, tokenizer) -> torch.Tensor:

@@ -222,7 +222,10 @@ def load_texts(report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen:
             if len(compensation[seed]) < 2:
                 advice = "give more text, or a lower --seqlen"
                 raise InputError(f"--compensate: needs at least 2 windows of {seqlen} tokens; {advice}")
-    eval_windows = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in evaluation}
+    eval_windows = {
+        text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride, settings.eval_windows)
+        for text in evaluation
+    }
     for tokens in (*calibration.values(), *compensation.values(), *eval_windows.values()):
         check_tokens(settings.model_name, tokens, vocab_size)
     return Texts(calibration, compensation, eval_windows)

@@ -10,7 +10,7 @@ from lib.depth.beam import Beam
 from lib.depth.budget import Budget, Counts
 from lib.depth.compensation import Refit, token_counts
 from lib.depth.greedy import Round
-from lib.evaluation.perplexity import Perplexity
+from lib.evaluation.distance import Evaluation
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
@@ -109,14 +109,16 @@ def show_plan(report: Report, plan: Plan, parameters: dict) -> None:
     report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 
-def show_perplexity(
-    report: Report, text: str, found: dict[str, Perplexity], windows: torch.Tensor, is_first: bool
+def show_evaluation(
+    report: Report, text: str, found: dict[str, Evaluation], windows: torch.Tensor, is_first: bool
 ) -> None:
     if is_first:
         report.print()
-        report.print("Perplexity (dense -> pruned), ± standard error over windows")
+        report.print("Perplexity (dense -> pruned), and distance to the dense model; ± standard error over windows")
     size = f"{len(windows)} windows of {windows.shape[1]} tokens"
-    report.print(f"  {text}: {found['dense']} -> {found['pruned']}  ({size})")
+    pruned = found["pruned"]
+    report.print(f"  {text}: {found['dense'].perplexity} -> {pruned.perplexity}  ({size})")
+    report.print(f"    {pruned.distance}")
 
 
 def show_compensation(report: Report, settings: DepthPruning, windows: torch.Tensor) -> None:
@@ -140,5 +142,7 @@ def show_refits(report: Report, refits: Sequence[Refit]) -> None:
         report.print(f"  the most: layer {best.layer} {best.name} {taken}")
 
 
-def show_compensated(report: Report, text: str, found: dict[str, Perplexity]) -> None:
-    report.print(f"  {text}: perplexity {found['pruned']} -> {found['compensated']}")
+def show_compensated(report: Report, text: str, found: dict[str, Evaluation]) -> None:
+    pruned, compensated = found["pruned"], found["compensated"]
+    report.print(f"  {text}: perplexity {pruned.perplexity} -> {compensated.perplexity}")
+    report.print(f"    {compensated.distance}")

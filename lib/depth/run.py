@@ -17,14 +17,14 @@ from lib.depth import report as depth_report
 from lib.depth.compensation import Refit, compensate, token_counts
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.errors import RunError
-from lib.evaluation.perplexity import Perplexity, as_fields
+from lib.evaluation.distance import Evaluation, as_fields
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
 from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
 from lib.runs.single import Run
-from lib.storage.output_folder import REMOVALS, RESULT
+from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -49,7 +49,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         depth_report.show_model(self.report, self.settings.model_name, self.decoder)
 
     def prune(self) -> dict:
-        """Finds the plan, measures perplexity, and compensates. The model loses its sublayers in `save_model`."""
+        """Finds the plan, evaluates, and compensates. The model loses its sublayers in `save_model`."""
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
             total, compensates = self.decoder.total_parameters, self.settings.compensates
@@ -57,15 +57,19 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         else:
             self.plan, found = self.search()
         parameters = self.count_parameters()
+        removed = {"mha_removed": list(self.plan.mha_removed), "ffn_removed": list(self.plan.ffn_removed)}
         depth_report.show_plan(self.report, self.plan, parameters)
-        perplexities = self.measure()
+        if not self.is_cell:
+            self.report.discard(PLAN)
+            if not self.settings.saved_plan:
+                self.report.write(PLAN, {"tool": self.tool, **self.describe(), **removed, "parameters": parameters})
+        evaluations = self.measure()
         return {
             **found,
-            "mha_removed": list(self.plan.mha_removed),
-            "ffn_removed": list(self.plan.ffn_removed),
+            **removed,
             "parameters": parameters,
-            **(self.compensate(perplexities) if self.settings.compensates else {}),
-            **as_fields(perplexities),
+            **(self.compensate(evaluations) if self.settings.compensates else {}),
+            **as_fields(evaluations),
         }
 
     def search(self) -> tuple[Plan, dict]:
@@ -87,20 +91,30 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         target = settings.prune_rate if is_by_rate and not settings.saved_plan else None
         return {"total": total, "removed": removed, "target_rate": target, "actual_rate": removed / total}
 
-    def measure(self) -> dict[str, dict[str, Perplexity]]:
-        """The perplexity of the dense and of the pruned model, on every evaluation text."""
-        found: dict[str, dict[str, Perplexity]] = {}
+    @property
+    def stages_after_dense(self) -> Sequence[str]:
+        return ("pruned", "compensated") if self.settings.compensates else ("pruned",)
+
+    @property
+    def next_step(self) -> str:
+        if not self.settings.compensates:
+            return "--compensate all"
+        return "a lower --prune_rate, more text to compensate on, or training"
+
+    def measure(self) -> dict[str, dict[str, Evaluation]]:
+        """Evaluates the dense and the pruned model on every text."""
+        found: dict[str, dict[str, Evaluation]] = {}
         dense = self.workspace.dense
         self.report.seconds.setdefault("evaluate", 0.0)
         for text, windows in self.workspace.eval_windows.items():
             if text not in dense:
-                dense[text] = self.perplexity("dense", text)
-            found[text] = {"dense": dense[text], "pruned": self.perplexity("pruned", text, self.plan)}
-            depth_report.show_perplexity(self.report, text, found[text], windows, is_first=len(found) == 1)
+                dense[text] = self.evaluate("dense", text)
+            found[text] = {"dense": dense[text], "pruned": self.evaluate("pruned", text, self.plan)}
+            depth_report.show_evaluation(self.report, text, found[text], windows, is_first=len(found) == 1)
         return found
 
-    def compensate(self, perplexities: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
-        """Refits projections, and adds the perplexity after that; returns the `compensation` of result.json."""
+    def compensate(self, evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict]:
+        """Refits projections, and evaluates again; returns the `compensation` of result.json."""
         settings, state, decoder = self.settings, self.state, self.decoder
         windows = self.workspace.compensation_windows[settings.seed]
         depth_report.show_compensation(self.report, settings, windows)
@@ -109,8 +123,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             mode, batcher = settings.compensate, self.workspace.batcher
             refits = compensate(decoder, self.plan, windows, mode, batcher, changes, progress)
         depth_report.show_refits(self.report, refits)
-        for text, stages in perplexities.items():
-            stages["compensated"] = self.perplexity("compensated", text, self.plan)
+        for text, stages in evaluations.items():
+            stages["compensated"] = self.evaluate("compensated", text, self.plan)
             depth_report.show_compensated(self.report, text, stages)
         return {"compensation": describe_compensation(settings, windows, refits)}
 
@@ -121,6 +135,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             "model_path": local_path(settings.model_name),
             "seqlen": workspace.seqlen,
             "eval_stride": settings.eval_stride,
+            "eval_windows": settings.eval_windows,
             "dtype": dtype_name(self.decoder.model),
             "batch_size": workspace.batcher.size,
             "num_layers": self.decoder.num_layers,

@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 
 from lib.config.plan import Mode
-from lib.engine.tail import tail_losses
+from lib.engine.tail import tail_losses, tail_scores
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder, LayerInputs, StopForward
 from lib.runtime.batching import Batcher
@@ -70,6 +70,11 @@ class Activations:
         """An independent walk from the same hidden states, which are copied on write."""
         self._is_own = False
         return Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states, self.inputs)
+
+    def some(self, places: list[int]) -> "Activations":
+        """A walk over some of the windows, from the same hidden states."""
+        states = self.hidden_states[places]
+        return Activations(self.decoder, self.windows[places], self.batcher, self.layer, states, self.inputs)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -139,6 +144,15 @@ class Activations:
             return tail_losses(self.decoder, self.states(rows), self.windows[rows], scored)
 
         return self.batcher.map(batch_losses, len(self.windows))
+
+    def scores(self, dense_states: torch.Tensor, scored: int | None = None) -> torch.Tensor:
+        """Losses and distances (N, 2 + scored) to the dense model with last hidden states (N, T, D); `tail_scores`."""
+
+        def batch_scores(rows: slice) -> torch.Tensor:
+            dense = dense_states[rows].to(self.decoder.device)
+            return tail_scores(self.decoder, self.states(rows), dense, self.windows[rows], scored)
+
+        return self.batcher.map(batch_scores, len(self.windows))
 
     def states(self, rows: slice) -> torch.Tensor:
         """Hidden states of `rows`, on the device."""

@@ -1,4 +1,6 @@
-"""Losses from the last layer's hidden states, computed by the model's own tail."""
+"""Losses and distances from the last layer's hidden states, computed by the model's own tail."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,6 +11,14 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token in nats: logits (..., V) of any dtype, labels (...) -> fp32 (...)."""
     losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
     return losses.view(labels.shape)
+
+
+def token_divergences(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(dense || model) of each token in nats: logits (..., V) of any dtype -> fp32 (...), at least 0."""
+    dense, other = (some.float().log_softmax(-1) for some in (dense_logits, logits))
+    terms = dense.exp()
+    terms = terms.mul_(dense - other).masked_fill_(terms == 0, 0)  # tokens that the dense model rules out count nothing
+    return terms.sum(-1).clamp_(min=0)
 
 
 _LOGITS_AT_ONCE = 2**27  # fp32 elements, 512 MiB
@@ -24,20 +34,61 @@ def tail_losses(
     `None` scores all T-1 predicted tokens. The tail runs on pieces of at most 512 MiB of fp32 logits, whatever B, T and
     the vocabulary size.
     """
+
+    def losses(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = decoder.logits(states)
+        return token_losses(logits, labels.to(logits.device))
+
+    return _by_token(decoder, losses, _scored(hidden_states, input_ids, scored)).mean(dim=1)
+
+
+@torch.no_grad()
+def tail_scores(
+    decoder: Decoder,
+    hidden_states: torch.Tensor,
+    dense_states: torch.Tensor,
+    input_ids: torch.Tensor,
+    scored: int | None = None,
+) -> torch.Tensor:
+    """Losses as `tail_losses`, and the distance to the dense model, whose last hidden states are `dense_states`.
+
+    (B, T, D) twice and ids (B, T) -> fp32 (B, 2 + scored): the mean cross-entropy, the share of tokens whose most
+    likely next token is the dense model's, and KL(dense || model) of each token. Pieces are as in `tail_losses`.
+    """
+
+    def scores(states: torch.Tensor, labels: torch.Tensor, dense_states: torch.Tensor) -> torch.Tensor:
+        logits, dense_logits = decoder.logits(states), decoder.logits(dense_states)
+        is_same = logits.argmax(-1) == dense_logits.argmax(-1)
+        losses, divergences = token_losses(logits, labels.to(logits.device)), token_divergences(dense_logits, logits)
+        return torch.stack([losses, is_same.to(losses), divergences], dim=-1)
+
+    parts = _scored(hidden_states, input_ids, scored)
+    found = _by_token(decoder, scores, (*parts, _scored(dense_states, input_ids, scored)[0]))
+    losses, is_same, divergences = found.unbind(-1)
+    return torch.cat([losses.mean(dim=1, keepdim=True), is_same.mean(dim=1, keepdim=True), divergences], dim=1)
+
+
+def _scored(
+    hidden_states: torch.Tensor, input_ids: torch.Tensor, scored: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states (B, scored, D) that predict the last `scored` tokens, and these (B, scored)."""
     labels = input_ids[:, 1:].to(hidden_states.device)
     scored = scored or labels.shape[1]
-    labels, hidden_states = labels[:, -scored:], hidden_states[:, :-1][:, -scored:]
-    vocabulary = decoder.config.vocab_size
+    return hidden_states[:, :-1][:, -scored:], labels[:, -scored:]
+
+
+def _by_token(
+    decoder: Decoder, function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """A function of tokens applied to tensors (B, T, ...), in pieces of a bounded number of logits: (B, T, ...)."""
+    first, vocabulary = tensors[0], decoder.config.vocab_size
     at_once = max(1, _LOGITS_AT_ONCE // vocabulary)  # tokens
-    if hidden_states.device.type == "cpu":
+    if first.device.type == "cpu":
         at_once = min(at_once, max(_TOKENS_AT_LEAST, _LOGITS_AT_ONCE_ON_CPU // vocabulary))
-    rows = max(1, at_once // labels.shape[1])  # whole windows per piece, or one piece of a window
-    piece = min(at_once, labels.shape[1])
-    losses = []
-    for row_states, row_labels in zip(hidden_states.split(rows), labels.split(rows), strict=True):
-        pieces = []
-        for states, piece_labels in zip(row_states.split(piece, dim=1), row_labels.split(piece, dim=1), strict=True):
-            logits = decoder.logits(states)
-            pieces.append(token_losses(logits, piece_labels.to(logits.device)))
-        losses.append(torch.cat(pieces, dim=1).mean(dim=1))
-    return torch.cat(losses)
+    tokens = first.shape[1]
+    rows, piece = max(1, at_once // tokens), min(at_once, tokens)  # whole windows per piece, or a piece of a window
+    found = []
+    for of_rows in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        pieces = zip(*(part.split(piece, dim=1) for part in of_rows), strict=True)
+        found.append(torch.cat([function(*of_piece) for of_piece in pieces], dim=1))
+    return torch.cat(found)

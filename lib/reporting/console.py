@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lib.errors import printable
 from lib.storage.atomic import write_json
-from lib.storage.output_folder import LOG, REMOVALS, RESULT, SPARSITY
+from lib.storage.output_folder import LOG
 
 
 @contextmanager
@@ -98,16 +98,16 @@ class Report:
 
             yield advance
 
-    def result(self, content: dict) -> Path:
-        """Writes result.json atomically, in place of an earlier one; returns its path."""
-        path = self.folder / RESULT
+    def write(self, name: str, content: dict) -> Path:
+        """Writes a JSON file atomically, in place of an earlier one; returns its path."""
+        path = self.folder / name
         if self.is_first:
             write_json(path, content)
         return path
 
-    def discard_plots(self) -> None:
-        """Deletes the plots of an earlier result."""
-        for name in (REMOVALS, SPARSITY):
+    def discard(self, *names: str) -> None:
+        """Deletes files of an earlier result."""
+        for name in names if self.is_first else ():
             (self.folder / name).unlink(missing_ok=True)
 
 

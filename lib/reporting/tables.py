@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from lib.config.sources import labels
 from lib.errors import first_line
 from lib.reporting.published import SOURCES, Figure, find
+from lib.reporting.verdict import LEGEND, VERDICTS, verdict
 
 DENSE_ROW = "dense"
+DISTANCES = {  # metrics of the distance to the dense model, with their headings
+    "kl_divergence": "KL divergence to the dense model on {}, in nats a token",
+    "top1_agreement": "first choices of the dense model kept on {}, in percent",
+}
 _WORTH_TELLING = 0.005  # the tables show the removed share where it is off its target by this much
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of one cell: a perplexity on a text, or an accuracy in percent on a task."""
+    """One number of one cell: a perplexity or a distance on a text, or an accuracy in percent on a task."""
 
     model: str
     method: str
@@ -30,7 +35,8 @@ class Entry:
     text: str
     value: float
     standard_error: float | None
-    figure: Figure | None
+    figure: Figure | None = None
+    by_window: tuple[float, ...] = ()  # of a KL divergence
 
     @property
     def is_dense(self) -> bool:
@@ -81,8 +87,12 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
             share = result["parameters"]["actual_rate"] if share is None else share
             error = result["perplexity_standard_error"][text][stage]
             figure = None if stage == "compensated" else find(result, "perplexity", text)
-            name = method if stage == "pruned" else f"{method} {stage}"
-            yield Entry(result["model"], name, setting, share, result["seed"], "perplexity", text, value, error, figure)
+            name, model, seed = method if stage == "pruned" else f"{method} {stage}", result["model"], result["seed"]
+            yield Entry(model, name, setting, share, seed, "perplexity", text, value, error, figure)
+            for metric in DISTANCES:
+                value, error = (result[f"{metric}{of}"][text][stage] for of in ("", "_standard_error"))
+                windows = tuple(result["kl_divergence_by_window"][text][stage]) if metric == "kl_divergence" else ()
+                yield Entry(model, name, setting, share, seed, metric, text, value, error, by_window=windows)
     zero_shot, is_quantized = result.get("zero_shot", {"shown": {}, "mean": None}), "quantization" in result
     is_dense = method == DENSE_ROW and not is_quantized
     for task, value in (*zero_shot["shown"].items(), ("mean", zero_shot["mean"])):
@@ -102,13 +112,14 @@ def _percent(share: float) -> str:
 
 _COLUMNS = (
     *("model", "method", "setting", "share", "seed", "metric", "text", "value", "standard_error"),
-    *("published", "difference", "source", "note"),
+    *("published", "difference", "source", "note", "above_lowest", "above_lowest_standard_error"),
 )
 
 
 def csv_table(found: Sequence[Entry]) -> str:
     """One row per entry."""
     out = io.StringIO()
+    above = _above_lowest(found)
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for entry in found:
@@ -118,7 +129,9 @@ def csv_table(found: Sequence[Entry]) -> str:
         row += [f"{entry.value:.4f}", error]
         if figure:
             row += [figure.value, f"{entry.value - figure.value:.4f}", SOURCES[figure.source], figure.note]
-        writer.writerow(row + [""] * (len(_COLUMNS) - len(row)))
+        row += [""] * (len(_COLUMNS) - 2 - len(row))
+        row += ["" if number is None else f"{number:.6f}" for number in above.get(entry, (None, None))]
+        writer.writerow(row)
     return out.getvalue()
 
 
@@ -129,16 +142,33 @@ def markdown(found: Sequence[Entry]) -> str:
     """Perplexity tables per text and accuracy tables per model, with published figures beside ours."""
     parts, models = [], labels(entry.model for entry in found)
     for text, label in labels(entry.text for entry in found if entry.metric == "perplexity").items():
-        of_text = [entry for entry in found if (entry.metric, entry.text) == ("perplexity", text)]
-        parts += _perplexity_tables(of_text, models, label)
+        for metric, what in {"perplexity": "perplexity on {}", **DISTANCES}.items():
+            of_text = [entry for entry in found if (entry.metric, entry.text) == (metric, text)]
+            parts += _text_tables(of_text, models, what.format(label))
     for model in _distinct(entry.model for entry in found if entry.metric == "accuracy"):
         of_model = [entry for entry in found if (entry.metric, entry.model) == ("accuracy", model)]
         parts += _accuracy_tables(of_model, models[model])
-    return "\n\n".join([*parts, *_legend(found)]) + "\n"
+    return "\n\n".join([*parts, *_verdicts(found, models), *_legend(found)]) + "\n"
 
 
-def _perplexity_tables(found: Sequence[Entry], names: dict[str, str], text: str) -> list[str]:
-    """The tables of one text: one per model, with a column per setting.
+def _verdicts(found: Sequence[Entry], names: dict[str, str]) -> list[str]:
+    """A line for each model: which of its cells are usable, damaged and broken on the worst text and seed."""
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in found:
+        if entry.metric in DISTANCES:
+            of_cell = worst.setdefault((entry.model, f"{entry.method} {entry.setting}"), {})
+            choose = max if entry.metric == "kl_divergence" else min
+            of_cell[entry.metric] = choose(of_cell.get(entry.metric, entry.value), entry.value)
+    lines = []
+    for model in _distinct(model for model, _ in worst):
+        words = {cell: verdict(**values) for (of_model, cell), values in worst.items() if of_model == model}
+        told = {word: ", ".join(cell for cell, own in words.items() if own == word) for word in VERDICTS}
+        lines.append(f"{names[model]}: " + "; ".join(f"{word} {cells}" for word, cells in told.items() if cells) + ".")
+    return ["## Verdicts", *lines, LEGEND] if lines else []
+
+
+def _text_tables(found: Sequence[Entry], names: dict[str, str], what: str) -> list[str]:
+    """The tables of one metric on one text: one per model, with a column per setting.
 
     Several models under a single setting share one table, with a column per model.
     """
@@ -146,16 +176,23 @@ def _perplexity_tables(found: Sequence[Entry], names: dict[str, str], text: str)
     models = _distinct(entry.model for entry in found)
     if len(settings) <= 1 and len(models) > 1:
         columns = {names[model]: [entry for entry in found if entry.model == model] for model in models}
-        return [f"## Perplexity on {text}{f', {settings[0]}' if settings else ''}", _pivot(columns)]
+        return [f"## {what[0].upper()}{what[1:]}{f', {settings[0]}' if settings else ''}", _pivot(columns)]
     parts = []
     for model in models:
         of_model = [entry for entry in found if entry.model == model]
-        dense = next(entry for entry in of_model if entry.is_dense)
-        error = "" if dense.standard_error is None else f" ± {dense.standard_error:.2f}"
-        heading = f"## {names[model]}: perplexity on {text}, dense {dense.value:.2f}{error}{_beside(dense)}"
+        heading = f"## {names[model]}: {what}{_dense_value(of_model)}"
         columns = {s: [entry for entry in of_model if entry.setting == s and not entry.is_dense] for s in settings}
         parts += [heading, *([_pivot(columns)] if settings else [])]
     return parts
+
+
+def _dense_value(found: Sequence[Entry]) -> str:
+    """The dense model's value, for a heading; empty where there is none."""
+    dense = next((entry for entry in found if entry.is_dense), None)
+    if dense is None:
+        return ""
+    error = "" if dense.standard_error is None else f" ± {dense.standard_error:.2f}"
+    return f", dense {dense.value:.2f}{error}{_beside(dense)}"
 
 
 def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
@@ -174,25 +211,57 @@ def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
 def _pivot(columns: dict[str, list[Entry]]) -> str:
     """A table with one row per method; `-` marks a missing cell."""
     methods = _distinct(entry.method for column in columns.values() for entry in column)
+    above = _above_lowest([entry for column in columns.values() for entry in column])
     rows = [["", *columns]]
     for method in methods:
         cells = [[entry for entry in column if entry.method == method] for column in columns.values()]
-        rows.append([method, *(_cell(entries_) for entries_ in cells)])
+        rows.append([method, *(_cell(cell, above.get(cell[0]) if cell else None) for cell in cells)])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def _cell(found: Sequence[Entry]) -> str:
-    """The mean over seeds, its standard deviation, the removed share if it is off target, and the published figure."""
+def _cell(found: Sequence[Entry], above: tuple[float, float | None] | None = None) -> str:
+    """The mean over seeds, its standard deviation, the removed share if it is off target, and the published figure.
+
+    For a KL divergence also how far it is `above` the lowest of the column.
+    """
     if not found:
         return "-"
-    values = [entry.value for entry in found]
-    text = f"{statistics.mean(values):.2f}"
+    values = [entry.value * (100 if entry.metric == "top1_agreement" else 1) for entry in found]
+    digits = {"kl_divergence": 3, "top1_agreement": 1}.get(found[0].metric, 2)
+    text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.2f}"
+        text += f" ± {statistics.stdev(values):.{digits}f}"
     if any(map(_is_off, found)):
         text += f" ({statistics.mean(entry.share for entry in found):.1%})"
+    if above and above[0]:
+        text += f" [{above[0]:+.3f}{'' if above[1] is None else f' ± {above[1]:.3f}'}]"
     return text + _beside(found[0], statistics.mean(values))
+
+
+def _above_lowest(found: Sequence[Entry]) -> dict[Entry, tuple[float, float | None]]:
+    """By how much each KL divergence is above the lowest of its model, text and setting, with the standard error.
+
+    The error is that of the paired differences over the same windows; None for one window. Seeds are averaged first.
+    """
+    columns: dict[tuple, dict[str, list[Entry]]] = {}
+    for entry in found:
+        if entry.metric == "kl_divergence":
+            column = columns.setdefault((entry.model, entry.text, entry.setting), {})
+            column.setdefault(entry.method, []).append(entry)
+    above: dict[Entry, tuple[float, float | None]] = {}
+    for column in columns.values():
+        means = {
+            method: [statistics.mean(values) for values in zip(*(entry.by_window for entry in seeds), strict=True)]
+            for method, seeds in column.items()
+        }
+        lowest = min(means.values(), key=statistics.mean)
+        for method, windows in means.items():
+            differences = [own - other for own, other in zip(windows, lowest, strict=True)]
+            count = len(differences)
+            error = statistics.stdev(differences) / count**0.5 if count > 1 else None
+            above |= dict.fromkeys(column[method], (statistics.mean(differences), error))
+    return above
 
 
 def _beside(entry: Entry, value: float | None = None) -> str:
@@ -217,6 +286,11 @@ def _legend(found: Sequence[Entry]) -> list[str]:
         lines.append("±: the standard deviation over seeds, beside a dense perplexity the standard error over windows.")
     elif any(entry.standard_error is not None for entry in found):
         lines.append("±: the standard error over windows.")
+    if any(entry.by_window for entry in cells):
+        lines.append(
+            "KL divergences in square brackets: how far above the lowest of the column, ± the standard error of that "
+            "difference over the same windows."
+        )
     if any(_is_off(entry) for entry in cells):
         lines.append("In brackets: the share that went, where it is not the one asked for.")
     figures = [entry.figure for entry in found if entry.figure]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from lib.config.snapshot import Snapshot
 from lib.config.sources import labels, short_name
 from lib.errors import InputError, InputsChanged, RunError, is_out_of_memory, one_line
+from lib.evaluation.distance import FIELDS
 from lib.files import canonical
 from lib.models.loading import load_config
 from lib.reporting.console import Report
@@ -193,8 +194,7 @@ def _but_for_code(key: str) -> str:
 
 def _named(result: dict, cell: Any) -> dict:
     """A result with model and texts as the cell names them now: a path can be written in many ways."""
-    fields = ("perplexity", "perplexity_standard_error")
-    texts = {field: dict(zip(cell.texts, result[field].values(), strict=True)) for field in fields}
+    texts = {field: dict(zip(cell.texts, result[field].values(), strict=True)) for field in FIELDS}
     return {**result, "model": cell.source.name, **texts}
 
 

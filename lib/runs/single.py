@@ -4,8 +4,9 @@ A subclass of `Run` says how its tool prepares, prunes, describes and saves; the
 state, perplexity and result.json are here.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,25 +16,30 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from lib.config.depth import DepthPruning
+from lib.config.keys import work_of
 from lib.config.plan import Plan
 from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
-from lib.engine.window_losses import plan_window_losses
-from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.data.sampling import evenly_spread
+from lib.engine.map_windows import waiting_bytes
+from lib.engine.window_scores import DenseStates, dense_window_losses, window_scores
+from lib.evaluation.distance import Evaluation, evaluation_of, packed, unpacked
+from lib.evaluation.perplexity import Span, spans_of
 from lib.export.huggingface import how_to_load
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
-from lib.runtime.batching import Batcher
+from lib.reporting.verdict import describe, verdict_of
+from lib.runtime.batching import Batcher, Progress
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
-from lib.runtime.memory import peak_memory_bytes
+from lib.runtime.memory import free_host_memory, peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
 from lib.storage.model_folder import signature
-from lib.storage.output_folder import RESULT, STATE
+from lib.storage.output_folder import REMOVALS, RESULT, SPARSITY, STATE
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
 
@@ -47,8 +53,13 @@ class Workspace:
     seqlen: int
     eval_windows: dict[str, torch.Tensor]  # (N, T), by text
     state: State = field(default_factory=lambda: State(None, {}))  # of the current run
-    dense: dict[str, Perplexity] = field(default_factory=dict)  # by text
+    dense: dict[str, Evaluation] = field(default_factory=dict)  # by text
+    dense_states: dict[str, DenseStates] = field(default_factory=dict)  # by text
 
+
+_PARTS = 8  # of an evaluation that are kept one by one
+_DISTANCE_TOKENS = 2**18  # of each text, whose distance to the dense model is measured
+_ROOM = 0.25  # share of the free host memory, for their hidden states
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
 Space = TypeVar("Space", bound=Workspace)
@@ -59,6 +70,7 @@ class Run(ABC, Generic[Settings, Space]):
 
     tool: ClassVar[str]
     x_axis: ClassVar[str]  # of the plots of a grid
+    is_cell = False  # of a grid, whose folder is not the run's own
 
     def __init__(self, report: Report, settings: Settings, workspace: Space):
         self.report, self.settings, self.workspace = report, settings, workspace
@@ -77,9 +89,19 @@ class Run(ABC, Generic[Settings, Space]):
     def prune(self) -> dict:
         """Prunes the model and measures it; returns the fields of result.json that this gives."""
 
+    @property
+    @abstractmethod
+    def stages_after_dense(self) -> Sequence[str]:
+        """The names of the models that are evaluated after the dense one."""
+
     @abstractmethod
     def describe(self) -> dict:
         """The fields of result.json that say what was asked for."""
+
+    @property
+    @abstractmethod
+    def next_step(self) -> str:
+        """What to try when the pruned model is not usable."""
 
     @abstractmethod
     def draw(self, result: dict) -> Path | str | None:
@@ -105,6 +127,9 @@ class Run(ABC, Generic[Settings, Space]):
         """Prunes and measures; returns what result.json holds."""
         self.show_model()
         fields = self.prune()
+        fields["verdict"] = verdict_of(fields)
+        if fields["verdict"]:
+            self.report.print(f"Verdict     {describe(fields['verdict'], self.next_step)}")
         self.check_unchanged()
         return {
             "tool": self.tool,
@@ -121,18 +146,48 @@ class Run(ABC, Generic[Settings, Space]):
         if self.report.is_first and self.settings.snapshot:
             self.settings.snapshot.check(self.settings.inputs)
 
-    def perplexity(self, stage: str, text: str, plan: Plan | None = None) -> Perplexity:
-        """Perplexity of the model as it is, under a plan if given, on one evaluation text; measured once."""
-        windows = self.workspace.eval_windows[text]
+    def evaluate(self, stage: str, text: str, plan: Plan | None = None) -> Evaluation:
+        """Evaluates the model as it is, under a plan if given, on one text; `dense` comes first.
 
-        def measure() -> Perplexity:
-            with self.report.progress(len(windows), "perplexity") as progress:
-                all_on = Plan(self.decoder.num_layers)
-                losses = plan_window_losses(self.decoder, plan or all_on, self.workspace.batcher, progress)
-                return perplexity(losses, windows, self.settings.eval_stride)
+        Each part is kept in the state, so that a stopped run goes on where it was.
+        """
+        windows, batcher = self.workspace.eval_windows[text], self.workspace.batcher
+        at_once = batcher.size * batcher.ranks.count
+        at_once *= -(-len(windows) // at_once) if self.decoder.is_offloaded else -(-len(windows) // at_once // _PARTS)
+        spans = spans_of(len(windows), windows.shape[1], self.settings.eval_stride, at_once)
+        with self.report.timed("evaluate"), self.report.progress(len(windows), f"{stage} on {text}") as progress:
+            return evaluation_of(spans, [self._scores(stage, text, span, plan, progress) for span in spans])
 
-        with self.report.timed("evaluate"):
-            return Perplexity(*self.state.once(f"perplexity of {stage} on {text}", measure))
+    def _scores(self, stage: str, text: str, span: Span, plan: Plan | None, progress: Progress) -> torch.Tensor:
+        """The scores (n, 1) of some windows for the dense model, or (n, 2 + scored) for another stage."""
+        windows, batcher, state = self.workspace.eval_windows[text][span.rows], self.workspace.batcher, self.state
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+        names = {one: f"{one}: last {span.scored} tokens of {digest}" for one in ("dense", *self.stages_after_dense)}
+        columns = 1 if stage == "dense" else 2 + span.scored
+        known = state.get(names[stage])
+        if stage == "dense" and not all(map(state.get, names.values())):
+            known = None  # its hidden states are needed
+        if known is not None:
+            progress(len(windows))
+            return unpacked(known, columns)
+        dense, first = self.dense_states(text), span.rows.start
+        if stage == "dense":
+            scores = dense_window_losses(self.decoder, windows, span.scored, batcher, dense, first, progress)
+        else:
+            all_on = Plan(self.decoder.num_layers)
+            scores = window_scores(self.decoder, plan or all_on, windows, span.scored, batcher, dense, first, progress)
+        state.put(names[stage], packed(scores))
+        return scores
+
+    def dense_states(self, text: str) -> DenseStates:
+        """What the distances on a text are measured to: evenly spread windows of it, as many as are kept."""
+        workspace, windows = self.workspace, self.workspace.eval_windows[text]
+        if text not in workspace.dense_states:
+            bytes_per_token = waiting_bytes(self.decoder, 1, 0)
+            fitting = workspace.batcher.ranks.agree(lambda: int(free_host_memory() * _ROOM / bytes_per_token))
+            most = max(1, min(_DISTANCE_TOKENS, fitting) // windows.shape[1])
+            workspace.dense_states[text] = DenseStates(evenly_spread(len(windows), most))
+        return workspace.dense_states[text]
 
     def execute(self) -> dict:
         """Prunes, measures, writes result.json and the model; then all that only shows, which cannot fail the run."""
@@ -141,15 +196,15 @@ class Run(ABC, Generic[Settings, Space]):
         if not self.report.is_first:
             return result
         self.state.put("measured", True)  # so that a run that is stopped from here on is not taken for finished
-        path, settings = self.report.result(result), self.settings
-        self.report.discard_plots()
+        path, settings = self.report.write(RESULT, result), self.settings
+        self.report.discard(REMOVALS, SPARSITY)
         if settings.save_model:
             with self.report.timed("save"):
                 with self.state.saving(settings.save_model, settings.overwrite) as draft:
                     self.save_model(draft)
                     self.check_unchanged()
             result |= {"saved_model": str(settings.save_model.resolve()), "saved": signature(settings.save_model)}
-            self.report.result(result)
+            self.report.write(RESULT, result)
         plot = self.draw(result)
         try:
             self.evaluate_tasks(result, self.keep)
@@ -161,7 +216,7 @@ class Run(ABC, Generic[Settings, Space]):
     def keep(self, result: dict) -> None:
         """Writes a result to which something was added."""
         self.check_unchanged()
-        self.report.result(result)
+        self.report.write(RESULT, result)
 
     def show_written(self, result: Path, plot: Path | str | None, log: Path | None) -> None:
         """Prints which files were written."""
@@ -178,6 +233,7 @@ class Run(ABC, Generic[Settings, Space]):
 
     def execute_cell(self, keep: Callable[[dict], object]) -> dict:
         """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
+        self.is_cell = True
         result = self.compute()
         if self.report.is_first:
             self.evaluate_tasks(result, lambda result: self.check_unchanged())
@@ -204,7 +260,7 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
             check_saved(before, settings.save_model, settings.save_format)
             report.print(f"Finished before: {folder / RESULT}")
             return before
-        state = State(folder / STATE, settings.key, ranks, settings.resume)
+        state = State(folder / STATE, work_of(settings.key), ranks, settings.resume)
         with state.advise_resume(how_to_resume(folder)):
             workspace = kind.load(report, [settings], ranks)
             workspace.state = state
@@ -223,7 +279,7 @@ def run_cell(
     keep: Callable[[dict], object],
 ) -> dict:
     """The result of one cell of a grid, which resumes like a single run."""
-    workspace.state = State.of_cell(report.folder / STATE, settings.key, workspace.batcher.ranks)
+    workspace.state = State.of_cell(report.folder / STATE, work_of(settings.key), workspace.batcher.ranks)
     run = kind(report, settings, workspace)
     run.check_unchanged()
     run.restore()

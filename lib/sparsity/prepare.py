@@ -173,7 +173,10 @@ def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seql
             calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
         for asked in dict.fromkeys(cell.gradients for cell in cells if cell.computes_gradients):
             gradients[asked] = compute.gradient_windows(asked, corpus, tokenizer)
-    evaluation = {text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride) for text in texts}
+    evaluation = {
+        text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride, settings.eval_windows)
+        for text in texts
+    }
     for windows in (*calibration.values(), *gradients.values(), *evaluation.values()):
         check_tokens(settings.model, windows, vocab_size)
     return Texts(calibration, gradients, evaluation)

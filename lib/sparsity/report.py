@@ -1,10 +1,10 @@
 """The console output of an `alp_prune.py` run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
-from lib.evaluation.perplexity import Perplexity
+from lib.evaluation.distance import Evaluation
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
 from lib.reporting.console import Report, columns
@@ -61,19 +61,20 @@ def show_densities(report: Report, scores: Sequence[float] | None, densities: Se
         report.print("  " + row)
 
 
-def show_result(report: Report, result: dict) -> None:
+def show_result(report: Report, result: dict, evaluations: Mapping[str, Mapping[str, Evaluation]]) -> None:
     report.print()
     report.print("Sparsity measured by layer")
     for row in columns([f"{layer}: {found:.4f}" for layer, found in enumerate(result["layer_sparsity"])], 6):
         report.print("  " + row)
     report.print(f"  all: {result['sparsity']:.4f}")
     report.print()
-    report.print(
-        f"Perplexity ({' -> '.join(next(iter(result['perplexity'].values())))}), ± standard error over windows"
-    )
-    for text, found in result["perplexity"].items():
-        errors = result["perplexity_standard_error"][text]
-        report.print(f"  {text}: {' -> '.join(str(Perplexity(found[stage], errors[stage])) for stage in found)}")
+    stages = " -> ".join(next(iter(evaluations.values())))
+    report.print(f"Perplexity ({stages}), and distance to the dense model; ± standard error over windows")
+    for text, found in evaluations.items():
+        report.print(f"  {text}: {' -> '.join(str(one.perplexity) for one in found.values())}")
+        for stage, one in found.items():
+            if one.distance:
+                report.print(f"    {stage + ': ' if len(found) > 2 else ''}{one.distance}")
 
 
 def show_speed(report: Report, speed: dict[str, float], tokens: int) -> None:

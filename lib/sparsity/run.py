@@ -9,7 +9,7 @@ from pathlib import Path
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError
-from lib.evaluation.perplexity import Perplexity, as_fields
+from lib.evaluation.distance import Distance, Evaluation, as_fields
 from lib.export.huggingface import save_weights
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
@@ -59,34 +59,46 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         for part in ("allocate", "prune", "evaluate", "save"):
             self.report.seconds.setdefault(part, 0.0)
         workspace.dense = workspace.dense or self.measure("dense")
-        perplexities = {"dense": workspace.dense}
+        evaluations = {"dense": workspace.dense}
         scores, densities = self.allocate()
         parts, zeros = {}, {}
         if not settings.method.pruning.prunes:
-            perplexities["pruned"] = perplexities["dense"]
+            evaluations["pruned"] = {text: self.unchanged(text) for text in workspace.dense}
             zeros["pruned"] = count_zeros(self.decoder, workspace.groups)
         for stage, pruner in self.stages().items():
             parts[stage] = self.prune_stage(stage, pruner, densities)
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
-                perplexities[stage] = self.measure(stage)
+                evaluations[stage] = self.measure(stage)
+        by_text = {text: {stage: found[text] for stage, found in evaluations.items()} for text in settings.dataset}
         result = {
             "importance": scores,
             "layer_density": densities,
             "sparsity": share(zeros["pruned"]),
             "layer_sparsity": [share([layer]) for layer in zeros["pruned"]],
             **({"quantized_sparsity": share(zeros["quantized"])} if settings.quantization else {}),
-            **as_fields(
-                {text: {stage: found[text] for stage, found in perplexities.items()} for text in settings.dataset}
-            ),
+            **as_fields(by_text),
             "prune_seconds": parts,
         }
-        sparsity_report.show_result(self.report, result)
+        sparsity_report.show_result(self.report, result, by_text)
         return result
 
-    def measure(self, stage: str) -> dict[str, Perplexity]:
-        """Perplexity of the current model on every evaluation text."""
-        return {text: self.perplexity(stage, text) for text in self.workspace.eval_windows}
+    def measure(self, stage: str) -> dict[str, Evaluation]:
+        """Evaluates the current model on every text."""
+        return {text: self.evaluate(stage, text) for text in self.workspace.eval_windows}
+
+    @property
+    def next_step(self) -> str:
+        lower = "a lower sparsity, or more calibration text"
+        return lower if self.settings.method.pruner == "admm" else "--prune_method admm, or a lower sparsity"
+
+    def unchanged(self, text: str) -> Evaluation:
+        """The evaluation of a model of which nothing was pruned."""
+        return Evaluation(self.workspace.dense[text].perplexity, Distance.none(len(self.dense_states(text).places)))
+
+    @property
+    def stages_after_dense(self) -> Sequence[str]:
+        return list(self.stages())
 
     # Allocation
 
@@ -268,6 +280,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             "nsamples": settings.nsamples,
             "seqlen": workspace.seqlen,
             "eval_stride": settings.eval_stride,
+            "eval_windows": settings.eval_windows,
             "seed": settings.seed,
             "dtype": dtype_name(self.decoder.model),
             "batch_size": workspace.batcher.size,

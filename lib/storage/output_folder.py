@@ -13,13 +13,13 @@ from lib.files import read_json
 from lib.storage.atomic import check_writable, write_json
 
 Kind = Literal["run", "grid"]
-RESULT, LOG, STATE = "result.json", "log.txt", "state"
+RESULT, PLAN, LOG, STATE = "result.json", "plan.json", "log.txt", "state"
 RESULTS, TABLE, CSV = "results.jsonl", "table.md", "table.csv"
 REMOVALS, SPARSITY, GRID_PLOT = "block_influence.png", "sparsity.png", "perplexity-{}.png"
 MARK = "run.json"  # written before all others
 PLOT_MARK = "pruning-run-plot"  # in the metadata of every plot
 _FORMAT = "output/1"
-_NAMES = (RESULT, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
+_NAMES = (RESULT, PLAN, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
 _IN_WORDS = {"run": "a single run", "grid": "a grid of results"}
 
 
@@ -64,6 +64,15 @@ def check_plot(path: Path, flag: str) -> None:
         raise InputError(f"{flag}: {path} is not a regular file, so it is not replaced; name another")
     if path.exists() and (head := path.read_bytes()[:4096]) and PLOT_MARK.encode() not in head:
         raise InputError(f"{flag}: {path} is no plot of ours, so it is not replaced; name another")
+
+
+def find_plan(path: Path) -> Path:
+    """The file of a plan that is given by itself or by its output folder, which may hold an unfinished run."""
+    if not path.is_dir():
+        return path
+    # An unfinished run may be about to replace a finished one.
+    names = (PLAN, RESULT) if (path / STATE).exists() else (RESULT, PLAN)
+    return next((path / name for name in names if (path / name).exists()), path / RESULT)
 
 
 def is_of_ours(path: Path, folder: Path) -> bool:

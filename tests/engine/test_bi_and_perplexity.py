@@ -11,7 +11,7 @@ import lib.engine.tail
 from lib.config.plan import Plan
 from lib.depth.block_influence import block_influence
 from lib.engine.tail import tail_losses, token_losses
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.errors import RunError
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder

@@ -15,7 +15,7 @@ from lib.config.sources import ModelSource
 from lib.depth.block_influence import block_influence
 from lib.depth.greedy import greedy_search
 from lib.depth.trial_losses import Sweep
-from lib.engine.window_losses import plan_window_losses
+from lib.engine.window_scores import plan_window_losses
 from lib.errors import InputError
 from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights

@@ -1,0 +1,47 @@
+"""A verdict on a pruned model, from its distance to the dense one: usable, damaged or broken."""
+
+from typing import NamedTuple
+
+
+class Threshold(NamedTuple):
+    """What a model must keep to on every text for a verdict."""
+
+    verdict: str
+    kl_divergence: float  # at most, in nats a token
+    top1_agreement: float  # at least
+
+
+USABLE = Threshold("usable", 0.2, 0.8)
+THRESHOLDS = (USABLE, Threshold("damaged", 0.6, 0.6))
+WORST = "broken"
+LEGEND = "; ".join(
+    f"{one.verdict}: a KL divergence of at most {one.kl_divergence:g} nats a token to the dense model, and at least "
+    f"{one.top1_agreement:.0%} of its first choices kept"
+    for one in THRESHOLDS
+)
+VERDICTS = (*(threshold.verdict for threshold in THRESHOLDS), WORST)
+
+
+def verdict(kl_divergence: float, top1_agreement: float) -> str:
+    """One of `VERDICTS`, for one text."""
+    for threshold in THRESHOLDS:
+        if kl_divergence <= threshold.kl_divergence and top1_agreement >= threshold.top1_agreement:
+            return threshold.verdict
+    return WORST
+
+
+def verdict_of(result: dict) -> str | None:
+    """The worst verdict on the texts of a result.json, for its last stage; None where nothing was evaluated."""
+    found = [
+        verdict(list(stages.values())[-1], list(result["top1_agreement"][text].values())[-1])
+        for text, stages in result["kl_divergence"].items()
+    ]
+    return max(found, key=VERDICTS.index, default=None)
+
+
+def describe(found: str, next_step: str) -> str:
+    """The verdict in words; the next step is for a model that is not usable."""
+    if found == USABLE.verdict:
+        return found
+    limits = f"KL divergence at most {USABLE.kl_divergence:g}, first choices kept at least {USABLE.top1_agreement:.0%}"
+    return f"{found} (usable: {limits}); try {next_step}"
