@@ -37,6 +37,11 @@ RESULT = {
     "dataset": "demo",
     "perplexity": {"demo": {"dense": 21.4, "pruned": 24.8}},
     "perplexity_standard_error": {"demo": {"dense": 0.6, "pruned": 0.7}},
+    "kl_divergence": {"demo": {"pruned": 0.2}},
+    "kl_divergence_standard_error": {"demo": {"pruned": 0.01}},
+    "kl_divergence_by_window": {"demo": {"pruned": [0.1, 0.3]}},
+    "top1_agreement": {"demo": {"pruned": 0.8}},
+    "top1_agreement_standard_error": {"demo": {"pruned": 0.01}},
 }
 
 

@@ -23,6 +23,7 @@ from lib.config.gradients import GradientSettings
 from lib.config.sources import ModelSource, check_model, short_name
 from lib.data.corpora import load_corpus
 from lib.errors import InputError
+from lib.evaluation.distance import FIELDS
 from lib.files import digest_of_json
 from lib.models.loading import load_model, load_tokenizer
 from lib.storage import output_folder
@@ -507,7 +508,7 @@ def test_names_in_the_results_of_a_grid_become_no_paths(tiny_folder, text_file, 
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     for line in lines:
         line["result"] |= dict.fromkeys(("model", "model_name", "dataset", "prune_method", "gradients"), OUTSIDE)
-        for field in ("perplexity", "perplexity_standard_error"):
+        for field in FIELDS:
             line["result"][field] = {OUTSIDE: next(iter(line["result"][field].values()))}
         line["digest"] = digest_of_json({"key": line["key"], "result": line["result"]})
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -16,8 +16,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def token_divergences(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(dense || model) of each token in nats: logits (..., V) of any dtype -> fp32 (...), at least 0."""
     dense, other = (some.float().log_softmax(-1) for some in (dense_logits, logits))
-    terms = dense.exp()
-    terms = terms.mul_(dense - other).masked_fill_(terms == 0, 0)  # tokens that the dense model rules out count nothing
+    shares = dense.exp()
+    terms = (dense - other).mul_(shares).masked_fill_(shares == 0, 0)  # what the dense model rules out counts nothing
     return terms.sum(-1).clamp_(min=0)
 
 

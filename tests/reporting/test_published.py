@@ -1,6 +1,7 @@
 """The published figures: that they are told where model, method and settings match, and only there."""
 
 import re
+import statistics
 from collections import Counter
 
 import pytest
@@ -39,7 +40,7 @@ def alp_result(**changes) -> dict:
     result |= changes
     values = result.setdefault("perplexity", values)
     result["perplexity_standard_error"] = {text: dict.fromkeys(found) for text, found in values.items()}
-    return result
+    return result | distances(values)
 
 
 def depth_result(method: str, target: float, actual: float, value: float, text="wikitext2") -> dict:
@@ -54,6 +55,25 @@ def depth_result(method: str, target: float, actual: float, value: float, text="
         "seed": 0,
         "perplexity": {text: {"dense": 5.47, "pruned": value}},
         "perplexity_standard_error": {text: {"dense": 0.1, "pruned": 0.2}},
+        **distances({text: ["dense", "pruned"]}),
+    }
+
+
+def distances(texts, by_window=(0.1, 0.3, 0.2), agreement=0.9) -> dict:
+    """The fields of a result about its distances to the dense model: the same for all texts and stages."""
+    values = {
+        "kl_divergence": statistics.mean(by_window),
+        "kl_divergence_standard_error": 0.01,
+        "kl_divergence_by_window": list(by_window),
+        "top1_agreement": agreement,
+        "top1_agreement_standard_error": 0.02,
+    }
+    return {
+        name: {
+            text: dict.fromkeys([stage for stage in stages if stage != "dense"], value)
+            for text, stages in texts.items()
+        }
+        for name, value in values.items()
     }
 
 
@@ -144,7 +164,7 @@ def test_tables_show_the_figure_and_the_difference():
     fewer = {"shown": {"boolq": 65.0, "rte": 55.0}, "mean": 60.0}
     table = markdown(entries([alp_result(prune_method="wanda", alpha=None, zero_shot=fewer)]))
     assert "| wanda | 65.00 [57.92, +7.08] | 55.00 [57.76, -2.76] | 60.00 |" in table
-    (row,) = [line for line in csv_table(found).splitlines() if ",wanda_alp," in line]
+    (row,) = [line for line in csv_table(found).splitlines() if ",wanda_alp," in line and ",perplexity," in line]
     assert row.startswith("Enoch/llama-7b-hf,wanda_alp,70%,0.700000,0,perplexity,wikitext2,24.6400,,24.14,0.5000,")
 
 
@@ -209,3 +229,19 @@ def test_presets_of_depth_are_whole_tables(name):
     assert DEPTH_PRESETS[name].items() <= vars(args).items()
     assert len(ppllms.cells(args)) == {"ppllms-25": 2 * 6 * 3, "demo": 6 * 3}[name]
     assert ppllms.parse(["--preset", name, "--prune_rate", "0.4"]).prune_rate == [0.4]
+
+
+def test_a_table_says_how_far_a_divergence_is_above_the_lowest_of_its_column():
+    """By hand: the windows of wanda are 0.1, 0.1 and 0.4 above those of wanda_alp; their standard error is 0.1."""
+    results = [
+        alp_result() | distances({"wikitext2": ["pruned"]}, (0.1, 0.3, 0.2)),
+        alp_result(prune_method="wanda") | distances({"wikitext2": ["pruned"]}, (0.2, 0.4, 0.6), 0.5),
+    ]
+    found = entries(results)
+    table = markdown(found)
+    assert "KL divergence to the dense model on wikitext2, in nats a token\n" in table
+    assert "| wanda_alp | 0.200 |" in table and "| wanda | 0.400 [+0.200 ± 0.100] |" in table
+    assert "| wanda_alp | 90.0 |" in table and "| wanda | 50.0 |" in table
+    assert "llama-7b-hf: usable wanda_alp 70%; broken wanda 70%." in table
+    (row,) = [line for line in csv_table(found).splitlines() if ",wanda," in line and ",kl_divergence," in line]
+    assert row.endswith(",0.200000,0.100000")

@@ -28,14 +28,14 @@ KEPT = [
     (Changes, "write"),
     (compute._Unfinished, "save"),
     (artifact, "write"),
-    (Report, "result"),
+    (Report, "write"),
     (lib.depth.run, "save_pruned"),
     (lib.sparsity.run, "save_weights"),
 ]
 WORK = [
     (lib.depth.searches, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
-    (lib.runs.single, "perplexity"),
+    (lib.runs.single, "window_scores"),
     (lib.depth.compensation, "_refit_layer"),
     (lib.sparsity.run, "layer_scores"),
     (lib.sparsity.run, "count_zeros"),
