@@ -165,8 +165,8 @@ class Run(ABC, Generic[Settings, Space]):
         names = {one: f"{one}: last {span.scored} tokens of {digest}" for one in ("dense", *self.stages_after_dense)}
         columns = 1 if stage == "dense" else 2 + span.scored
         known = state.get(names[stage])
-        if stage == "dense" and not all(map(state.get, names.values())):
-            known = None  # its hidden states are needed
+        if stage == "dense" and (self.is_cell or not all(map(state.get, names.values()))):
+            known = None  # its hidden states are needed, by this run or by the next cell
         if known is not None:
             progress(len(windows))
             return unpacked(known, columns)

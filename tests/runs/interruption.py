@@ -78,14 +78,14 @@ class Interruption:
         self.work: list[str] = []
         self.at, self.is_after, self.act = at, is_after, act or stop
         for owner, name in KEPT:
-            monkeypatch.setattr(owner, name, self._step(name, getattr(owner, name)))
+            monkeypatch.setattr(owner, name, self._step(owner, name, getattr(owner, name)))
         for owner, name in WORK:
             monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
 
-    def _step(self, name: str, function: Callable) -> Callable:
+    def _step(self, owner: object, name: str, function: Callable) -> Callable:
         def step(*args, **options):
             number = len(self.steps)
-            self.steps.append(name)
+            self.steps.append(args[1] if owner is Report else name)  # the file that is written
             if number == self.at and not self.is_after:
                 self.act()
             result = function(*args, **options)
