@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lib.sparsity.layerwise
 from tests.command import GOES_ON, run
-from tests.runs.interruption import COUNTS, RUNS, Command, Interruption, files_of, litter_of
+from tests.runs.interruption import COUNTS, RUNS, Command, Interruption, files_of, litter_of, result_of
 
 STOPPED = ": stopped; what is finished is kept: " + GOES_ON
 NOTHING_YET = ": stopped; nothing is finished yet, and the same command starts again\n"
@@ -152,6 +152,32 @@ def test_a_model_that_another_saves_there_meanwhile_is_not_replaced(command, nam
         assert asked.run(tmp_path / "run", *flags)[0] == 2
     assert asked.run(tmp_path / "run", "--resume", "--overwrite")[0] == 0
     assert asked.found(tmp_path / "run") == asked.found(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["ppllms", "wanda_alp"])
+def test_a_stopped_run_may_go_on_with_another_evaluation(command, name, text_file, tmp_path):
+    asked, flags = command(name), ["--eval_windows", 3, "--eval_stride", 16]
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    flags += ["--eval_datasets" if name == "ppllms" else "--dataset", other, text_file]
+    _, whole = asked.run(tmp_path / "whole", *flags)
+    asked.run(tmp_path / "run", at=STOPPED_AT[name], is_after=True)
+    status, rest = asked.run(tmp_path / "run", *flags, "--resume")
+    assert status == 0 and asked.found(tmp_path / "run") == asked.found(tmp_path / "whole")
+    assert not {"block_influence", "summarize"} & set(rest.work)  # which were finished
+    assert not litter_of(tmp_path / "run")
+
+
+def test_the_plan_is_kept_as_soon_as_the_search_has_ended(depth, tmp_path, monkeypatch):
+    asked = depth(*COUNTS)
+    _, whole = asked.run(tmp_path / "whole")
+    asked.run(tmp_path / "run", at=whole.steps.index("plan.json"), is_after=True)
+    assert not (tmp_path / "run/run/result.json").exists()
+    flags = ["--apply_plan", tmp_path / "run/run", "--eval_ppl", "no", "--output_dir", tmp_path / "applied"]
+    assert run(*flags, monkeypatch=monkeypatch) == 0
+    found = json.loads((tmp_path / "applied/result.json").read_text())
+    assert found["mha_removed"] == result_of(tmp_path / "whole/run")["mha_removed"]
+    assert not (tmp_path / "applied/plan.json").exists()  # it is where it was found
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------
