@@ -35,7 +35,7 @@ class DenseStates:
 
     def of(self, rows: slice) -> tuple[list[int], torch.Tensor]:
         """Which of the windows among `rows` have states, from 0, and these (K, T, D); empty for none."""
-        here = [place for place in range(rows.start, rows.stop) if place in self._states]
+        here = [place for place in range(rows.start, rows.stop) if place in self._chosen]
         states = [self._states[place] for place in here]
         return [place - rows.start for place in here], torch.stack(states) if states else torch.zeros(0)
 

@@ -152,8 +152,8 @@ class Run(ABC, Generic[Settings, Space]):
         Each part is kept in the state, so that a stopped run goes on where it was.
         """
         windows, batcher = self.workspace.eval_windows[text], self.workspace.batcher
-        at_once = batcher.size * batcher.ranks.count
-        at_once *= -(-len(windows) // at_once) if self.decoder.is_offloaded else -(-len(windows) // at_once // _PARTS)
+        at_once = batcher.first_size * batcher.ranks.count  # the same for all stages and processes
+        at_once *= -(-len(windows) // (at_once * (1 if self.decoder.is_offloaded else _PARTS)))
         spans = spans_of(len(windows), windows.shape[1], self.settings.eval_stride, at_once)
         with self.report.timed("evaluate"), self.report.progress(len(windows), f"{stage} on {text}") as progress:
             return evaluation_of(spans, [self._scores(stage, text, span, plan, progress) for span in spans])

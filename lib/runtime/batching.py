@@ -33,11 +33,11 @@ class Batcher:
     def __init__(self, size: int, ranks: Ranks = ALONE):
         self.size = size
         self.ranks = ranks
-        self._first_size = size  # the same in all processes, even after one ran out of memory
+        self.first_size = size  # the same in all processes, even after one ran out of memory
 
     def share(self, count: int) -> slice:
         """This process's slice of `count` windows."""
-        return self.ranks.share(count, self._first_size)
+        return self.ranks.share(count, self.first_size)
 
     def map(
         self, function: Callable[[slice], torch.Tensor], count: int, progress: Progress | None = None
