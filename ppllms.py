@@ -37,6 +37,7 @@ from lib.config.depth import COMPENSATIONS, DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
+from lib.config.tasks import expand_sets
 from lib.errors import InputError, printable
 from lib.export import gguf
 from lib.storage.output_folder import RESULT
@@ -124,6 +125,7 @@ def add_text_flags(group) -> None:
     group.add_argument(
         "--eval_datasets", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
     )
+    flags.add_tasks(group, "none")
 
 
 def add_compensation_flags(group) -> None:
@@ -146,6 +148,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args, given = flags.parse_with_preset(build_parser(), DEPTH_PRESETS, arguments)
     check_together(args, given)
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
+    args.tasks = expand_sets(args.tasks or ())
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args
 
@@ -225,6 +228,8 @@ def check(args: argparse.Namespace) -> None:
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
         )
+    if args.tasks:
+        checks.check_lm_eval("--tasks")
     checks.check_device(args)
     needs_windows = not args.apply_plan and any(DEPTH_METHODS[method].needs_windows for method in args.method)
     used_texts: dict[str, None] = {}
@@ -243,11 +248,11 @@ def check(args: argparse.Namespace) -> None:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
         plan = [args.apply_plan] if args.apply_plan else []
-        checks.check_output(args, [*args.model_name, *used_texts, *plan])
+        checks.check_output(args, [*args.model_name, *used_texts, *args.tasks, *plan])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})
-    if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)):
+    if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)) or args.tasks:
         checks.prefer_cache_without_network()
 
 

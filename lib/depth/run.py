@@ -49,7 +49,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         depth_report.show_model(self.report, self.settings.model_name, self.decoder)
 
     def prune(self) -> dict:
-        """Finds the plan, measures perplexity, and compensates. The model loses its sublayers in `save_model`."""
+        """Finds the plan, measures the model, and compensates. The model loses its sublayers in `save_model`."""
+        self.tasks.measure("dense")
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
             total, compensates = self.decoder.total_parameters, self.settings.compensates
@@ -59,6 +60,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         parameters = self.count_parameters()
         depth_report.show_plan(self.report, self.plan, parameters)
         perplexities = self.measure()
+        self.tasks.measure("pruned", self.plan)
         return {
             **found,
             "mha_removed": list(self.plan.mha_removed),
@@ -100,7 +102,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         return found
 
     def compensate(self, perplexities: dict[str, dict[str, Perplexity]]) -> dict[str, dict]:
-        """Refits projections, and adds the perplexity after that; returns the `compensation` of result.json."""
+        """Refits projections, and measures the model again; returns the `compensation` of result.json."""
         settings, state, decoder = self.settings, self.state, self.decoder
         windows = self.workspace.compensation_windows[settings.seed]
         depth_report.show_compensation(self.report, settings, windows)
@@ -112,6 +114,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         for text, stages in perplexities.items():
             stages["compensated"] = self.perplexity("compensated", text, self.plan)
             depth_report.show_compensated(self.report, text, stages)
+        self.tasks.measure("compensated", self.plan)
         return {"compensation": describe_compensation(settings, windows, refits)}
 
     def describe(self) -> dict:

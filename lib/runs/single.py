@@ -20,12 +20,15 @@ from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
+from lib.evaluation.answers import Answers
 from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import how_to_load
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
+from lib.runs.tasks import TaskStages
 from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -48,6 +51,8 @@ class Workspace:
     eval_windows: dict[str, torch.Tensor]  # (N, T), by text
     state: State = field(default_factory=lambda: State(None, {}))  # of the current run
     dense: dict[str, Perplexity] = field(default_factory=dict)  # by text
+    tasks: Tasks | None = None
+    dense_answers: Answers | None = None  # to the tasks
 
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
@@ -63,6 +68,7 @@ class Run(ABC, Generic[Settings, Space]):
     def __init__(self, report: Report, settings: Settings, workspace: Space):
         self.report, self.settings, self.workspace = report, settings, workspace
         self.decoder, self.state = workspace.decoder, workspace.state
+        self.tasks = TaskStages(report, workspace)
 
     # What a tool defines
 
@@ -92,8 +98,8 @@ class Run(ABC, Generic[Settings, Space]):
     def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
         """Gives the model its dense weights back before the next cell of a grid."""
 
-    def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:  # noqa: B027
-        """Adds measurements that take long or may fail; `keep` writes the result after each."""
+    def measure_speed(self, result: dict, keep: Callable[[dict], object]) -> None:  # noqa: B027
+        """Adds the speed of the pruned model, where it is asked for; `keep` writes the result."""
 
     def append_log(self, result: dict) -> Path | None:
         """Appends the result to the log of runs, where one is asked for; returns its path."""
@@ -104,7 +110,7 @@ class Run(ABC, Generic[Settings, Space]):
     def compute(self) -> dict:
         """Prunes and measures; returns what result.json holds."""
         self.show_model()
-        fields = self.prune()
+        fields = self.prune() | self.tasks.show()
         self.check_unchanged()
         return {
             "tool": self.tool,
@@ -152,10 +158,11 @@ class Run(ABC, Generic[Settings, Space]):
             self.report.result(result)
         plot = self.draw(result)
         try:
-            self.evaluate_tasks(result, self.keep)
+            self.measure_speed(result, self.keep)
         finally:
             log = self.append_log(result)
         self.show_written(path, plot, log)
+        self.tasks.check()
         return result
 
     def keep(self, result: dict) -> None:
@@ -179,8 +186,9 @@ class Run(ABC, Generic[Settings, Space]):
     def execute_cell(self, keep: Callable[[dict], object]) -> dict:
         """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
         result = self.compute()
+        self.tasks.check()
         if self.report.is_first:
-            self.evaluate_tasks(result, lambda result: self.check_unchanged())
+            self.measure_speed(result, lambda result: self.check_unchanged())
             self.append_log(result)
         keep(result)
         return result

@@ -14,7 +14,7 @@ from lib.export.huggingface import save_weights
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
-from lib.models.offload import fetched_by_forward, follow
+from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
 from lib.reporting.plots import plot_sparsity
@@ -60,16 +60,19 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             self.report.seconds.setdefault(part, 0.0)
         workspace.dense = workspace.dense or self.measure("dense")
         perplexities = {"dense": workspace.dense}
+        self.tasks.measure("dense")
         scores, densities = self.allocate()
         parts, zeros = {}, {}
         if not settings.method.pruning.prunes:
             perplexities["pruned"] = perplexities["dense"]
+            self.tasks.copy("dense", to="pruned")
             zeros["pruned"] = count_zeros(self.decoder, workspace.groups)
         for stage, pruner in self.stages().items():
             parts[stage] = self.prune_stage(stage, pruner, densities)
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
                 perplexities[stage] = self.measure(stage)
+                self.tasks.measure(stage)
         result = {
             "importance": scores,
             "layer_density": densities,
@@ -186,7 +189,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         """The weights that a stage has changed so far, kept with the state."""
         return Changes(self.state.folder / stage, f"{self.state.key} {stage}")
 
-    # 2:4 kernels and tasks
+    # 2:4 kernels
 
     def sparse_kernels(self) -> AbstractContextManager:
         """Inside, the pruned model runs in torch's 2:4 kernels, if requested."""
@@ -204,30 +207,23 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
                 "semi_structured": semi_structured_kernels.tokens_per_second(self.decoder, input_ids),
             }
 
-    def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:
-        """Adds the speed in 2:4 kernels and the zero-shot accuracy, if requested."""
-        workspace = self.workspace
+    def measure_speed(self, result: dict, keep: Callable[[dict], object]) -> None:
+        """Adds the speed in 2:4 kernels, if requested."""
         if self.settings.semi_structured:
             result["tokens_per_second"] = self.compare_speed()
             keep(result)
-            sparsity_report.show_speed(self.report, result["tokens_per_second"], workspace.seqlen)
-        if workspace.zero_shot:
-            with self.report.timed("zero_shot"), self.sparse_kernels(), fetched_by_forward(self.decoder.layers):
-                model, batch_size = self.decoder.model, workspace.batcher.size
-                result["zero_shot"] = workspace.zero_shot.accuracy(model, workspace.tokenizer, batch_size)
-            keep(result)
-            sparsity_report.show_zero_shot(self.report, result["zero_shot"])
+            sparsity_report.show_speed(self.report, result["tokens_per_second"], self.workspace.seqlen)
 
     # Output
 
     def append_log(self, result: dict) -> Path | None:
         """Appends a result to the log once, however often the run is resumed.
 
-        Appends it again if the tasks failed the first time and are evaluated now.
+        Appends it again if a task failed the first time and all are measured now.
         """
         if not self.settings.log:
             return None
-        name = "rows with tasks" if "zero_shot" in result else "rows"
+        name = "rows without tasks" if self.tasks.failure else "rows"
         rows = self.state.once(name, lambda: log_tsv.rows(result, self.report.folder))
         return log_tsv.append(self.settings.log, rows)
 
