@@ -18,17 +18,17 @@ import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from
 
 # isort: split
 import argparse
-import importlib.util
 from pathlib import Path
 
 from lib.cli import checks, flags, types
 from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings
-from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, ZERO_SHOT_TASKS, Method, Pattern, parse_method
+from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, Method, Pattern, parse_method
 from lib.config.presets import ALP_PRESETS
 from lib.config.quantization import Quantization
 from lib.config.sparsity import SparsityPruning
+from lib.config.tasks import ZERO_SHOT_TASKS, expand_sets, flag_of
 from lib.errors import InputError
 from lib.storage import log_tsv
 from lib.storage.atomic import check_writable
@@ -67,13 +67,9 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--dataset", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"
     )
-    group.add_argument("--eval_zero_shot", action="store_true", help="measure zero-shot accuracy (needs lm-eval)")
-    group.add_argument(
-        "--tasks",
-        type=types.name,
-        nargs="+",
-        help=f"of lm_eval: names or YAML files (default: {' '.join(ZERO_SHOT_TASKS)})",
-    )
+    six = " ".join(ZERO_SHOT_TASKS)
+    group.add_argument("--eval_zero_shot", action="store_true", help=f"the same as --tasks {six}")
+    flags.add_tasks(group, "none, or the six of --eval_zero_shot")
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("saving")
     group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
@@ -91,6 +87,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), ALP_PRESETS, arguments)
     args.ratio_is_given = "sparsity_ratio" in given  # and not only by the preset
+    args.tasks = expand_sets(args.tasks or (ZERO_SHOT_TASKS if args.eval_zero_shot else ()))
     args.prune_method = [parse_method(name).name for name in args.prune_method]
     if args.model_name and len(args.model) > 1:
         raise InputError("--model_name: is the name of one model; leave it out")
@@ -174,10 +171,8 @@ def check(args: argparse.Namespace) -> None:
     """Checks everything that needs no torch, except what each run checks itself. Raises `InputError`."""
     for model in args.model:
         sources.check_model(model)
-    if args.tasks and not args.eval_zero_shot:
-        raise InputError("--tasks: needs --eval_zero_shot")
-    if args.eval_zero_shot and importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--eval_zero_shot: lm_eval is not installed; pip install lm-eval")
+    if args.tasks:
+        checks.check_lm_eval(flag_of(args.tasks))
     name = args.model_name or "-"
     if "/" in name or name in (".", "..") or not name.isprintable():
         raise InputError(f"--model_name {name}: is used in file names; give one without slashes and line ends")
@@ -193,13 +188,13 @@ def check(args: argparse.Namespace) -> None:
         checks.check_grid_output(args)
     else:
         files = [path for path in (args.gradients, log_folder_of(args)) if path]
-        checks.check_output(args, [*args.model, *used_texts, *(args.tasks or ()), *files])
+        checks.check_output(args, [*args.model, *used_texts, *args.tasks, *files])
     if args.gradients and len(args.model) > 1:
         raise InputError("--gradients: are of one model; leave them out, or give one model")
     if log_folder := log_folder_of(args):
         check_writable(log_folder, "--save")
         log_tsv.check(log_folder)
-    if any(map(sources.is_hub_model, args.model)) or any(map(sources.is_hub_text, used_texts)) or args.eval_zero_shot:
+    if any(map(sources.is_hub_model, args.model)) or any(map(sources.is_hub_text, used_texts)) or args.tasks:
         checks.prefer_cache_without_network()
 
 
@@ -268,7 +263,6 @@ def cell(args: argparse.Namespace, model: str, seed: int, method: Method, patter
         ),
         "gradient_file": args.gradients,
         "log": log_folder_of(args),
-        "tasks": tuple(args.tasks or ZERO_SHOT_TASKS) if args.eval_zero_shot else (),
     }
 
 

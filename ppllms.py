@@ -37,6 +37,7 @@ from lib.config.depth import COMPENSATIONS, DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
+from lib.config.tasks import expand_sets
 from lib.errors import InputError, printable
 from lib.export import gguf
 from lib.storage.output_folder import PLAN, RESULT, find_plan
@@ -126,6 +127,7 @@ def add_text_flags(group) -> None:
     group.add_argument(
         "--eval_datasets", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo)"
     )
+    flags.add_tasks(group, "none")
 
 
 def add_compensation_flags(group) -> None:
@@ -149,6 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check_together(args, given)
     args.apply_plan = find_plan(args.apply_plan) if args.apply_plan else None
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
+    args.tasks = expand_sets(args.tasks or ())
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args
 
@@ -228,6 +231,8 @@ def check(args: argparse.Namespace) -> None:
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
         )
+    if args.tasks:
+        checks.check_lm_eval("--tasks")
     checks.check_device(args)
     needs_windows = not args.apply_plan and any(DEPTH_METHODS[method].needs_windows for method in args.method)
     used_texts: dict[str, None] = {}
@@ -246,12 +251,12 @@ def check(args: argparse.Namespace) -> None:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
         plan = [args.apply_plan] if args.apply_plan else []
-        checks.check_output(args, [*args.model_name, *used_texts, *plan])
+        checks.check_output(args, [*args.model_name, *used_texts, *args.tasks, *plan])
     if args.apply_plan:
         for target in (args.output_dir / name for name in (RESULT, PLAN) if args.output_dir):
             check_plan_stays(args.apply_plan, {"--output_dir": target})
         check_plan_stays(args.apply_plan, {"--save_model": args.save_model})
-    if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)):
+    if any(map(sources.is_hub_model, args.model_name)) or any(map(sources.is_hub_text, used_texts)) or args.tasks:
         checks.prefer_cache_without_network()
 
 

@@ -574,8 +574,8 @@ def test_the_name_of_a_task_becomes_no_path(tiny_folder, text_file, tmp_path, he
     pytest.importorskip("lm_eval")
     (tmp_path / "q.jsonl").write_text('{"question": "The layer was", "choices": ["removed", "of 31"], "answer": 0}\n')
     (tmp_path / "task.yaml").write_text(TASK.format(name=OUTSIDE, data=tmp_path / "q.jsonl"))
-    flags = [*flags_of(alp_prune, tiny_folder, text_file), "--eval_zero_shot", "--tasks", tmp_path / "task.yaml"]
+    flags = [*flags_of(alp_prune, tiny_folder, text_file), "--tasks", tmp_path / "task.yaml"]
     with nothing_changes_outside(here):
         assert run(*flags, monkeypatch=monkeypatch, script=alp_prune) == 0
     (result,) = here.rglob("result.json")
-    assert OUTSIDE in json.loads(result.read_text())["zero_shot"]["tasks"]
+    assert OUTSIDE in json.loads(result.read_text())["tasks"]["accuracy"]

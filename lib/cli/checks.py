@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import hashlib
+import importlib.util
 import os
 import socket
 import tempfile
@@ -32,6 +33,12 @@ def check_device(args: argparse.Namespace) -> None:
         raise InputError("--device_map: several processes have a device each; leave it out")
     if ":" in args.device and are_several:
         raise InputError(f"--device {args.device}: several processes have a device each; give its kind only")
+
+
+def check_lm_eval(flag: str) -> None:
+    """Raises `InputError` when lm_eval, which a flag needs, is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"{flag}: lm_eval is not installed; pip install lm-eval")
 
 
 def is_grid(args: argparse.Namespace, axes: Sequence[str]) -> bool:

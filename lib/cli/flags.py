@@ -12,6 +12,7 @@ from lib.cli.types import choice, count, folder, name, positive
 from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
 from lib.config.methods import Entry
 from lib.config.sources import PACKINGS, TEXT_KINDS, ModelSource
+from lib.config.tasks import TASK_SETS
 from lib.errors import describe_failure, nearest, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -107,6 +108,14 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
     group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
     group.add_argument("--resume", action="store_true", help="continue the stopped run in --output_dir")
+
+
+def add_tasks(group, default: str) -> None:
+    """Adds the flag `--tasks`; `default` says what is measured without it."""
+    sets = ", ".join(f"{name} ({' '.join(tasks)})" for name, tasks in TASK_SETS.items())
+    group.add_argument(
+        "--tasks", type=name, nargs="+", help=f"of lm_eval: names, YAML files, or {sets} (default: {default})"
+    )
 
 
 def add_gradient_flags(group, ngrad: str) -> None:

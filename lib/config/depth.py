@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.config.keys import key_of
 from lib.config.methods import DEPTH_METHODS, DepthMethod
 from lib.config.plan import SavedPlan
-from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
+from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 
 COMPENSATIONS = ("none", "nearest", "all")  # which output projections are refitted; see lib.depth.compensation
@@ -45,6 +45,7 @@ class DepthPruning:
     compensate_dataset: Sequence[str] = ()
     compensate_shares: Sequence[float] | None = None  # of the windows; None: equal ones
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
+    tasks: Sequence[str] = ()  # of lm_eval
     save_model: Path | None = None
     save_format: str = "hf"
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
@@ -70,9 +71,9 @@ class DepthPruning:
 
     @property
     def inputs(self) -> list[Input]:
-        """Everything that the run reads: the model, and its texts."""
+        """Everything that the run reads: the model, its texts, and tasks."""
         texts = [*([self.dataset] if self.needs_windows else []), *self.compensate_dataset, *self.texts]
-        return [(MODEL, self.model_name), *((TEXT, name) for name in texts)]
+        return [(MODEL, self.model_name), *((TEXT, name) for name in texts), *((FILE, name) for name in self.tasks)]
 
     @property
     def key(self) -> dict:

@@ -17,7 +17,6 @@ from lib.errors import InputError, did_you_mean
 
 DENSE = "dense"
 UNIFORM = "uniform"
-ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "arc_challenge", "mnli", "openbookqa")  # the tasks of ALP's table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Settings of whole tables: `--preset NAME` gives these values to flags that are not given. Imports no torch."""
 
-from lib.config.methods import DENSE, DEPTH_METHODS, METHODS, ZERO_SHOT_TASKS
+from lib.config.methods import DENSE, DEPTH_METHODS, METHODS
+from lib.config.tasks import ZERO_SHOT_TASKS
 
 _ALP_PAPER = {  # the paper's settings, with gradients as in the released code
     "seqlen": 2048,
@@ -39,8 +40,7 @@ ALP_PRESETS = {
         **_ALP_PAPER,
         "model": [_LLAMA_1_7B],
         "prune_method": [DENSE, "wanda", "wanda_alp", "sparsegpt", "sparsegpt_alp", "ria", "ria_alp"],
-        "eval_zero_shot": True,
-        "tasks": list(ZERO_SHOT_TASKS),
+        "tasks": ZERO_SHOT_TASKS,
     },
     "demo": {
         "model": ["demo"],

@@ -1,7 +1,7 @@
 """The settings of a run of `alp_prune.py`. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,7 +44,7 @@ class SparsityPruning:
     eval_stride: int | None = None
     eval_windows: int | None = None  # of each text; None: all
     semi_structured: bool = False
-    tasks: Sequence[str] = field(default_factory=tuple)
+    tasks: Sequence[str] = ()  # of lm_eval
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
     save_format: ClassVar[str] = "hf"  # the only one
 

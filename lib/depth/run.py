@@ -49,7 +49,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         depth_report.show_model(self.report, self.settings.model_name, self.decoder)
 
     def prune(self) -> dict:
-        """Finds the plan, evaluates, and compensates. The model loses its sublayers in `save_model`."""
+        """Finds the plan, measures the model, and compensates. The model loses its sublayers in `save_model`."""
+        self.tasks.measure("dense")
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
             total, compensates = self.decoder.total_parameters, self.settings.compensates
@@ -64,6 +65,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             if not self.settings.saved_plan:
                 self.report.write(PLAN, {"tool": self.tool, **self.describe(), **removed, "parameters": parameters})
         evaluations = self.measure()
+        self.tasks.measure("pruned", self.plan)
         return {
             **found,
             **removed,
@@ -104,17 +106,15 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
     def measure(self) -> dict[str, dict[str, Evaluation]]:
         """Evaluates the dense and the pruned model on every text."""
         found: dict[str, dict[str, Evaluation]] = {}
-        dense = self.workspace.dense
         self.report.seconds.setdefault("evaluate", 0.0)
         for text, windows in self.workspace.eval_windows.items():
-            if text not in dense:
-                dense[text] = self.evaluate("dense", text)
-            found[text] = {"dense": dense[text], "pruned": self.evaluate("pruned", text, self.plan)}
+            dense = self.texts.measure("dense", text)
+            found[text] = {"dense": dense, "pruned": self.texts.measure("pruned", text, self.plan)}
             depth_report.show_evaluation(self.report, text, found[text], windows, is_first=len(found) == 1)
         return found
 
     def compensate(self, evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict]:
-        """Refits projections, and evaluates again; returns the `compensation` of result.json."""
+        """Refits projections, and measures the model again; returns the `compensation` of result.json."""
         settings, state, decoder = self.settings, self.state, self.decoder
         windows = self.workspace.compensation_windows[settings.seed]
         depth_report.show_compensation(self.report, settings, windows)
@@ -124,8 +124,9 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             refits = compensate(decoder, self.plan, windows, mode, batcher, changes, progress)
         depth_report.show_refits(self.report, refits)
         for text, stages in evaluations.items():
-            stages["compensated"] = self.evaluate("compensated", text, self.plan)
+            stages["compensated"] = self.texts.measure("compensated", text, self.plan)
             depth_report.show_compensated(self.report, text, stages)
+        self.tasks.measure("compensated", self.plan)
         return {"compensation": describe_compensation(settings, windows, refits)}
 
     def describe(self) -> dict:

@@ -1,4 +1,4 @@
-"""Evaluation of a model: perplexity, and zero-shot accuracy on lm_eval tasks.
+"""Evaluation of a model: perplexity, and what it answers in the tasks of lm_eval.
 
 May import `config`, `engine` and `errors`.
 """

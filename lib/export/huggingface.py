@@ -34,6 +34,7 @@ from lib.models.modeling_pruned import (
     TYPE_PREFIX,
     SkippedAttention,
     SkippedFFN,
+    cache_types,
     find_name,
     number_layers,
     skip_sublayers,
@@ -231,9 +232,8 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types:  # a layer without attention gets the type of the first attention: see number_layers
-        first = next(kind for kind, mode in zip(layer_types, modes, strict=True) if mode.attention)
-        config.layer_types = [t if m.attention else first for t, m in zip(layer_types, modes, strict=True)]
+    if layer_types:
+        config.layer_types = cache_types(layer_types, [mode.attention for mode in modes])
     # A family may have entries of its own under this key, besides `skip`.
     own = {int(index): entry for index, entry in (given.get("per_layer_config") or {}).items()}
     entries: dict[int | str, dict[str, Any]] = {}

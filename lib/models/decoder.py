@@ -17,6 +17,8 @@ from lib.models.architecture import Architecture
 from lib.models.modeling_pruned import (
     SKIP_ATTENTION,
     SKIP_FFN,
+    cache_types,
+    number_layers,
     skip_modules,
 )
 from lib.models.offload import OffloadedLayer, offloaded
@@ -153,6 +155,25 @@ class Decoder(Architecture):
         """Switches the plan's sublayers off, and all others on, in the model itself."""
         for index, mode in enumerate(plan.modes):
             self.set_mode(index, mode)
+
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[None]:
+        """Inside the block, the model's own forward and `generate` are those of the pruned model; then all are on.
+
+        Attentions have the slots of the key-value cache that `number_layers` gives them.
+        """
+        layer_types = getattr(self.config, "layer_types", None)
+        try:
+            self.apply(plan)
+            if layer_types:
+                self.config.layer_types = cache_types(layer_types, [m.attention for m in self.complete(plan).modes])
+            number_layers(self.layers, getattr(self.config, "layer_types", None))
+            yield
+        finally:
+            self.apply(Plan(self.num_layers))
+            if layer_types:
+                self.config.layer_types = layer_types
+            number_layers(self.layers, layer_types)
 
     # Running
 

@@ -51,6 +51,12 @@ def skip_modules(layer, kind):
     return {**{name: PassThrough() for name in first}, last: SkippedFFN()}
 
 
+def cache_types(layer_types, have_attention):
+    """The types of layers for `number_layers`: a layer without attention gets the type of the first attention."""
+    first = next(kind for kind, has_attention in zip(layer_types, have_attention, strict=True) if has_attention)
+    return [kind if has else first for kind, has in zip(layer_types, have_attention, strict=True)]
+
+
 def number_layers(layers, layer_types):
     """Sets every layer's position, and every attention's slot in the key-value cache.
 

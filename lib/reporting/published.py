@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lib.config.methods import ZERO_SHOT_TASKS, parse_method
+from lib.config.methods import parse_method
 from lib.config.sources import short_name
+from lib.config.tasks import ZERO_SHOT_TASKS
 
 SOURCES = {
     "ALP": "ALP: Adaptive Layerwise Pruning in Large Language Models, tables of results",
@@ -67,7 +68,7 @@ def find(result: dict, metric: str, text: str, is_dense: bool = False) -> Figure
     rates = [0.0] if is_dense else _rates(result)
     if result["seqlen"] != _SEQLEN or result.get("eval_stride") or not (is_dense or _is_usual(result)):
         return None
-    if (metric, text) == ("accuracy", "mean") and set(result["zero_shot"]["shown"]) != set(ZERO_SHOT_TASKS):
+    if (metric, text) == ("accuracy", "mean") and set(result["tasks"]["accuracy"]) != set(ZERO_SHOT_TASKS):
         return None
     method = "dense" if is_dense else _method(result)
     for figure in figures():

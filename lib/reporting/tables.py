@@ -24,7 +24,7 @@ _WORTH_TELLING = 0.005  # the tables show the removed share where it is off its 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of one cell: a perplexity or a distance on a text, or an accuracy in percent on a task."""
+    """One number of one cell: on a text a perplexity or a distance; on a task an accuracy, or its flips, in percent."""
 
     model: str
     method: str
@@ -63,10 +63,33 @@ def check_result(result: dict) -> None:
 
 
 def _dense_entries(result: dict) -> Iterable[Entry]:
+    for metric, text, stage, value, error in _figures(result):
+        if stage == DENSE_ROW:
+            figure = find(result, metric, text, is_dense=True)
+            yield Entry(result["model"], DENSE_ROW, "", 0.0, 0, metric, text, value, error, figure)
+
+
+def _figures(result: dict) -> Iterable[tuple[str, str, str, float, float | None]]:
+    """(metric, text or task, stage, value, standard error) of all that a result measured."""
     for text, values in result["perplexity"].items():
-        error = result["perplexity_standard_error"][text]["dense"]
-        figure = find(result, "perplexity", text, is_dense=True)
-        yield Entry(result["model"], DENSE_ROW, "", 0.0, 0, "perplexity", text, values["dense"], error, figure)
+        for stage, value in values.items():
+            yield "perplexity", text, stage, value, result["perplexity_standard_error"][text][stage]
+    for metric in DISTANCES:
+        for text, values in result[metric].items():
+            for stage, value in values.items():
+                yield metric, text, stage, value, result[f"{metric}_standard_error"][text][stage]
+    if tasks := result.get("tasks"):
+        for task, values in tasks["accuracy"].items():
+            for stage, value in values.items():
+                yield "accuracy", task, stage, value, tasks["accuracy_standard_error"][task][stage]
+        for stage, mean in tasks["mean"].items():
+            yield "accuracy", "mean", stage, mean["accuracy"], mean["standard_error"]
+        for task, values in tasks["flips"].items():
+            for stage, flips in values.items():
+                yield "flips", task, stage, flips["total"], None
+        for stage, mean in tasks["mean"].items():
+            if mean["flips"] is not None:
+                yield "flips", "mean", stage, mean["flips"], None
 
 
 def _cell_entries(result: dict) -> Iterable[Entry]:
@@ -79,29 +102,15 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
         target = result["parameters"]["target_rate"]
         counts = f"{len(result['mha_removed'])} MHA, {len(result['ffn_removed'])} FFN"
         setting = counts if target is None else _percent(target)
-    for text, values in result["perplexity"].items():
-        for stage, value in values.items():
-            if stage == "dense" or (method, stage) == (DENSE_ROW, "pruned"):
-                continue
-            share = result["sparsity" if stage == "pruned" else "quantized_sparsity"] if is_alp else None
-            share = result["parameters"]["actual_rate"] if share is None else share
-            error = result["perplexity_standard_error"][text][stage]
-            figure = None if stage == "compensated" else find(result, "perplexity", text)
-            name, model, seed = method if stage == "pruned" else f"{method} {stage}", result["model"], result["seed"]
-            yield Entry(model, name, setting, share, seed, "perplexity", text, value, error, figure)
-            for metric in DISTANCES:
-                value, error = (result[f"{metric}{of}"][text][stage] for of in ("", "_standard_error"))
-                windows = tuple(result["kl_divergence_by_window"][text][stage]) if metric == "kl_divergence" else ()
-                yield Entry(model, name, setting, share, seed, metric, text, value, error, by_window=windows)
-    zero_shot, is_quantized = result.get("zero_shot", {"shown": {}, "mean": None}), "quantization" in result
-    is_dense = method == DENSE_ROW and not is_quantized
-    for task, value in (*zero_shot["shown"].items(), ("mean", zero_shot["mean"])):
-        if value is not None:
-            figure = find(result, "accuracy", task, is_dense)
-            name, seed = f"{method} quantized" if is_quantized else method, result["seed"]
-            share = result["quantized_sparsity" if is_quantized else "sparsity"]
-            at = "" if is_dense else setting
-            yield Entry(result["model"], name, at, share, seed, "accuracy", task, value, None, figure)
+    for metric, text, stage, value, error in _figures(result):
+        if stage == DENSE_ROW or (method, stage) == (DENSE_ROW, "pruned"):
+            continue
+        share = result["sparsity" if stage == "pruned" else "quantized_sparsity"] if is_alp else None
+        share = result["parameters"]["actual_rate"] if share is None else share
+        figure = None if stage == "compensated" else find(result, metric, text)
+        name, model, seed = method if stage == "pruned" else f"{method} {stage}", result["model"], result["seed"]
+        windows = tuple(result["kl_divergence_by_window"][text][stage]) if metric == "kl_divergence" else ()
+        yield Entry(model, name, setting, share, seed, metric, text, value, error, figure, windows)
 
 
 def _percent(share: float) -> str:
@@ -139,15 +148,16 @@ def csv_table(found: Sequence[Entry]) -> str:
 
 
 def markdown(found: Sequence[Entry]) -> str:
-    """Perplexity tables per text and accuracy tables per model, with published figures beside ours."""
+    """Perplexity tables per text, tables of accuracies and flips per model, with published figures beside ours."""
     parts, models = [], labels(entry.model for entry in found)
     for text, label in labels(entry.text for entry in found if entry.metric == "perplexity").items():
         for metric, what in {"perplexity": "perplexity on {}", **DISTANCES}.items():
             of_text = [entry for entry in found if (entry.metric, entry.text) == (metric, text)]
             parts += _text_tables(of_text, models, what.format(label))
-    for model in _distinct(entry.model for entry in found if entry.metric == "accuracy"):
-        of_model = [entry for entry in found if (entry.metric, entry.model) == ("accuracy", model)]
-        parts += _accuracy_tables(of_model, models[model])
+    for model, name in models.items():
+        for metric, title in _OF_TASKS.items():
+            of_model = [entry for entry in found if (entry.metric, entry.model) == (metric, model)]
+            parts += _task_tables(of_model, f"## {name}: {title}")
     return "\n\n".join([*parts, *_verdicts(found, models), *_legend(found)]) + "\n"
 
 
@@ -195,16 +205,22 @@ def _dense_value(found: Sequence[Entry]) -> str:
     return f", dense {dense.value:.2f}{error}{_beside(dense)}"
 
 
-def _accuracy_tables(found: Sequence[Entry], model: str) -> list[str]:
-    """The tables of one model: one per setting, with a column per task."""
+_OF_TASKS = {
+    "accuracy": "accuracy in percent",
+    "flips": "answers that flipped between right and wrong, in percent",
+}
+
+
+def _task_tables(found: Sequence[Entry], title: str) -> list[str]:
+    """The tables of one model and metric: one per setting, with a column per task."""
     tasks = _distinct(entry.text for entry in found)
-    settings = _distinct(entry.setting for entry in found if not entry.is_dense) or [""]
+    settings = _distinct(entry.setting for entry in found if not entry.is_dense) or ([""] if found else [])
     parts = []
     for setting in settings:
         chosen = [entry for entry in found if entry.setting == setting or entry.is_dense]
         at = f", {setting}" if setting else ""
         columns = {task: [entry for entry in chosen if entry.text == task] for task in tasks}
-        parts += [f"## {model}: zero-shot accuracy in percent{at}", _pivot(columns)]
+        parts += [f"{title}{at}", _pivot(columns)]
     return parts
 
 
@@ -223,7 +239,8 @@ def _pivot(columns: dict[str, list[Entry]]) -> str:
 def _cell(found: Sequence[Entry], above: tuple[float, float | None] | None = None) -> str:
     """The mean over seeds, its standard deviation, the removed share if it is off target, and the published figure.
 
-    For a KL divergence also how far it is `above` the lowest of the column.
+    Beside an accuracy of one seed is its standard error; that of a perplexity is in the heading, and in table.csv. A KL
+    divergence also says how far it is `above` the lowest of the column.
     """
     if not found:
         return "-"
@@ -232,6 +249,8 @@ def _cell(found: Sequence[Entry], above: tuple[float, float | None] | None = Non
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
+    elif found[0].metric == "accuracy" and found[0].standard_error is not None:
+        text += f" ± {found[0].standard_error:.2f}"
     if any(map(_is_off, found)):
         text += f" ({statistics.mean(entry.share for entry in found):.1%})"
     if above and above[0]:
@@ -282,10 +301,12 @@ def _legend(found: Sequence[Entry]) -> list[str]:
     """Explains the symbols that the tables use, and names the sources of the published figures."""
     lines = []
     cells = [entry for entry in found if not entry.is_dense]
+    over = {**dict.fromkeys(("perplexity", *DISTANCES), "windows"), "accuracy": "documents"}
+    with_error = _distinct(over[entry.metric] for entry in found if entry.standard_error is not None)
+    parts = [f"the standard error over {' or '.join(with_error)}"] if with_error else []
     if len({entry.seed for entry in cells}) > 1:
-        lines.append("±: the standard deviation over seeds, beside a dense perplexity the standard error over windows.")
-    elif any(entry.standard_error is not None for entry in found):
-        lines.append("±: the standard error over windows.")
+        parts = ["the standard deviation over seeds", *(f"beside what is dense {part}" for part in parts)]
+    lines += [f"±: {', '.join(parts)}."] if parts else []
     if any(entry.by_window for entry in cells):
         lines.append(
             "KL divergences in square brackets: how far above the lowest of the column, ± the standard error of that "

@@ -127,6 +127,8 @@ class _GridRun:
                 continue
             measured = result["perplexity"].items()
             found = ", ".join(f"{short_name(text)} {list(stages.values())[-1]:.2f}" for text, stages in measured)
+            if mean := result.get("tasks", {}).get("mean"):
+                found += f", accuracy {list(mean.values())[-1]['accuracy']:.2f}"
             seconds = sum(report.seconds.values()) - sum(shared.values())
             report.print(f"{what}: {found} ({seconds:.0f} s)")
             if self.ranks.is_first:

@@ -4,7 +4,6 @@ A subclass of `Run` says how its tool prepares, prunes, describes and saves; the
 state, perplexity and result.json are here.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,25 +16,25 @@ import torch
 
 from lib.config.depth import DepthPruning
 from lib.config.keys import work_of
-from lib.config.plan import Plan
 from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
-from lib.data.sampling import evenly_spread
-from lib.engine.map_windows import waiting_bytes
-from lib.engine.window_scores import DenseStates, dense_window_losses, window_scores
-from lib.evaluation.distance import Evaluation, evaluation_of, packed, unpacked
-from lib.evaluation.perplexity import Span, spans_of
+from lib.engine.window_scores import DenseStates
+from lib.evaluation.answers import Answers
+from lib.evaluation.distance import Evaluation
+from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import how_to_load
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
 from lib.reporting.verdict import describe, verdict_of
-from lib.runtime.batching import Batcher, Progress
+from lib.runs.tasks import TaskStages
+from lib.runs.texts import TextStages
+from lib.runtime.batching import Batcher
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
-from lib.runtime.memory import free_host_memory, peak_memory_bytes
+from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
 from lib.storage.model_folder import signature
@@ -55,11 +54,9 @@ class Workspace:
     state: State = field(default_factory=lambda: State(None, {}))  # of the current run
     dense: dict[str, Evaluation] = field(default_factory=dict)  # by text
     dense_states: dict[str, DenseStates] = field(default_factory=dict)  # by text
+    tasks: Tasks | None = None
+    dense_answers: Answers | None = None  # to the tasks
 
-
-_PARTS = 8  # of an evaluation that are kept one by one
-_DISTANCE_TOKENS = 2**18  # of each text, whose distance to the dense model is measured
-_ROOM = 0.25  # share of the free host memory, for their hidden states
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
 Space = TypeVar("Space", bound=Workspace)
@@ -70,11 +67,13 @@ class Run(ABC, Generic[Settings, Space]):
 
     tool: ClassVar[str]
     x_axis: ClassVar[str]  # of the plots of a grid
-    is_cell = False  # of a grid, whose folder is not the run's own
 
-    def __init__(self, report: Report, settings: Settings, workspace: Space):
-        self.report, self.settings, self.workspace = report, settings, workspace
+    def __init__(self, report: Report, settings: Settings, workspace: Space, is_cell: bool = False):
+        """`is_cell`: of a grid, so its folder is not the run's own, and other runs on the workspace may follow."""
+        self.report, self.settings, self.workspace, self.is_cell = report, settings, workspace, is_cell
         self.decoder, self.state = workspace.decoder, workspace.state
+        self.texts = TextStages(report, workspace, self.stages_after_dense, settings.eval_stride, is_cell)
+        self.tasks = TaskStages(report, workspace, settings.key.get("tasks"))
 
     # What a tool defines
 
@@ -114,8 +113,8 @@ class Run(ABC, Generic[Settings, Space]):
     def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
         """Gives the model its dense weights back before the next cell of a grid."""
 
-    def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:  # noqa: B027
-        """Adds measurements that take long or may fail; `keep` writes the result after each."""
+    def measure_speed(self, result: dict, keep: Callable[[dict], object]) -> None:  # noqa: B027
+        """Adds the speed of the pruned model, where it is asked for; `keep` writes the result."""
 
     def append_log(self, result: dict) -> Path | None:
         """Appends the result to the log of runs, where one is asked for; returns its path."""
@@ -130,6 +129,7 @@ class Run(ABC, Generic[Settings, Space]):
         fields["verdict"] = verdict_of(fields)
         if fields["verdict"]:
             self.report.print(f"Verdict     {describe(fields['verdict'], self.next_step)}")
+        fields |= self.tasks.show()
         self.check_unchanged()
         return {
             "tool": self.tool,
@@ -145,49 +145,6 @@ class Run(ABC, Generic[Settings, Space]):
         """Raises `InputsChanged` when something that the run reads is no longer what its key says."""
         if self.report.is_first and self.settings.snapshot:
             self.settings.snapshot.check(self.settings.inputs)
-
-    def evaluate(self, stage: str, text: str, plan: Plan | None = None) -> Evaluation:
-        """Evaluates the model as it is, under a plan if given, on one text; `dense` comes first.
-
-        Each part is kept in the state, so that a stopped run goes on where it was.
-        """
-        windows, batcher = self.workspace.eval_windows[text], self.workspace.batcher
-        at_once = batcher.first_size * batcher.ranks.count  # the same for all stages and processes
-        at_once *= -(-len(windows) // (at_once * (1 if self.decoder.is_offloaded else _PARTS)))
-        spans = spans_of(len(windows), windows.shape[1], self.settings.eval_stride, at_once)
-        with self.report.timed("evaluate"), self.report.progress(len(windows), f"{stage} on {text}") as progress:
-            return evaluation_of(spans, [self._scores(stage, text, span, plan, progress) for span in spans])
-
-    def _scores(self, stage: str, text: str, span: Span, plan: Plan | None, progress: Progress) -> torch.Tensor:
-        """The scores (n, 1) of some windows for the dense model, or (n, 2 + scored) for another stage."""
-        windows, batcher, state = self.workspace.eval_windows[text][span.rows], self.workspace.batcher, self.state
-        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-        names = {one: f"{one}: last {span.scored} tokens of {digest}" for one in ("dense", *self.stages_after_dense)}
-        columns = 1 if stage == "dense" else 2 + span.scored
-        known = state.get(names[stage])
-        if stage == "dense" and (self.is_cell or not all(map(state.get, names.values()))):
-            known = None  # its hidden states are needed, by this run or by the next cell
-        if known is not None:
-            progress(len(windows))
-            return unpacked(known, columns)
-        dense, first = self.dense_states(text), span.rows.start
-        if stage == "dense":
-            scores = dense_window_losses(self.decoder, windows, span.scored, batcher, dense, first, progress)
-        else:
-            all_on = Plan(self.decoder.num_layers)
-            scores = window_scores(self.decoder, plan or all_on, windows, span.scored, batcher, dense, first, progress)
-        state.put(names[stage], packed(scores))
-        return scores
-
-    def dense_states(self, text: str) -> DenseStates:
-        """What the distances on a text are measured to: evenly spread windows of it, as many as are kept."""
-        workspace, windows = self.workspace, self.workspace.eval_windows[text]
-        if text not in workspace.dense_states:
-            bytes_per_token = waiting_bytes(self.decoder, 1, 0)
-            fitting = workspace.batcher.ranks.agree(lambda: int(free_host_memory() * _ROOM / bytes_per_token))
-            most = max(1, min(_DISTANCE_TOKENS, fitting) // windows.shape[1])
-            workspace.dense_states[text] = DenseStates(evenly_spread(len(windows), most))
-        return workspace.dense_states[text]
 
     def execute(self) -> dict:
         """Prunes, measures, writes result.json and the model; then all that only shows, which cannot fail the run."""
@@ -207,10 +164,11 @@ class Run(ABC, Generic[Settings, Space]):
             self.report.write(RESULT, result)
         plot = self.draw(result)
         try:
-            self.evaluate_tasks(result, self.keep)
+            self.measure_speed(result, self.keep)
         finally:
             log = self.append_log(result)
         self.show_written(path, plot, log)
+        self.tasks.check()
         return result
 
     def keep(self, result: dict) -> None:
@@ -233,10 +191,10 @@ class Run(ABC, Generic[Settings, Space]):
 
     def execute_cell(self, keep: Callable[[dict], object]) -> dict:
         """One cell of a grid: no model is saved, and `keep` gets the result. Continues from the cell's resume state."""
-        self.is_cell = True
         result = self.compute()
+        self.tasks.check()
         if self.report.is_first:
-            self.evaluate_tasks(result, lambda result: self.check_unchanged())
+            self.measure_speed(result, lambda result: self.check_unchanged())
             self.append_log(result)
         keep(result)
         return result
@@ -280,7 +238,7 @@ def run_cell(
 ) -> dict:
     """The result of one cell of a grid, which resumes like a single run."""
     workspace.state = State.of_cell(report.folder / STATE, work_of(settings.key), workspace.batcher.ranks)
-    run = kind(report, settings, workspace)
+    run = kind(report, settings, workspace, is_cell=True)
     run.check_unchanged()
     run.restore()
     with workspace.state.session(report.seconds):

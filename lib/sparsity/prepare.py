@@ -9,11 +9,12 @@ from torch import nn
 
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
+from lib.config.tasks import flag_of
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
 from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.errors import InputError
-from lib.evaluation.zero_shot import ZeroShot
+from lib.evaluation.tasks import Tasks
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.linears import InputGroup, check_columns, check_not_offloaded, dense_copies, find_linears, input_groups
@@ -53,7 +54,6 @@ class SparsityWorkspace(Workspace):
     gradient_windows: dict[GradientSettings, torch.Tensor]  # (N, T)
     gradients: dict[GradientSettings, artifact.Artifact]  # those loaded or computed so far
     weights: list[torch.Tensor]  # dense copies, one per linear; empty unless a run restores them
-    zero_shot: ZeroShot | None
     scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
 
     @cached_property
@@ -86,7 +86,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         seqlen = check_config(cells, config)
         tokenizer = load_tokenizer(settings.source)
     with report.timed("data"):
-        zero_shot = ZeroShot(settings.tasks) if settings.tasks else None
+        tasks = Tasks(settings.tasks, flag_of(settings.tasks)) if settings.tasks else None
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
         for asked, known in gradients.items():
             if by_gradients[asked].computes_gradients:
@@ -112,7 +112,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         gradient_windows=texts.gradients,
         gradients=gradients,
         weights=[],
-        zero_shot=zero_shot,
+        tasks=tasks,
     )
     for asked, known in gradients.items():
         path = by_gradients[asked].gradient_path

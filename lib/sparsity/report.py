@@ -82,14 +82,3 @@ def show_speed(report: Report, speed: dict[str, float], tokens: int) -> None:
     report.print()
     report.print(f"Speed of the layers on windows of {tokens} tokens")
     report.print(f"  dense {dense:,.0f} tokens/s, in torch's 2:4 kernels {sparse:,.0f}: {sparse / dense:.2f} times")
-
-
-def show_zero_shot(report: Report, zero_shot: dict) -> None:
-    report.print()
-    report.print("Zero-shot accuracy in percent (acc_norm where a task has it)")
-    for task, metrics in zero_shot["tasks"].items():
-        shown = zero_shot["shown"].get(task)
-        others = ", ".join(f"{metric} {value:g}" for metric, value in metrics.items())
-        report.print(f"  {task}: {f'{shown:.2f}' if shown is not None else f'no accuracy; {others}'}")
-    if zero_shot["shown"]:
-        report.print(f"  mean of {len(zero_shot['shown'])}: {zero_shot['mean']:.2f}")

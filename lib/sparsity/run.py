@@ -9,12 +9,13 @@ from pathlib import Path
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError
-from lib.evaluation.distance import Distance, Evaluation, as_fields
+from lib.evaluation.distance import Evaluation, as_fields
 from lib.export.huggingface import save_weights
 from lib.export.reload import SaveError
+from lib.files import digest_of_json
 from lib.models.limits import dtype_name
 from lib.models.linears import InputGroup
-from lib.models.offload import fetched_by_forward, follow
+from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
 from lib.reporting.plots import plot_sparsity
@@ -58,18 +59,20 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         settings, workspace = self.settings, self.workspace
         for part in ("allocate", "prune", "evaluate", "save"):
             self.report.seconds.setdefault(part, 0.0)
-        workspace.dense = workspace.dense or self.measure("dense")
-        evaluations = {"dense": workspace.dense}
+        evaluations = {"dense": self.measure("dense")}
+        self.tasks.measure("dense")
         scores, densities = self.allocate()
         parts, zeros = {}, {}
         if not settings.method.pruning.prunes:
-            evaluations["pruned"] = {text: self.unchanged(text) for text in workspace.dense}
+            evaluations["pruned"] = {text: self.texts.unchanged(text) for text in workspace.eval_windows}
+            self.tasks.copy("dense", to="pruned")
             zeros["pruned"] = count_zeros(self.decoder, workspace.groups)
         for stage, pruner in self.stages().items():
             parts[stage] = self.prune_stage(stage, pruner, densities)
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
                 evaluations[stage] = self.measure(stage)
+                self.tasks.measure(stage)
         by_text = {text: {stage: found[text] for stage, found in evaluations.items()} for text in settings.dataset}
         result = {
             "importance": scores,
@@ -85,16 +88,12 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     def measure(self, stage: str) -> dict[str, Evaluation]:
         """Evaluates the current model on every text."""
-        return {text: self.evaluate(stage, text) for text in self.workspace.eval_windows}
+        return {text: self.texts.measure(stage, text) for text in self.workspace.eval_windows}
 
     @property
     def next_step(self) -> str:
         lower = "a lower sparsity, or more calibration text"
         return lower if self.settings.method.pruner == "admm" else "--prune_method admm, or a lower sparsity"
-
-    def unchanged(self, text: str) -> Evaluation:
-        """The evaluation of a model of which nothing was pruned."""
-        return Evaluation(self.workspace.dense[text].perplexity, Distance.none(len(self.dense_states(text).places)))
 
     @property
     def stages_after_dense(self) -> Sequence[str]:
@@ -198,7 +197,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         """The weights that a stage has changed so far, kept with the state."""
         return Changes(self.state.folder / stage, f"{self.state.key} {stage}")
 
-    # 2:4 kernels and tasks
+    # 2:4 kernels
 
     def sparse_kernels(self) -> AbstractContextManager:
         """Inside, the pruned model runs in torch's 2:4 kernels, if requested."""
@@ -216,30 +215,23 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
                 "semi_structured": semi_structured_kernels.tokens_per_second(self.decoder, input_ids),
             }
 
-    def evaluate_tasks(self, result: dict, keep: Callable[[dict], object]) -> None:
-        """Adds the speed in 2:4 kernels and the zero-shot accuracy, if requested."""
-        workspace = self.workspace
+    def measure_speed(self, result: dict, keep: Callable[[dict], object]) -> None:
+        """Adds the speed in 2:4 kernels, if requested."""
         if self.settings.semi_structured:
             result["tokens_per_second"] = self.compare_speed()
             keep(result)
-            sparsity_report.show_speed(self.report, result["tokens_per_second"], workspace.seqlen)
-        if workspace.zero_shot:
-            with self.report.timed("zero_shot"), self.sparse_kernels(), fetched_by_forward(self.decoder.layers):
-                model, batch_size = self.decoder.model, workspace.batcher.size
-                result["zero_shot"] = workspace.zero_shot.accuracy(model, workspace.tokenizer, batch_size)
-            keep(result)
-            sparsity_report.show_zero_shot(self.report, result["zero_shot"])
+            sparsity_report.show_speed(self.report, result["tokens_per_second"], self.workspace.seqlen)
 
     # Output
 
     def append_log(self, result: dict) -> Path | None:
         """Appends a result to the log once, however often the run is resumed.
 
-        Appends it again if the tasks failed the first time and are evaluated now.
+        Appends it again if a task failed the first time and all are measured now.
         """
         if not self.settings.log:
             return None
-        name = "rows with tasks" if "zero_shot" in result else "rows"
+        name = f"rows{' without tasks' if self.tasks.failure else ''} of {digest_of_json(self.settings.key)[:16]}"
         rows = self.state.once(name, lambda: log_tsv.rows(result, self.report.folder))
         return log_tsv.append(self.settings.log, rows)
 

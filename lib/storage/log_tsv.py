@@ -12,7 +12,8 @@ from lib.errors import InputError
 FILE = "log.tsv"
 COLUMNS = (
     *("method", "actual_sparsity", "ppl_test"),  # the columns of the reference code
-    *("dataset", "ppl_dense", "ppl_quantized", "zero_shot_mean", "model", "sparsity_ratio", "sparsity_type", "alpha"),
+    *("dataset", "ppl_dense", "ppl_quantized", "model", "sparsity_ratio", "sparsity_type", "alpha"),
+    *("accuracy_dense", "accuracy_pruned", "accuracy_quantized", "flips"),
     *(
         "grad_type",
         "grad_nsamples",
@@ -74,10 +75,16 @@ def append(folder: Path, lines: Sequence[str]) -> Path:
 
 
 def _rows(result: dict, output_dir: Path) -> list[dict]:
+    means = result.get("tasks", {}).get("mean", {})
+    flips = means.get("pruned", {}).get("flips")
     shared = {
         "method": result["prune_method"],
         "actual_sparsity": f"{result['sparsity']:.6f}",
-        "zero_shot_mean": f"{mean:.2f}" if (mean := result.get("zero_shot", {}).get("mean")) is not None else "",
+        **{
+            f"accuracy_{stage}": f"{means[stage]['accuracy']:.2f}" if stage in means else ""
+            for stage in ("dense", "pruned", "quantized")
+        },
+        "flips": "" if flips is None else f"{flips:.2f}",
         "model": result["model_name"],
         "alpha": "" if result["alpha"] is None else result["alpha"],
         "grad_type": result["grad_type"] or "",

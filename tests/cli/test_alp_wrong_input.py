@@ -87,7 +87,6 @@ def refuse_gradient(tiny_folder, text_file, tmp_path, alp_arguments, monkeypatch
         (["--use_variant", "--sparsity_type", "2:4"], "--use_variant: is a way of wanda to prune unstructured"),
         (["--alpha", "-1"], "--alpha: '-1' is not a number from 0 to 1"),
         (["--a", "0"], "--a: '0' is not a number above 0"),
-        (["--tasks", "boolq"], "--tasks: needs --eval_zero_shot"),
         (["--model_name", "a/b"], "--model_name a/b: is used in file names"),
         (["--seqlen", "65"], "--seqlen 65: .* has a context of 64 tokens"),
         (["--dataset", "/no/such.txt"], "dataset /no/such.txt: no such file or folder"),

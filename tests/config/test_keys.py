@@ -72,7 +72,6 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
         "calibration_dataset": ([], ["--calibration_dataset", "{text}"]),
         "dataset": ([], ["--dataset", "{text}"]),
         "eval_zero_shot": ([], ["--eval_zero_shot"]),
-        "tasks": (["--eval_zero_shot"], ["--tasks", "rte"]),
     },
     "save_gradient": {
         "model": ([], ["--model", "{model}"]),
@@ -88,6 +87,7 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
 }
 for _script in ("ppllms", "alp_prune"):
     CHANGES[_script] |= {
+        "tasks": ([], ["--tasks", "rte"]),
         "seed": ([], ["--seed", 1]),
         "seqlen": ([], ["--seqlen", 32]),
         "eval_stride": ([], ["--eval_stride", 16]),

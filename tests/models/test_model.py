@@ -56,6 +56,31 @@ def test_switching_back_on_restores_the_model(family):
 
 
 @every_family
+@pytest.mark.parametrize("plan", [Plan(4, (0,), (1,)), Plan(4, (0, 2), (2, 3)), Plan(4, (3, 1), (0, 1))], ids=str)
+def test_under_a_plan_the_model_generates_with_its_cache_as_without_and_then_is_dense_again(family, plan):
+    model, ids = tiny_model(family), tiny_windows(2, 10)
+    decoder, mask = Decoder(model), torch.ones_like(ids)
+    mask[0, :6] = 0  # on the left, as prompts of different lengths are batched
+
+    def logits(uses_cache: bool = True) -> torch.Tensor:  # of 8 tokens after the window
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": uses_cache}
+        options |= {"attention_mask": mask}
+        return torch.stack(model.generate(ids, output_logits=True, return_dict_in_generate=True, **options).logits)
+
+    numbers = [getattr(module, "layer_idx", None) for module in decoder.layers.modules()]
+    types, dense = getattr(decoder.config, "layer_types", None), logits()
+    with decoder.under(plan):
+        expected = logits(uses_cache=False)
+        torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-3)
+        past, whole = model(ids[:, :6], use_cache=True).past_key_values, model(ids, use_cache=False).logits
+        found = model(ids[:, 6:], past_key_values=past).logits
+        torch.testing.assert_close(found, whole[:, 6:], rtol=1e-3, atol=1e-3)
+    assert (expected - dense).abs().max() > 0.01
+    assert [getattr(module, "layer_idx", None) for module in decoder.layers.modules()] == numbers
+    assert getattr(decoder.config, "layer_types", None) == types and torch.equal(logits(), dense)
+
+
+@every_family
 def test_parameters_are_counted_once_and_whatever_is_switched_off(family):
     model = tiny_model(family)
     total = sum(parameter.numel() for parameter in model.parameters())

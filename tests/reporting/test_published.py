@@ -8,8 +8,8 @@ import pytest
 
 import alp_prune
 import ppllms
-from lib.config.methods import ZERO_SHOT_TASKS
 from lib.config.presets import ALP_PRESETS, DEPTH_PRESETS
+from lib.config.tasks import ZERO_SHOT_TASKS
 from lib.reporting.published import SOURCES, figures, find
 from lib.reporting.tables import csv_table, entries, markdown
 
@@ -41,6 +41,21 @@ def alp_result(**changes) -> dict:
     values = result.setdefault("perplexity", values)
     result["perplexity_standard_error"] = {text: dict.fromkeys(found) for text, found in values.items()}
     return result | distances(values)
+
+
+def tasks_of(names, error: float | None = None, flips: float | None = None, **stages: float) -> dict:
+    """The `tasks` of a result in which all tasks have the same accuracy, by stage."""
+    of_stages = {stage: {"right_to_wrong": flips, "wrong_to_right": 0.0, "total": flips} for stage in stages}
+    del of_stages["dense"]
+    return {
+        "accuracy": {name: stages for name in names},
+        "accuracy_standard_error": {name: dict.fromkeys(stages, error) for name in names},
+        "flips": {name: of_stages for name in names} if flips is not None else {},
+        "mean": {
+            stage: {"accuracy": value, "standard_error": error, "flips": None if stage == "dense" else flips}
+            for stage, value in stages.items()
+        },
+    }
 
 
 def depth_result(method: str, target: float, actual: float, value: float, text="wikitext2") -> dict:
@@ -155,26 +170,45 @@ def test_depth_is_matched_by_the_share_aimed_at_or_removed(method, target, actua
 
 
 def test_tables_show_the_figure_and_the_difference():
-    zero_shot = {"shown": dict.fromkeys(ZERO_SHOT_TASKS, 60.0), "mean": 60.0}
-    found = entries([alp_result(), alp_result(prune_method="wanda", alpha=None, zero_shot=zero_shot)])
+    tasks = tasks_of(ZERO_SHOT_TASKS, dense=70.0, pruned=60.0)
+    found = entries([alp_result(), alp_result(prune_method="wanda", alpha=None, tasks=tasks)])
     table = markdown(found)
     assert "dense 5.68 [5.68, -0.00]" in table and "| wanda_alp | 24.64 [24.14, +0.50] |" in table
     assert "| wanda | 60.00 [57.92, +2.08] | 60.00 [57.76, +2.24] |" in table and "60.00 [38.52, +21.48] |" in table
     assert SOURCES["ALP"] in table and "LLaMA-1 7B, wanda, mean: the mean of the six" in table
-    fewer = {"shown": {"boolq": 65.0, "rte": 55.0}, "mean": 60.0}
-    table = markdown(entries([alp_result(prune_method="wanda", alpha=None, zero_shot=fewer)]))
-    assert "| wanda | 65.00 [57.92, +7.08] | 55.00 [57.76, -2.76] | 60.00 |" in table
+    fewer = tasks_of(["boolq", "rte"], dense=70.0, pruned=65.0)
+    table = markdown(entries([alp_result(prune_method="wanda", alpha=None, tasks=fewer)]))
+    assert "| wanda | 65.00 [57.92, +7.08] | 65.00 [57.76, +7.24] | 65.00 |" in table
     (row,) = [line for line in csv_table(found).splitlines() if ",wanda_alp," in line and ",perplexity," in line]
     assert row.startswith("Enoch/llama-7b-hf,wanda_alp,70%,0.700000,0,perplexity,wikitext2,24.6400,,24.14,0.5000,")
 
 
 def test_a_quantized_model_is_told_as_such():
     found = {"wikitext2": {"dense": 5.7, "pruned": 5.7, "quantized": 5.9}}
-    zero_shot = {"shown": {"boolq": 65.0}, "mean": 65.0}
-    changes = {"quantization": "4 bits", "quantized_sparsity": 0.1, "zero_shot": zero_shot, "alpha": None}
+    tasks = tasks_of(["boolq"], dense=70.0, pruned=70.0, quantized=65.0)
+    changes = {"quantization": "4 bits", "quantized_sparsity": 0.1, "tasks": tasks, "alpha": None}
     result = alp_result(prune_method="dense", sparsity_ratio=0.0, sparsity=0.0, perplexity=found, **changes)
     table = markdown(entries([result]))
     assert "| dense quantized | 5.90 |" in table and "| dense quantized | 65.00 | 65.00 |" in table
+
+
+def test_tables_have_accuracies_of_every_stage_with_their_errors_and_flips():
+    result = depth_result("sleb", 0.25, 0.2502, 9.0)
+    result["tasks"] = tasks_of(["boolq", "gsm8k"], error=1.5, flips=12.5, dense=70.0, pruned=50.0, compensated=60.0)
+    for stages in result["perplexity"].values():
+        stages["compensated"] = 8.0
+    for errors in result["perplexity_standard_error"].values():
+        errors["compensated"] = 0.1
+    table, rows = markdown(entries([result])), csv_table(entries([result])).splitlines()
+    (_, accuracy), (_, flips) = re.findall(r"## .*(accuracy|flipped).*, 25%\n\n((?:\|.*\n)+)", table)
+    assert accuracy.splitlines()[0] == "|  | boolq | gsm8k | mean |"
+    assert "| dense | 70.00 ± 1.50 | 70.00 ± 1.50 | 70.00 ± 1.50 |" in accuracy
+    assert "| sleb | 50.00 ± 1.50 |" in accuracy and "| sleb compensated | 60.00 ± 1.50 |" in accuracy
+    assert "| sleb | 12.50 | 12.50 | 12.50 |" in flips and "dense" not in flips
+    assert "±: the standard error over windows or documents." in table
+    model = "/models/Llama-2-7b-hf"
+    assert f"{model},dense,,0.000000,0,accuracy,gsm8k,70.0000,1.5000,,,,,," in rows
+    assert f"{model},sleb,25%,0.250200,0,flips,mean,12.5000,,,,,,," in rows
 
 
 def test_tables_of_depth_tell_what_went_and_what_is_published():
@@ -216,7 +250,7 @@ def test_the_presets_of_papers_cover_their_figures():
             result = alp_result(
                 model=one["source"].name, prune_method=one["method"].name, alpha=one["alpha"] or None, nsamples=128
             )
-            result["zero_shot"] = {"shown": dict.fromkeys(ZERO_SHOT_TASKS, 50.0)}
+            result["tasks"] = tasks_of(ZERO_SHOT_TASKS, dense=50.0)
             texts = [*args.dataset] if metric == "perplexity" else [*args.tasks, "mean"]
             told |= {find(result, metric, text, is_dense=one["method"].name == "dense") for text in texts}
         wanted = {f for f in figures() if (f.tool, f.metric) == ("alp_prune", metric)}
