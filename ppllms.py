@@ -242,8 +242,8 @@ def check(args: argparse.Namespace) -> None:
         if not args.eval_ppl:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
-        plan = [args.apply_plan] if args.apply_plan else []
-        checks.check_output(args, [*args.model_name, *used_texts, *plan])
+        files = [*([args.apply_plan] if args.apply_plan else []), *checks.check_prompts(args)]
+        checks.check_output(args, [*args.model_name, *used_texts, *files])
     if args.apply_plan:
         result = args.output_dir / RESULT if args.output_dir else None
         check_plan_stays(args.apply_plan, {"--output_dir": result, "--save_model": args.save_model})

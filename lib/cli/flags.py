@@ -99,6 +99,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval_stride", type=positive, help="tokens between the starts of evaluation windows (default: a window)"
     )
+    group.add_argument(
+        "--prompts", type=folder, help="file of prompts to continue, one a line (default: evaluation text, questions)"
+    )
     add_device_flags(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.config.keys import key_of
 from lib.config.methods import DEPTH_METHODS, DepthMethod
 from lib.config.plan import SavedPlan
-from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
+from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
 
 COMPENSATIONS = ("none", "nearest", "all")  # which output projections are refitted; see lib.depth.compensation
@@ -46,6 +46,7 @@ class DepthPruning:
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     save_model: Path | None = None
     save_format: str = "hf"
+    prompts: Path | None = None
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
 
     @property
@@ -69,9 +70,10 @@ class DepthPruning:
 
     @property
     def inputs(self) -> list[Input]:
-        """Everything that the run reads: the model, and its texts."""
+        """Everything that the run reads: the model, its texts, and the prompts."""
         texts = [*([self.dataset] if self.needs_windows else []), *self.compensate_dataset, *self.texts]
-        return [(MODEL, self.model_name), *((TEXT, name) for name in texts)]
+        prompts = [(FILE, str(self.prompts))] if self.prompts else []
+        return [(MODEL, self.model_name), *((TEXT, name) for name in texts), *prompts]
 
     @property
     def key(self) -> dict:
@@ -86,6 +88,7 @@ class DepthPruning:
             unused |= {"compensate_dataset", "compensate_shares"}
         if not self.eval_ppl:
             unused |= {"eval_datasets", "eval_stride"}
+        unused |= set() if self.prompts else {"prompts"}
         plan = asdict(self.saved_plan.plan) if self.saved_plan else None
         return key_of("ppllms", self, unused, {"saved_plan": plan})
 

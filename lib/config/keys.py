@@ -46,7 +46,7 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
     },
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
 }
-_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE}  # of what is read, by setting
+_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE, "prompts": FILE}  # of what is read, by setting
 _KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset", "compensate_dataset"), TEXT)
 
 

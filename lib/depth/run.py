@@ -59,6 +59,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         parameters = self.count_parameters()
         depth_report.show_plan(self.report, self.plan, parameters)
         perplexities = self.measure()
+        self.sample("dense")
+        self.sample("pruned", self.plan)
         return {
             **found,
             "mha_removed": list(self.plan.mha_removed),
@@ -112,6 +114,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         for text, stages in perplexities.items():
             stages["compensated"] = self.perplexity("compensated", text, self.plan)
             depth_report.show_compensated(self.report, text, stages)
+        self.sample("compensated", self.plan)
         return {"compensation": describe_compensation(settings, windows, refits)}
 
     def describe(self) -> dict:

@@ -1,4 +1,4 @@
-"""Evaluation of a model: perplexity, and zero-shot accuracy on lm_eval tasks.
+"""Evaluation of a model: perplexity, what it writes, and zero-shot accuracy on lm_eval tasks.
 
-May import `config`, `engine` and `errors`.
+May import `config`, `data`, `engine`, `models`, `runtime` and `errors`.
 """

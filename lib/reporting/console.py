@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lib.errors import printable
 from lib.storage.atomic import write_json
-from lib.storage.output_folder import LOG, REMOVALS, RESULT, SPARSITY
+from lib.storage.output_folder import LOG, REMOVALS, RESULT, SAMPLES, SPARSITY
 
 
 @contextmanager
@@ -105,9 +105,9 @@ class Report:
             write_json(path, content)
         return path
 
-    def discard_plots(self) -> None:
-        """Deletes the plots of an earlier result."""
-        for name in (REMOVALS, SPARSITY):
+    def discard_shown(self) -> None:
+        """Deletes the plots and samples of an earlier result."""
+        for name in (REMOVALS, SPARSITY, SAMPLES):
             (self.folder / name).unlink(missing_ok=True)
 
 

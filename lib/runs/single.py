@@ -1,11 +1,11 @@
 """One run from its settings to its result: the skeleton that `ppllms.py` and `alp_prune.py` share.
 
 A subclass of `Run` says how its tool prepares, prunes, describes and saves; the order of these steps, timing, resume
-state, perplexity and result.json are here.
+state, perplexity, samples and result.json are here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,9 @@ from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_losses import plan_window_losses
+from lib.evaluation import samples
 from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.evaluation.samples import Continuation, Prompt
 from lib.export.huggingface import how_to_load
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
@@ -32,8 +34,9 @@ from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
+from lib.storage.atomic import atomic_file
 from lib.storage.model_folder import signature
-from lib.storage.output_folder import RESULT, STATE
+from lib.storage.output_folder import RESULT, SAMPLES, STATE
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
 
@@ -48,6 +51,7 @@ class Workspace:
     eval_windows: dict[str, torch.Tensor]  # (N, T), by text
     state: State = field(default_factory=lambda: State(None, {}))  # of the current run
     dense: dict[str, Perplexity] = field(default_factory=dict)  # by text
+    prompts: Sequence[Prompt] = ()  # of the samples of a single run
 
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
@@ -59,10 +63,12 @@ class Run(ABC, Generic[Settings, Space]):
 
     tool: ClassVar[str]
     x_axis: ClassVar[str]  # of the plots of a grid
+    takes_samples = False  # a single run does
 
     def __init__(self, report: Report, settings: Settings, workspace: Space):
         self.report, self.settings, self.workspace = report, settings, workspace
         self.decoder, self.state = workspace.decoder, workspace.state
+        self.samples: dict[str, list[Continuation]] = {}  # by stage
 
     # What a tool defines
 
@@ -111,6 +117,7 @@ class Run(ABC, Generic[Settings, Space]):
             "key": digest_of_json(self.settings.key),
             **self.describe(),
             **fields,
+            **({"samples": samples.as_field(self.prompts, self.samples)} if self.samples else {}),
             "seconds": self.report.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.decoder.device),
             "environment": environment(self.decoder.device),
@@ -134,15 +141,47 @@ class Run(ABC, Generic[Settings, Space]):
         with self.report.timed("evaluate"):
             return Perplexity(*self.state.once(f"perplexity of {stage} on {text}", measure))
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the samples; kept, since a chat template may tell the date."""
+        return [Prompt(*one) for one in self.state.once("prompts", lambda: self.workspace.prompts)]
+
+    def sample(self, stage: str, plan: Plan | None = None) -> None:
+        """Lets the model as it is, under a plan if given, continue the prompts of a single run; in the first process."""
+        workspace, print_line = self.workspace, self.report.print
+        if not (self.takes_samples and workspace.prompts and self.report.is_first):
+            return
+        if self.decoder.is_on_disk:
+            self.takes_samples = False
+            print_line("Samples     none: every new token would read all layers from disk")
+            return
+
+        def write() -> list[Continuation] | str:
+            under, at_once = plan or Plan(self.decoder.num_layers), workspace.batcher.size * workspace.seqlen
+            with self.report.progress(len(self.prompts), "samples") as progress:
+                return samples.write(self.decoder, under, self.prompts, workspace.tokenizer, at_once, progress)
+
+        with self.report.timed("samples"):
+            written = self.state.once(f"samples of {stage}", write)
+        if isinstance(written, str):
+            print_line(f"Samples     none of the {stage} model: {written}")
+            return
+        self.samples[stage] = [Continuation(*one) for one in written]
+        print_line(f"Samples     {stage}: {samples.describe(self.samples[stage])}")
+
     def execute(self) -> dict:
         """Prunes, measures, writes result.json and the model; then all that only shows, which cannot fail the run."""
+        self.takes_samples = True
         result = self.compute()
         self.report.seconds.setdefault("save", 0.0)
         if not self.report.is_first:
             return result
         self.state.put("measured", True)  # so that a run that is stopped from here on is not taken for finished
         path, settings = self.report.result(result), self.settings
-        self.report.discard_plots()
+        self.report.discard_shown()
+        if self.samples:
+            with atomic_file(self.report.folder / SAMPLES) as draft:
+                draft.write_text(samples.markdown(result["samples"]), encoding="utf-8")
         if settings.save_model:
             with self.report.timed("save"):
                 with self.state.saving(settings.save_model, settings.overwrite) as draft:
@@ -169,6 +208,8 @@ class Run(ABC, Generic[Settings, Space]):
         print_line()
         print_line("Written")
         print_line(f"  result  {result}")
+        if self.samples:
+            print_line(f"  samples {result.with_name(SAMPLES)}")
         if plot:
             print_line(f"  plot    {plot}")
         if model:

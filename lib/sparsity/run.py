@@ -60,6 +60,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             self.report.seconds.setdefault(part, 0.0)
         workspace.dense = workspace.dense or self.measure("dense")
         perplexities = {"dense": workspace.dense}
+        self.sample("dense")
         scores, densities = self.allocate()
         parts, zeros = {}, {}
         if not settings.method.pruning.prunes:
@@ -70,6 +71,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
                 perplexities[stage] = self.measure(stage)
+                self.sample(stage)
         result = {
             "importance": scores,
             "layer_density": densities,
