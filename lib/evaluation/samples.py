@@ -158,19 +158,19 @@ def greedy(decoder: Decoder, plan: Plan, prompts: Sequence[Sequence[int]], ends:
     input_ids = torch.zeros(len(prompts), int(lengths.max()) + NEW_TOKENS, dtype=torch.long)
     for row, prompt in zip(input_ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    rows, is_ended = torch.arange(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
+    rows = torch.arange(len(prompts))  # those that have not ended
     for step in range(NEW_TOKENS):
-        last = lengths + step - 1
-        hidden_states, inputs = decoder.embed(input_ids[:, : int(last.max()) + 1])
+        last = lengths[rows] + step - 1
+        hidden_states, inputs = decoder.embed(input_ids[rows, : int(last.max()) + 1])
         for index, mode in enumerate(plan.modes):
             hidden_states = decoder.run_layer(index, hidden_states, inputs, mode)
-        logits = decoder.logits(hidden_states[rows, last][:, None])[:, 0]  # (B, V)
+        logits = decoder.logits(hidden_states[range(len(rows)), last][:, None])[:, 0]  # (B, V)
         if logits.isnan().any():
             raise RunError("its logits are no numbers")
         tokens = logits.argmax(-1).cpu()
         input_ids[rows, last + 1] = tokens
-        is_ended |= torch.isin(tokens, torch.tensor(ends, dtype=torch.long))
-        if is_ended.all():
+        rows = rows[~torch.isin(tokens, torch.tensor(ends, dtype=torch.long))]
+        if not len(rows):
             break
     return torch.stack([row[length : length + NEW_TOKENS] for row, length in zip(input_ids, lengths, strict=True)])
 

@@ -147,7 +147,7 @@ class Run(ABC, Generic[Settings, Space]):
         return [Prompt(*one) for one in self.state.once("prompts", lambda: self.workspace.prompts)]
 
     def sample(self, stage: str, plan: Plan | None = None) -> None:
-        """Lets the model as it is, under a plan if given, continue the prompts of a single run; in the first process."""
+        """Lets the model as it is, under a plan if given, continue the prompts of a single run; first process only."""
         workspace, print_line = self.workspace, self.report.print
         if not (self.takes_samples and workspace.prompts and self.report.is_first):
             return
