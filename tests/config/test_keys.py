@@ -91,6 +91,7 @@ for _script in ("ppllms", "alp_prune"):
         "seed": ([], ["--seed", 1]),
         "seqlen": ([], ["--seqlen", 32]),
         "eval_stride": ([], ["--eval_stride", 16]),
+        "prompts": ([], ["--prompts", "{text}"]),
         "dtype": ([], ["--dtype", "bfloat16"]),
         "trust_remote_code": ([], ["--trust_remote_code"]),
     }
