@@ -209,10 +209,14 @@ def as_field(prompts: Sequence[Prompt], written: Mapping[str, Sequence[Continuat
     }
 
 
-def describe(written: Sequence[Continuation]) -> str:
-    """The counts of one model, for a console line."""
-    ended = sum(one.is_ended for one in written)
-    return f"{ended} of {len(written)} end by themselves, repeated 4-grams {_percent(repetition(written))}"
+def describe(written: Mapping[str, Sequence[Continuation]]) -> list[str]:
+    """Console lines: the counts of each model, for {stage: continuations}."""
+    title = ["", f"Samples: continuations of up to {NEW_TOKENS} tokens"] if written else []
+    counts = {stage: f"{sum(one.is_ended for one in found)} of {len(found)}" for stage, found in written.items()}
+    return title + [
+        f"  {stage}: {counts[stage]} end by themselves, repeated 4-grams {_percent(repetition(found))}"
+        for stage, found in written.items()
+    ]
 
 
 def _percent(share: float | None) -> str:

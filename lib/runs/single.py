@@ -165,14 +165,15 @@ class Run(ABC, Generic[Settings, Space]):
             written = self.state.once(f"samples of {stage}", write)
         if isinstance(written, str):
             print_line(f"Samples     none of the {stage} model: {written}")
-            return
-        self.samples[stage] = [Continuation(*one) for one in written]
-        print_line(f"Samples     {stage}: {samples.describe(self.samples[stage])}")
+        else:
+            self.samples[stage] = [Continuation(*one) for one in written]
 
     def execute(self) -> dict:
         """Prunes, measures, writes result.json and the model; then all that only shows, which cannot fail the run."""
         self.takes_samples = True
         result = self.compute()
+        for line in samples.describe(self.samples):
+            self.report.print(line)
         self.report.seconds.setdefault("save", 0.0)
         if not self.report.is_first:
             return result

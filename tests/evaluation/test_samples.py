@@ -271,7 +271,7 @@ def test_a_run_shows_what_each_model_writes(arguments, tmp_path, monkeypatch, ca
     assert shown == markdown(found["samples"]) and len(found["samples"]["prompts"]) == 5
     stages = ["dense", "pruned", "compensated"]
     assert list(found["samples"]["continuations"]) == stages
-    assert re.findall(r"^Samples     (\w+): \d of 5 end", printed, re.M) == stages
+    assert re.findall(r"^  (\w+): \d of 5 end by themselves, repeated 4-grams [\d.]+%$", printed, re.M) == stages
     assert f"samples {tmp_path / 'run/samples.md'}" in printed and found["seconds"]["samples"] > 0
 
 
