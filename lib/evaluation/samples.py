@@ -57,7 +57,8 @@ def make_prompts(
     Questions and the prompts of a file go through the tokenizer's chat template; without one no questions are asked.
     None without a file and text. Raises `InputError` for a prompt that the model `name` of this config cannot take.
     """
-    room = (getattr(config, "max_position_embeddings", None) or 2**31) - NEW_TOKENS
+    context = getattr(config, "max_position_embeddings", None) or 2**31
+    room = context - NEW_TOKENS
 
     def fits(prompt: Prompt) -> bool:
         return 0 < len(prompt.tokens) <= room and max(prompt.tokens) < config.vocab_size
@@ -66,14 +67,21 @@ def make_prompts(
         given = [_chat(text, tokenizer) or _plain(text, tokenizer) for text in read_prompts(file)]
         for prompt in given:
             if not 0 < len(prompt.tokens) <= room:
-                cause = f"--prompts {file}: {one_line(prompt.text)[:60]!r} has {len(prompt.tokens)} tokens"
-                raise InputError(f"{cause}; with {NEW_TOKENS} new ones {name} has room for 1 to {room}")
+                size = f"{len(prompt.tokens)} tokens, and {NEW_TOKENS} new ones follow"
+                cause = f"--prompts {file}: {one_line(prompt.text)[:60]!r} has {size}"
+                raise InputError(f"{cause}; {name} has a context of {context}")
             check_tokens(name, torch.tensor(prompt.tokens), config.vocab_size)
         return given
     if not windows:
         return []
     questions = [asked for text in QUESTIONS if (asked := _chat(text, tokenizer)) and fits(asked)]
-    texts = _beginnings(torch.cat(list(windows)), tokenizer, _DEFAULT_PROMPTS - len(questions), room)
+    count, length = _DEFAULT_PROMPTS - len(questions), min(_TEXT_TOKENS, room // 2)
+    try:
+        texts = _beginnings(torch.cat(list(windows)), tokenizer, count, length)
+    except Exception as error:  # tokenizers come with models too
+        if is_out_of_memory(error):
+            raise
+        texts = []
     return [*filter(fits, texts), *questions]
 
 
@@ -95,12 +103,12 @@ def _chat(text: str, tokenizer) -> Prompt | None:
         return None
 
 
-def _beginnings(windows: torch.Tensor, tokenizer, count: int, room: int) -> list[Prompt]:
-    """The beginnings of up to `count` windows (N, T), evenly spread; of whole words, where spaces part them."""
+def _beginnings(windows: torch.Tensor, tokenizer, count: int, length: int) -> list[Prompt]:
+    """The first `length` tokens of up to `count` windows (N, T), evenly spread; whole words, where spaces part them."""
     found = []
     for index in dict.fromkeys(place * len(windows) // count for place in range(count)):
-        start = windows[index, : min(_TEXT_TOKENS, room // 2)].tolist()
-        text = _decode(start, tokenizer, skip_special_tokens=True).strip("\ufffd")  # characters that were cut
+        start = _decode(windows[index, :length].tolist(), tokenizer, skip_special_tokens=True)
+        text = start.strip("\ufffd")  # characters that were cut
         words = re.search(r"\s(\S.*)\s", text, re.DOTALL)
         text = (words[1] if words and 2 * len(words[1]) > len(text) else text).strip()
         found += [_plain(text, tokenizer)] if text else []

@@ -246,6 +246,11 @@ def test_a_files_prompts_are_its_lines_in_the_chat_template_if_there_is_one(conf
     assert chatting.decode(chats[1].tokens) == "<user>Three\u2028four<assistant>"
 
 
+def test_a_tokenizer_that_decodes_nothing_leaves_only_questions(windows, config, chatting, monkeypatch):
+    monkeypatch.setattr(chatting, "decode", lambda *args, **options: 1 / 0)
+    assert [prompt.text for prompt in make_prompts("x", None, chatting, [windows], config)] == list(QUESTIONS)
+
+
 def test_without_text_and_file_there_are_no_prompts(config, chatting):
     assert make_prompts("x", None, chatting, [], config) == []
 
