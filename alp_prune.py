@@ -187,7 +187,7 @@ def check(args: argparse.Namespace) -> None:
     if checks.is_grid(args, AXES):
         checks.check_grid_output(args)
     else:
-        files = [path for path in (args.gradients, log_folder_of(args)) if path]
+        files = [path for path in (args.gradients, log_folder_of(args)) if path] + checks.check_prompts(args)
         checks.check_output(args, [*args.model, *used_texts, *args.tasks, *files])
     if args.gradients and len(args.model) > 1:
         raise InputError("--gradients: are of one model; leave them out, or give one model")

@@ -250,8 +250,8 @@ def check(args: argparse.Namespace) -> None:
         if not args.eval_ppl:
             raise InputError("--eval_ppl no: a table of runs is one of perplexities; leave it out")
     else:
-        plan = [args.apply_plan] if args.apply_plan else []
-        checks.check_output(args, [*args.model_name, *used_texts, *args.tasks, *plan])
+        files = [*([args.apply_plan] if args.apply_plan else []), *checks.check_prompts(args)]
+        checks.check_output(args, [*args.model_name, *used_texts, *args.tasks, *files])
     if args.apply_plan:
         for target in (args.output_dir / name for name in (RESULT, PLAN) if args.output_dir):
             check_plan_stays(args.apply_plan, {"--output_dir": target})

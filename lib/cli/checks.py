@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib.config.keys import WITHOUT_EFFECT
+from lib.config.prompts import read_prompts
 from lib.config.sources import locate_model, parse_text
 from lib.errors import InputError
 from lib.runtime.launcher import launched
@@ -61,6 +62,8 @@ def check_output(args: argparse.Namespace, used: Iterable[str | Path]) -> None:
     if not launched().is_first:
         return  # only the first process writes, and it may have begun
     output_dir = args.output_dir
+    if args.prompts and output_dir and is_of_ours(args.prompts, output_dir):
+        raise InputError(f"--prompts {args.prompts}: is one of the output folder's own files; name a copy")
     if args.resume and not output_dir:
         raise InputError("--resume: needs --output_dir, the folder of the run that is to go on")
     if not output_dir:
@@ -97,6 +100,14 @@ def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> No
         check_model_folder(folder, args.overwrite)
 
 
+def check_prompts(args: argparse.Namespace) -> list[Path]:
+    """The file of prompts, if there is one. Raises `InputError` for one that cannot be read."""
+    if not args.prompts:
+        return []
+    read_prompts(args.prompts)
+    return [args.prompts]
+
+
 def check_apart(outputs: Mapping[str, Path | None], texts: Iterable[str]) -> None:
     """Raises `InputError` for an output, by its flag, in a folder of text: the next run would read it as text."""
     for text in texts:
@@ -110,6 +121,8 @@ def check_grid_output(args: argparse.Namespace) -> None:
     """Raises `InputError` unless the folder of a grid can be written and holds nothing else of our names."""
     if args.save_model:
         raise InputError("--save_model: saves one model; leave it out, or give one value for each flag")
+    if args.prompts:
+        raise InputError("--prompts: are of a single run; leave them out, or give one value for each flag")
     if launched().is_first:
         check_output_folder(args.output_dir, "grid")
         check_state_folder(args.output_dir / STATE, f"--output_dir {args.output_dir}")

@@ -103,6 +103,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eval_windows", type=positive, help="evaluation windows of each text, evenly spread (default: all)"
     )
+    group.add_argument(
+        "--prompts", type=folder, help="file of prompts to continue, one a line (default: evaluation text, questions)"
+    )
     add_device_flags(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")

@@ -48,6 +48,7 @@ class DepthPruning:
     tasks: Sequence[str] = ()  # of lm_eval
     save_model: Path | None = None
     save_format: str = "hf"
+    prompts: Path | None = None
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
 
     @property
@@ -71,9 +72,10 @@ class DepthPruning:
 
     @property
     def inputs(self) -> list[Input]:
-        """Everything that the run reads: the model, its texts, and tasks."""
+        """Everything that the run reads: the model, its texts, tasks and prompts."""
         texts = [*([self.dataset] if self.needs_windows else []), *self.compensate_dataset, *self.texts]
-        return [(MODEL, self.model_name), *((TEXT, name) for name in texts), *((FILE, name) for name in self.tasks)]
+        files = [*self.tasks, *([str(self.prompts)] if self.prompts else [])]
+        return [(MODEL, self.model_name), *((TEXT, name) for name in texts), *((FILE, name) for name in files)]
 
     @property
     def key(self) -> dict:
@@ -88,6 +90,7 @@ class DepthPruning:
             unused |= {"compensate_dataset", "compensate_shares"}
         if not self.eval_ppl:
             unused |= {"eval_datasets", "eval_stride", "eval_windows"}
+        unused |= set() if self.prompts else {"prompts"}
         plan = asdict(self.saved_plan.plan) if self.saved_plan else None
         return key_of("ppllms", self, unused, {"saved_plan": plan})
 

@@ -46,12 +46,12 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
     },
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
 }
-_EVALUATION = ("eval_stride", "eval_windows", "tasks")
+_EVALUATION = ("eval_stride", "eval_windows", "prompts", "tasks")
 EVALUATION = {  # by script: settings of the evaluation, which a stopped run may go on without having
     "ppllms": (*_EVALUATION, "eval_ppl", "eval_datasets"),
     "alp_prune": (*_EVALUATION, "dataset"),
 }
-_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE}  # of what is read, by setting
+_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE, "prompts": FILE}  # of what is read, by setting
 _KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset", "compensate_dataset"), TEXT)
 
 

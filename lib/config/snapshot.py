@@ -14,7 +14,7 @@ from lib.config.sources import expand, is_demo, locate_model, parse_text, text_f
 from lib.errors import InputError, InputsChanged
 from lib.files import read_file
 
-MODEL, TEXT, FILE = "model", "text", "file"  # what a name is given as; a file is one of gradients, or of a task
+MODEL, TEXT, FILE = "model", "text", "file"  # what a name is given as; a file is one of gradients, tasks or prompts
 _MANY = 10 * 10**9  # bytes, which take some 10 seconds or more
 _THREADS = 4  # a digest is computed without the interpreter's lock
 _YAML = (".yaml", ".yml")

@@ -45,6 +45,7 @@ class SparsityPruning:
     eval_windows: int | None = None  # of each text; None: all
     semi_structured: bool = False
     tasks: Sequence[str] = ()  # of lm_eval
+    prompts: Path | None = None
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
     save_format: ClassVar[str] = "hf"  # the only one
 
@@ -65,10 +66,10 @@ class SparsityPruning:
 
     @property
     def inputs(self) -> list[Input]:
-        """Everything that the run reads: the model, its texts, the gradients and tasks."""
+        """Everything that the run reads: the model, its texts, the gradients, tasks and prompts."""
         texts = [*([self.calibration_dataset] if self.needs_text else []), *self.texts]
         gradients = [str(self.gradient_file)] if self.uses_gradients and self.gradient_file else []
-        files = [*gradients, *self.tasks]
+        files = [*gradients, *self.tasks, *([str(self.prompts)] if self.prompts else [])]
         return [(MODEL, self.model), *((TEXT, name) for name in texts), *((FILE, name) for name in files)]
 
     @property
@@ -82,6 +83,7 @@ class SparsityPruning:
         unused |= set() if self.needs_inputs else {"nsamples", "seed"}
         unused |= set() if self.needs_text else {"calibration_dataset"}
         unused |= set() if self.computes_gradients else {"gradients"}
+        unused |= set() if self.prompts else {"prompts"}
         unused |= set() if self.uses_gradients and self.gradient_file else {"gradient_file"}
         gradients = {name: value for name, value in asdict(self.gradients).items() if name != "dataset"}
         as_json = {

@@ -15,6 +15,7 @@ from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
 from lib.errors import InputError
+from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
@@ -69,6 +70,7 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
     with report.timed("data"):
         tasks = Tasks(settings.tasks) if settings.tasks else None
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
+        prompts = make_prompts(source.name, settings.prompts, tokenizer, texts.evaluation.values(), config)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
         for cell in cells:
@@ -84,6 +86,7 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
         compensation_windows=texts.compensation,
         eval_windows=texts.evaluation,
         tasks=tasks,
+        prompts=prompts,
     )
     if settings.compensates and len(cells) > 1 and not decoder.is_on_disk:
         projections = output_projections(decoder)

@@ -65,6 +65,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             if not self.settings.saved_plan:
                 self.report.write(PLAN, {"tool": self.tool, **self.describe(), **removed, "parameters": parameters})
         evaluations = self.measure()
+        self.samples.measure("dense")
+        self.samples.measure("pruned", self.plan)
         self.tasks.measure("pruned", self.plan)
         return {
             **found,
@@ -126,6 +128,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         for text, stages in evaluations.items():
             stages["compensated"] = self.texts.measure("compensated", text, self.plan)
             depth_report.show_compensated(self.report, text, stages)
+        self.samples.measure("compensated", self.plan)
         self.tasks.measure("compensated", self.plan)
         return {"compensation": describe_compensation(settings, windows, refits)}
 

@@ -1,4 +1,4 @@
-"""Evaluation of a model: perplexity, and what it answers in the tasks of lm_eval.
+"""Evaluation of a model: perplexity, distance to the dense model, what it writes, what it answers in lm_eval's tasks.
 
-May import `config`, `engine` and `errors`.
+May import `config`, `data`, `engine`, `models`, `runtime` and `errors`.
 """

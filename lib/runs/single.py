@@ -1,7 +1,7 @@
 """One run from its settings to its result: the skeleton that `ppllms.py` and `alp_prune.py` share.
 
 A subclass of `Run` says how its tool prepares, prunes, describes and saves; the order of these steps, timing, resume
-state, perplexity and result.json are here.
+state, perplexity, samples and result.json are here.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from lib.config.depth import DepthPruning
-from lib.config.keys import work_of
+from lib.config.keys import EVALUATION, work_of
 from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
 from lib.config.sparsity import SparsityPruning
 from lib.engine.window_scores import DenseStates
 from lib.evaluation.answers import Answers
 from lib.evaluation.distance import Evaluation
+from lib.evaluation.samples import Prompt
 from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import how_to_load
 from lib.files import digest_of_json
@@ -29,6 +30,7 @@ from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
 from lib.reporting.verdict import describe, verdict_of
+from lib.runs.samples import SampleStages
 from lib.runs.tasks import TaskStages
 from lib.runs.texts import TextStages
 from lib.runtime.batching import Batcher
@@ -38,7 +40,7 @@ from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
 from lib.storage.model_folder import signature
-from lib.storage.output_folder import REMOVALS, RESULT, SPARSITY, STATE
+from lib.storage.output_folder import REMOVALS, RESULT, SAMPLES, SPARSITY, STATE
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 
 
@@ -56,6 +58,7 @@ class Workspace:
     dense_states: dict[str, DenseStates] = field(default_factory=dict)  # by text
     tasks: Tasks | None = None
     dense_answers: Answers | None = None  # to the tasks
+    prompts: Sequence[Prompt] = ()  # of the samples of a single run
 
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
@@ -74,6 +77,8 @@ class Run(ABC, Generic[Settings, Space]):
         self.decoder, self.state = workspace.decoder, workspace.state
         self.texts = TextStages(report, workspace, self.stages_after_dense, settings.eval_stride, is_cell)
         self.tasks = TaskStages(report, workspace, settings.key.get("tasks"))
+        prompts_from = [settings.key.get(name) for name in ("prompts", *EVALUATION[self.tool])]
+        self.samples = SampleStages(report, workspace, prompts_from, is_cell)
 
     # What a tool defines
 
@@ -129,7 +134,7 @@ class Run(ABC, Generic[Settings, Space]):
         fields["verdict"] = verdict_of(fields)
         if fields["verdict"]:
             self.report.print(f"Verdict     {describe(fields['verdict'], self.next_step)}")
-        fields |= self.tasks.show()
+        fields |= self.samples.show() | self.tasks.show()
         self.check_unchanged()
         return {
             "tool": self.tool,
@@ -155,6 +160,7 @@ class Run(ABC, Generic[Settings, Space]):
         self.state.put("measured", True)  # so that a run that is stopped from here on is not taken for finished
         path, settings = self.report.write(RESULT, result), self.settings
         self.report.discard(REMOVALS, SPARSITY)
+        self.samples.write()
         if settings.save_model:
             with self.report.timed("save"):
                 with self.state.saving(settings.save_model, settings.overwrite) as draft:
@@ -182,6 +188,8 @@ class Run(ABC, Generic[Settings, Space]):
         print_line()
         print_line("Written")
         print_line(f"  result  {result}")
+        if self.samples.written:
+            print_line(f"  samples {result.with_name(SAMPLES)}")
         if plot:
             print_line(f"  plot    {plot}")
         if model:

@@ -22,7 +22,7 @@ class TaskStages:
         """`key`: what the answers depend on beside the model; a stopped run may go on with other tasks."""
         self.answers: dict[str, Answers] = {}  # by stage
         self.failure: RunError | None = None  # of a pruned model
-        self._report, self._workspace, self._digest = report, workspace, digest_of_json(key)[:16]
+        self._report, self._workspace, self._digest = report, workspace, digest_of_json({"of": key})[:16]
 
     def measure(self, stage: str, plan: Plan | None = None) -> None:
         """Measures the model as it is, under a plan if given; the dense model once for all runs on it.

@@ -14,6 +14,7 @@ from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
 from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.errors import InputError
+from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
@@ -88,6 +89,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
     with report.timed("data"):
         tasks = Tasks(settings.tasks, flag_of(settings.tasks)) if settings.tasks else None
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
+        prompts = make_prompts(settings.model, settings.prompts, tokenizer, texts.evaluation.values(), config)
         for asked, known in gradients.items():
             if by_gradients[asked].computes_gradients:
                 path = by_gradients[asked].gradient_path
@@ -107,6 +109,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         batcher=batcher,
         seqlen=seqlen,
         eval_windows=texts.evaluation,
+        prompts=prompts,
         groups=groups,
         calibration=texts.calibration,
         gradient_windows=texts.gradients,

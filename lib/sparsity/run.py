@@ -60,6 +60,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         for part in ("allocate", "prune", "evaluate", "save"):
             self.report.seconds.setdefault(part, 0.0)
         evaluations = {"dense": self.measure("dense")}
+        self.samples.measure("dense")
         self.tasks.measure("dense")
         scores, densities = self.allocate()
         parts, zeros = {}, {}
@@ -72,6 +73,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             zeros[stage] = self.state.once(f"zeros of {stage}", lambda: count_zeros(self.decoder, workspace.groups))
             with self.sparse_kernels():
                 evaluations[stage] = self.measure(stage)
+                self.samples.measure(stage)
                 self.tasks.measure(stage)
         by_text = {text: {stage: found[text] for stage, found in evaluations.items()} for text in settings.dataset}
         result = {

@@ -15,11 +15,12 @@ from lib.storage.atomic import check_writable, write_json
 Kind = Literal["run", "grid"]
 RESULT, PLAN, LOG, STATE = "result.json", "plan.json", "log.txt", "state"
 RESULTS, TABLE, CSV = "results.jsonl", "table.md", "table.csv"
+SAMPLES = "samples.md"
 REMOVALS, SPARSITY, GRID_PLOT = "block_influence.png", "sparsity.png", "perplexity-{}.png"
 MARK = "run.json"  # written before all others
 PLOT_MARK = "pruning-run-plot"  # in the metadata of every plot
 _FORMAT = "output/1"
-_NAMES = (RESULT, PLAN, LOG, STATE, RESULTS, TABLE, CSV, REMOVALS, SPARSITY)
+_NAMES = (RESULT, PLAN, LOG, STATE, RESULTS, TABLE, CSV, SAMPLES, REMOVALS, SPARSITY)
 _IN_WORDS = {"run": "a single run", "grid": "a grid of results"}
 
 

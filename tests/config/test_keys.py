@@ -92,6 +92,7 @@ for _script in ("ppllms", "alp_prune"):
         "seqlen": ([], ["--seqlen", 32]),
         "eval_stride": ([], ["--eval_stride", 16]),
         "eval_windows": ([], ["--eval_windows", 2]),
+        "prompts": ([], ["--prompts", "{text}"]),
         "dtype": ([], ["--dtype", "bfloat16"]),
         "trust_remote_code": ([], ["--trust_remote_code"]),
     }

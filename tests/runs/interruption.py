@@ -11,6 +11,7 @@ import lib.depth.compensation
 import lib.depth.run
 import lib.depth.searches
 import lib.depth.trial_losses
+import lib.evaluation.samples
 import lib.reporting.plots
 import lib.runs.single
 import lib.sensitivity.gradients
@@ -36,6 +37,7 @@ WORK = [
     (lib.depth.searches, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
     (lib.runs.single, "window_scores"),
+    (lib.evaluation.samples, "continuations"),
     (lib.depth.compensation, "_refit_layer"),
     (lib.sparsity.run, "layer_scores"),
     (lib.sparsity.run, "count_zeros"),

@@ -22,7 +22,7 @@ from tests.runs.interruption import COUNTS, files_of
 
 OURS = (
     *("result.json", "log.txt", "block_influence.png", "sparsity.png", "results.jsonl", "table.md", "table.csv"),
-    *("perplexity-words.png", "state/notes.txt"),
+    *("samples.md", "perplexity-words.png", "state/notes.txt"),
 )
 
 

@@ -69,7 +69,7 @@ def test_a_run_writes_what_it_prints(prune, alp_arguments, tmp_path, monkeypatch
     assert (result["tool"], result["prune_method"], result["sparsity_ratio"]) == ("alp_prune", "wanda_alp", 0.6)
     assert (result["sparsity_type"], result["alpha"], result["grad_type"]) == ("unstructured", 0.15, "l2")
     assert (result["seed"], result["nsamples"], result["seqlen"]) == (0, 4, 64)
-    expected = {"snapshot", "load", "data", "allocate", "prune", "evaluate", "save"}
+    expected = {"snapshot", "load", "data", "allocate", "prune", "evaluate", "samples", "save"}
     assert set(result["seconds"]) == expected
     assert set(result["prune_seconds"]["pruned"]) == {"observe", "select", "advance"}
     assert {"versions", "device", "command"} <= set(result["environment"]) and result["peak_memory_bytes"] > 0
