@@ -48,6 +48,7 @@ class Workspace:
     eval_windows: dict[str, torch.Tensor]  # (N, T), by text
     state: State = field(default_factory=lambda: State(None, {}))  # of the current run
     dense: dict[str, Perplexity] = field(default_factory=dict)  # by text
+    own_text: dict[int, torch.Tensor] = field(default_factory=dict)  # windows (N, T) that the model made, by seed
 
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
