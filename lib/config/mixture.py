@@ -60,13 +60,13 @@ def parse_mixture(flag: str, names: Sequence[str]) -> Mixture:
     """
     found = [_split_share(name) for name in names]
     texts, shares = [text for text, _ in found], [share for _, share in found if share is not None]
-    for name, (_, share) in zip(names, found, strict=True):
-        if share is not None and not 0 < share < math.inf:
-            raise InputError(f"{flag} {name}: {share:g} is no share; give a number above 0")
-        if share is not None and len(names) == 1:
-            raise InputError(f"{flag} {name}: is the share of a single text; name others too, or leave it out")
-        if share is None and shares:
-            raise InputError(f"{flag} {name}: has no share, as other texts have; give one to each text, or to none")
+    if wrong := [share for share in shares if not 0 < share < math.inf]:
+        raise InputError(f"{flag}: {wrong[0]:g} is no share of a text; give a number above 0")
+    if len(names) == 1 and shares:
+        raise InputError(f"{flag} {names[0]}: is the share of a single text; name others too, or leave it out")
+    if shares and len(shares) < len(names):
+        without = next(name for name, share in found if share is None)
+        raise InputError(f"{flag}: {without} has no share, but others have; give one to each text, or to none")
     if len({os.path.realpath(expand(text)) for text in texts}) < len(texts):
         raise InputError(f"{flag}: names a text twice; name each once, with shares as in c4:3 wikitext2:1")
     return Mixture(tuple(texts), tuple(shares or [1.0] * len(texts)))

@@ -73,7 +73,7 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
         decoder = Decoder(load_model(source))
         for cell in cells:
             check_decoder(cell, decoder)
-        if settings.is_sampled:
+        if any(cell.is_sampled for cell in cells):
             check_not_on_disk(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)

@@ -29,7 +29,7 @@ from lib.storage.resume_state import State
 
 
 def gradient_windows(settings: GradientSettings, corpora: Mapping[str, Corpus], tokenizer) -> torch.Tensor:
-    """Samples the windows (nsamples, seqlen) on which gradients are computed; `add_own_text` makes the model's own text."""
+    """Draws the windows (nsamples, seqlen) that gradients are computed on; `add_own_text` adds the model's own."""
     nsamples, seqlen, seed = settings.nsamples, settings.seqlen, settings.seed
     parts = draw_parts(settings.dataset, corpora, tokenizer, nsamples, seqlen, seed, sampled_windows)
     return torch.cat(list(parts.values()))
