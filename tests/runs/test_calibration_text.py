@@ -167,7 +167,7 @@ def test_a_table_samples_once_for_each_seed(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(lib.runs.own_text, "sample_windows", counted)
     counts = arguments.index("--mha_remove_layers")
     flags = [*arguments[:counts], *arguments[counts + 4 :], "--dataset", "self", "--seqlen", 16]
-    flags += ["--method", "shortgpt", "sleb", "--prune_rate", 0.2, "--seed", 0, 1, "--compensate", "nearest"]
+    flags += ["--method", "shortgpt", "sleb", "--prune_rate", 0.1, "--seed", 0, 1, "--compensate", "nearest"]
     assert run(*flags, "--nsamples", 20, monkeypatch=monkeypatch) == 0
     lines = [json.loads(line)["result"] for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
     assert asked == [0, 1] and [line["windows"] for line in lines] == [20] * 4
@@ -204,7 +204,7 @@ def test_chats_are_calibrated_on_in_the_template_of_the_model(
         (["--dataset", "demo:nan", "self:1"], "--dataset: nan is no share"),
         (["--dataset", "demo", "demo"], "--dataset: names a text twice"),
         (["--dataset", "demo:99", "self:1"], "calibration text demo:99 self:1: self gives none of 3 samples"),
-        (["--compensate", "all", "--compensate_dataset", "demo:0", "self:1"], "--compensate_dataset demo:0: 0 is no"),
+        (["--compensate", "all", "--compensate_dataset", "demo:0", "self:1"], "--compensate_dataset: 0 is no share"),
         (["--eval_datasets", "self"], "--eval_datasets self: is text for calibration"),
         (["--eval_datasets", "demo:0.5", "c4:0.5"], "--eval_datasets demo:0.5: only calibration texts are mixed"),
         (["--dataset", "self", "--offload", "disk"], "calibration text self: each token would read the whole model"),
@@ -224,12 +224,7 @@ def test_wrong_texts_are_told_in_one_line_before_anything_is_written(
     [
         (alp_prune, ["--calibration_dataset", "demo:inf", "self:1"], "--calibration_dataset: inf is no share"),
         (alp_prune, ["--dataset", "self"], "--dataset self: is text for calibration"),
-        (alp_prune, ["--dataset", "demo:2"], "--dataset demo:2: only calibration texts are mixed"),
-        (
-            alp_prune,
-            ["--calibration_dataset", "demo:9", "self:1", "--nsamples", 9],
-            "self gives none of 9 samples; ask for more",
-        ),
+        (alp_prune, ["--calibration_dataset", "demo:99", "self:1", "--nsamples", 9], "self gives none of 9 samples"),
         (alp_prune, ["--calibration_dataset", "self", "--offload", "disk"], "would read the whole model from disk"),
         (save_gradient, ["--dataset", "demo:0.5"], "--dataset demo:0.5: is the share of a single text"),
         (save_gradient, ["--dataset", "self", "--offload", "disk"], "would read the whole model from disk"),
