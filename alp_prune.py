@@ -25,6 +25,7 @@ from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings
 from lib.config.methods import ALLOCATORS, PRUNERS, UNSTRUCTURED, Method, Pattern, parse_method
+from lib.config.mixture import Mixture, check_evaluation_text, parse_mixture
 from lib.config.presets import ALP_PRESETS
 from lib.config.quantization import Quantization
 from lib.config.sparsity import SparsityPruning
@@ -62,7 +63,8 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--calibration_dataset",
         type=types.name,
-        help=f"calibration text: {flags.TEXTS} (default: c4; demo for the demo model)",
+        nargs="+",
+        help=f"calibration text: {flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument(
         "--dataset", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"
@@ -177,8 +179,10 @@ def check(args: argparse.Namespace) -> None:
     if "/" in name or name in (".", "..") or not name.isprintable():
         raise InputError(f"--model_name {name}: is used in file names; give one without slashes and line ends")
     checks.check_device(args)
+    for source in args.dataset or ():
+        check_evaluation_text("--dataset", source)
     used_texts = {
-        source for model in args.model for source in (calibration_text(args, model), *eval_texts(args, model))
+        source for model in args.model for source in (*calibration(args, model).read, *eval_texts(args, model))
     }
     for source in sorted(used_texts):
         sources.check_text(source)
@@ -198,8 +202,9 @@ def check(args: argparse.Namespace) -> None:
         checks.prefer_cache_without_network()
 
 
-def calibration_text(args: argparse.Namespace, model: str) -> str:
-    return args.calibration_dataset or ("demo" if sources.is_demo(model) else "c4")
+def calibration(args: argparse.Namespace, model: str) -> Mixture:
+    default = "demo" if sources.is_demo(model) else "c4"
+    return parse_mixture("--calibration_dataset", args.calibration_dataset or [default])
 
 
 def eval_texts(args: argparse.Namespace, model: str) -> list[str]:
@@ -234,7 +239,7 @@ def cells(args: argparse.Namespace) -> list[dict]:
             path = one["gradients"].path(one["source"].name, args.dtype)
             check_writable(path.parent, "gradients")
             check_state_folder(path.with_suffix(".state"), "gradients")
-            checks.check_apart({"gradients": path}, [one["calibration_dataset"], *one["dataset"]])
+            checks.check_apart({"gradients": path}, [*one["calibration_dataset"].read, *one["dataset"]])
     return found
 
 
@@ -245,7 +250,7 @@ def uses_gradients(one: dict) -> bool:
 
 def cell(args: argparse.Namespace, model: str, seed: int, method: Method, pattern: Pattern, ratio: float) -> dict:
     """The settings of one run. Raises `InputError`."""
-    text = calibration_text(args, model)
+    text = calibration(args, model)
     return {
         "source": flags.model_source(args, model),
         "model_name": args.model_name or sources.short_name(model),

@@ -16,7 +16,7 @@ Several methods, rates, models or seeds make a table; the same command resumes a
 Damage is taken back in closed form, by refitting the output projections that stay (slower, much better models):
 
     python ppllms.py --compensate all
-    python ppllms.py --model_name PATH --compensate all --compensate_dataset c4 wikitext2 --compensate_shares 3 1
+    python ppllms.py --model_name PATH --compensate all --compensate_dataset c4:3 wikitext2:1
 
 A plan from an earlier run can be applied again, to the model or to a GGUF file of it:
 
@@ -35,6 +35,7 @@ from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.depth import COMPENSATIONS, DepthPruning
 from lib.config.methods import DEPTH_METHODS
+from lib.config.mixture import Mixture, check_evaluation_text, parse_mixture
 from lib.config.plan import SavedPlan, read_plan
 from lib.config.presets import DEPTH_PRESETS
 from lib.config.tasks import expand_sets
@@ -118,7 +119,10 @@ def add_budget_flags(group) -> None:
 def add_text_flags(group) -> None:
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
-        "--dataset", type=types.name, help=f"calibration text: {flags.TEXTS} (default: c4; demo for the demo model)"
+        "--dataset",
+        type=types.name,
+        nargs="+",
+        help=f"calibration text: {flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument("--bi_windows", type=types.positive, help="windows that BI is averaged over (default: all)")
     group.add_argument(
@@ -138,10 +142,7 @@ def add_compensation_flags(group) -> None:
         help="refit the output projections before gaps, or all from the first gap on (default: none)",
     )
     group.add_argument(
-        "--compensate_dataset", type=types.name, nargs="+", help="its calibration texts (default: that of --dataset)"
-    )
-    group.add_argument(
-        "--compensate_shares", type=types.above_0, nargs="+", help="shares of the texts' windows (default: equal ones)"
+        "--compensate_dataset", type=types.name, nargs="+", help="its calibration text (default: that of --dataset)"
     )
 
 
@@ -174,15 +175,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError(f"--{name}: --method {' '.join(args.method)} has no use for it; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
-    if args.compensate == "none" and (names := sorted(given & {"compensate_dataset", "compensate_shares"})):
-        raise InputError(f"--{names[0]}: needs --compensate nearest or all")
-    if len(set(args.compensate_dataset or ())) < len(args.compensate_dataset or ()):
-        raise InputError("--compensate_dataset: names a text twice; name each once, and give --compensate_shares")
-    if args.compensate_shares and len(args.compensate_shares) != len(args.compensate_dataset or [""]):
-        texts, shares = len(args.compensate_dataset or [""]), len(args.compensate_shares)
-        raise InputError(
-            f"--compensate_shares: got {shares}, but the number of texts is {texts}; give one for each text"
-        )
+    if args.compensate == "none" and args.compensate_dataset:
+        raise InputError("--compensate_dataset: needs --compensate nearest or all")
     if len(args.prune_rate) > 1 and None not in (args.mha_remove_layers, args.ffn_remove_layers):
         raise InputError("--prune_rate: with both counts given the rate has no effect; give one, or none")
     if args.apply_plan and len(args.model_name or ()) > 1:
@@ -213,10 +207,11 @@ def texts(args: argparse.Namespace, model: str) -> dict:
     """The texts of a run on a model: the given ones, or the defaults for that model."""
     is_demo = sources.is_demo(model)
     evaluation = args.eval_datasets or (["demo"] if is_demo else ["wikitext2"])
-    dataset = args.dataset or ("demo" if is_demo else "c4")
+    dataset = parse_mixture("--dataset", args.dataset or ["demo" if is_demo else "c4"])
+    own = parse_mixture("--compensate_dataset", args.compensate_dataset) if args.compensate_dataset else dataset
     return {
         "dataset": dataset,
-        "compensate_dataset": (args.compensate_dataset or [dataset]) if args.compensate != "none" else [],
+        "compensate_dataset": own if args.compensate != "none" else Mixture(),
         "eval_datasets": list(dict.fromkeys(evaluation)),
     }
 
@@ -235,11 +230,13 @@ def check(args: argparse.Namespace) -> None:
         checks.check_lm_eval("--tasks")
     checks.check_device(args)
     needs_windows = not args.apply_plan and any(DEPTH_METHODS[method].needs_windows for method in args.method)
+    for source in args.eval_datasets or ():
+        check_evaluation_text("--eval_datasets", source)
     used_texts: dict[str, None] = {}
     for name in args.model_name:
         of_model = texts(args, name)
-        used_texts |= dict.fromkeys([of_model["dataset"]] if needs_windows else [])
-        used_texts |= dict.fromkeys(of_model["compensate_dataset"])
+        used_texts |= dict.fromkeys(of_model["dataset"].read if needs_windows else ())
+        used_texts |= dict.fromkeys(of_model["compensate_dataset"].read)
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
         sources.check_text(source)

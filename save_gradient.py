@@ -17,6 +17,7 @@ from lib.cli import checks, flags, types
 from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.gradients import GradientSettings, is_ours
+from lib.config.mixture import parse_mixture
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
@@ -36,7 +37,8 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--dataset",
         type=types.name,
-        help=f"{flags.TEXTS} (default: c4; demo for the demo model)",
+        nargs="+",
+        help=f"{flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument("--seed", "--grad_seed", type=types.count, default=0, help="seed of the windows (default: 0)")
     flags.add_gradient_flags(parser.add_argument_group("gradients"), "--ngrad")
@@ -51,7 +53,8 @@ def build_parser() -> flags.Parser:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, with the settings of the gradients and the file to write."""
     args = build_parser().parse_args(arguments)
-    dataset = args.dataset or ("demo" if sources.is_demo(args.model) else "c4")
+    default = "demo" if sources.is_demo(args.model) else "c4"
+    dataset = parse_mixture("--dataset", args.dataset or [default])
     args.gradients = GradientSettings(dataset, args.ngrad, args.grad_seqlen, args.grad_loss, args.grad_type, args.seed)
     args.output = args.output or args.gradients.path(args.model, args.dtype)
     return args
@@ -60,12 +63,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Checks everything that needs no torch. Raises `InputError`."""
     sources.check_model(args.model)
-    sources.check_text(args.gradients.dataset)
+    texts = args.gradients.dataset.read
+    for text in texts:
+        sources.check_text(text)
     checks.check_device(args)
-    checks.check_apart({"--output": args.output}, [args.gradients.dataset])
+    checks.check_apart({"--output": args.output}, texts)
     if launched().is_first:
         check_output(args)
-    if sources.is_hub_model(args.model) or sources.is_hub_text(args.gradients.dataset):
+    if sources.is_hub_model(args.model) or any(map(sources.is_hub_text, texts)):
         checks.prefer_cache_without_network()
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lib.config.gradients import GradientSettings
+from lib.config.mixture import Mixture
 from lib.errors import InputError
 from lib.files import canonical, digest_of_json
 from lib.reporting.tables import check_result, csv_table, entries, markdown
@@ -51,7 +52,9 @@ def valid_files() -> dict[str, bytes]:
     try:
         spread = Spread(100, 0.5, 0.25, 80.0)
         layers = [LayerSensitivity(spread, {"q_proj": spread})]
-        gradients = artifact.Artifact("demo", "0" * 64, "1" * 64, GradientSettings("demo"), layers, {"torch": "2"})
+        gradients = artifact.Artifact(
+            "demo", "0" * 64, "1" * 64, GradientSettings(Mixture.of("demo")), layers, {"torch": "2"}
+        )
         artifact.write(folder / "gradients.json", gradients)
         ResultsFile(folder).add(canonical(KEY), RESULT)
         state = State(folder / "state", KEY)
@@ -163,7 +166,7 @@ def test_gradients_are_read_whole_or_refused_in_a_line(folder, content):
     if found is None:
         return
     assert all(isinstance(text, str) for text in (found.model, found.fingerprint, found.text))
-    assert isinstance(found.settings.dataset, str) and isinstance(found.environment, dict)
+    assert isinstance(found.settings.dataset, Mixture) and isinstance(found.environment, dict)
     assert all(type(getattr(found.settings, name)) is int for name in ("nsamples", "seqlen", "seed"))
     assert all(isinstance(getattr(found.settings, name), str) for name in ("loss", "gradient_type"))
     for layer in found.layers:

@@ -20,6 +20,7 @@ import alp_prune
 import ppllms
 import save_gradient
 from lib.config.gradients import GradientSettings
+from lib.config.mixture import Mixture
 from lib.config.sources import ModelSource, check_model, short_name
 from lib.data.corpora import load_corpus
 from lib.errors import InputError
@@ -441,7 +442,7 @@ def test_no_name_of_a_model_or_text_leads_out_of_our_folders(here, name):
     with output_folder.chosen(None, f"ppllms-{short_name(name)[:80]}") as folder:
         assert folder.resolve().parent == here / "runs"
     for model, text in ((name, "c4"), ("nobody/model", name), (name, name)):
-        assert GradientSettings(text).path(model, "float16").resolve().parent == here / "gradients"
+        assert GradientSettings(Mixture.of(text)).path(model, "float16").resolve().parent == here / "gradients"
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", OUTSIDE, "/etc/x", "a\nb", "a\tb"])

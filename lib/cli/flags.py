@@ -22,6 +22,7 @@ TEXTS = (
     f"c4, wikitext2, demo, a hub id, or a file or folder: {' '.join(TEXT_KINDS)}, packed as {' '.join(PACKINGS)}, or "
     "one of save_to_disk; `:CONFIG` and `::COLUMN` may follow"
 )
+CALIBRATION_TEXTS = f"{TEXTS}; or self, sampled from the model; several are mixed, in shares as c4:0.7 wikitext2:0.3"
 
 
 class Parser(argparse.ArgumentParser):

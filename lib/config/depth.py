@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lib.config.keys import key_of
 from lib.config.methods import DEPTH_METHODS, DepthMethod
+from lib.config.mixture import Mixture
 from lib.config.plan import SavedPlan
 from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
@@ -21,7 +22,7 @@ class DepthPruning:
     """
 
     source: ModelSource
-    dataset: str
+    dataset: Mixture
     eval_datasets: list[str]
     output_dir: Path | None
     saved_plan: SavedPlan | None = None
@@ -42,8 +43,7 @@ class DepthPruning:
     eval_stride: int | None = None
     eval_windows: int | None = None  # of each text; None: all
     compensate: str = COMPENSATIONS[0]
-    compensate_dataset: Sequence[str] = ()
-    compensate_shares: Sequence[float] | None = None  # of the windows; None: equal ones
+    compensate_dataset: Mixture = Mixture()
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     tasks: Sequence[str] = ()  # of lm_eval
     save_model: Path | None = None
@@ -73,7 +73,7 @@ class DepthPruning:
     @property
     def inputs(self) -> list[Input]:
         """Everything that the run reads: the model, its texts, tasks and prompts."""
-        texts = [*([self.dataset] if self.needs_windows else []), *self.compensate_dataset, *self.texts]
+        texts = [*(self.dataset.read if self.needs_windows else ()), *self.compensate_dataset.read, *self.texts]
         files = [*self.tasks, *([str(self.prompts)] if self.prompts else [])]
         return [(MODEL, self.model_name), *((TEXT, name) for name in texts), *((FILE, name) for name in files)]
 
@@ -87,7 +87,7 @@ class DepthPruning:
         if self.compensates:
             unused -= {"nsamples", "seed"}
         else:
-            unused |= {"compensate_dataset", "compensate_shares"}
+            unused |= {"compensate_dataset"}
         if not self.eval_ppl:
             unused |= {"eval_datasets", "eval_stride", "eval_windows"}
         unused |= set() if self.prompts else {"prompts"}
@@ -95,13 +95,13 @@ class DepthPruning:
         return key_of("ppllms", self, unused, {"saved_plan": plan})
 
     @property
-    def compensates(self) -> bool:
-        return self.compensate != COMPENSATIONS[0]
+    def is_sampled(self) -> bool:
+        """True when the model itself makes some of the calibration text."""
+        return self.needs_windows and self.dataset.is_sampled or self.compensate_dataset.is_sampled
 
     @property
-    def shares(self) -> list[float]:
-        """The shares of the texts of the compensation; they need not add up to 1."""
-        return list(self.compensate_shares or [1.0] * len(self.compensate_dataset))
+    def compensates(self) -> bool:
+        return self.compensate != COMPENSATIONS[0]
 
     @property
     def needs_windows(self) -> bool:

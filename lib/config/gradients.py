@@ -3,9 +3,11 @@
 import hashlib
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from lib.config.mixture import Mixture
 from lib.config.sources import expand, is_demo, is_hub_model, parse_text, short_name
 from lib.files import read_json
 
@@ -18,7 +20,7 @@ GRADIENT_LOSSES = ("last", "all")
 class GradientSettings:
     """What sensitivities depend on besides the model: text, windows, and how gradients are computed and summed."""
 
-    dataset: str
+    dataset: Mixture
     nsamples: int = 10
     seqlen: int = 64
     loss: str = "last"
@@ -28,11 +30,14 @@ class GradientSettings:
     def path(self, model: str, dtype: str = "auto") -> Path:
         """The file for the sensitivities of a model with these settings, in the folder `gradients`."""
         name = model.replace("/", "--")[:80] if is_hub_model(model) else _local_label(model)
-        text = _local_label(self.dataset) if parse_text(self.dataset).path.exists() else self.dataset[:80]
         windows = f"{self.nsamples}x{self.seqlen}"
-        parts = [name, self.gradient_type, windows, self.loss, text, f"seed{self.seed}"]
+        parts = [name, self.gradient_type, windows, self.loss, _text_label(self.dataset), f"seed{self.seed}"]
         file = "-".join(parts + [dtype] * (dtype != "auto"))
         return Path("gradients") / (re.sub(r"[/:]+", "--", file) + ".json")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, as files have them: the texts in one string."""
+        return asdict(self) | {"dataset": str(self.dataset)}
 
 
 def is_ours(path: Path) -> bool:
@@ -45,6 +50,15 @@ def is_ours(path: Path) -> bool:
 def is_content_of_ours(content: object) -> bool:
     """True for what a file of gradients of any version holds."""
     return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.partition("/")[0])
+
+
+def _text_label(dataset: Mixture) -> str:
+    """The names of texts; those of several are followed by a digest of names and shares."""
+    names = [_local_label(text) if parse_text(text).path.exists() else text[:80] for text in dataset.texts]
+    if len(names) == 1:
+        return names[0]
+    digest = hashlib.sha256(f"{names} {dataset.shares}".encode())
+    return f"{'+'.join(names)[:80]}-{digest.hexdigest()[:6]}"
 
 
 def _local_label(name: str) -> str:

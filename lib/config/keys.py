@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lib
+from lib.config.mixture import Mixture
 from lib.config.snapshot import FILE, MODEL, TEXT, Snapshot, entry
 
 _ONLY_ROUNDING = "changes the last digits at most; a stopped run may go on elsewhere, or with smaller batches"
@@ -69,9 +70,7 @@ def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[s
     values = {name: value for name, value in values.items() if name not in left_out}
     stamps = settings.snapshot.stamps
     for name in _KINDS.keys() & values.keys():
-        value = values[name]
-        of_each = [stamps[entry(_KINDS[name], str(one))] for one in (value if _is_list(value) else [value])]
-        values[name] = of_each if _is_list(value) else of_each[0]
+        values[name] = _stamped(_KINDS[name], values[name], stamps)
     return {"tool": tool, "code": code_digest(), **values}
 
 
@@ -80,8 +79,14 @@ def work_of(key: Mapping[str, object]) -> dict:
     return {name: value for name, value in key.items() if name not in EVALUATION[str(key["tool"])]}
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
+def _stamped(kind: str, value: Any, stamps: Mapping[str, str]) -> Any:
+    """A setting that names what is read, by the stamps of that; what is not read stands there by name."""
+    if isinstance(value, Mixture):
+        of_each = _stamped(kind, value.texts, stamps)
+        return of_each[0] if len(of_each) == 1 else list(zip(of_each, value.shares, strict=True))
+    if isinstance(value, list | tuple):
+        return [_stamped(kind, one, stamps) for one in value]
+    return stamps.get(entry(kind, str(value)), str(value))
 
 
 @cache

@@ -6,7 +6,7 @@ from lib.config.tasks import ZERO_SHOT_TASKS
 _ALP_PAPER = {  # the paper's settings, with gradients as in the released code
     "seqlen": 2048,
     "nsamples": 128,
-    "calibration_dataset": "c4",
+    "calibration_dataset": ["c4"],
     "dataset": ["wikitext2"],
     "grad_nsamples": 10,
     "grad_type": "l2_hundred_total",
@@ -57,7 +57,7 @@ DEPTH_PRESETS = {
         "prune_rate": [0.2, 0.22, 0.25],
         "seqlen": 2048,
         "nsamples": 128,
-        "dataset": "c4",
+        "dataset": ["c4"],
         "eval_datasets": ["wikitext2", "c4"],
     },
     "demo": {

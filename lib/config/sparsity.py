@@ -8,6 +8,7 @@ from typing import ClassVar
 from lib.config.gradients import GradientSettings
 from lib.config.keys import key_of
 from lib.config.methods import ALLOCATORS, PRUNERS, Method, Pattern
+from lib.config.mixture import Mixture
 from lib.config.quantization import Quantization
 from lib.config.snapshot import FILE, MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
@@ -23,7 +24,7 @@ class SparsityPruning:
     pattern: Pattern
     sparsity_ratio: float
     gradients: GradientSettings
-    calibration_dataset: str
+    calibration_dataset: Mixture
     dataset: Sequence[str]
     output_dir: Path | None
     alpha: float
@@ -67,7 +68,7 @@ class SparsityPruning:
     @property
     def inputs(self) -> list[Input]:
         """Everything that the run reads: the model, its texts, the gradients, tasks and prompts."""
-        texts = [*([self.calibration_dataset] if self.needs_text else []), *self.texts]
+        texts = [*(self.calibration_dataset.read if self.needs_text else ()), *self.texts]
         gradients = [str(self.gradient_file)] if self.uses_gradients and self.gradient_file else []
         files = [*gradients, *self.tasks, *([str(self.prompts)] if self.prompts else [])]
         return [(MODEL, self.model), *((TEXT, name) for name in texts), *((FILE, name) for name in files)]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import torch
+
+from lib.config.mixture import SELF
 from lib.data.recognition import Corpus
 from lib.errors import printable
 
@@ -23,8 +26,7 @@ def describe_texts(calibration: Sequence[Corpus], evaluation: Sequence[Corpus]) 
     for place, corpus in enumerate((*calibration, *evaluation)):
         purpose = "calibration" if place < len(calibration) else "evaluation"
         first = next((text for text in islice(corpus.documents, _DOCUMENTS) if text and text.strip()), "")
-        start = " ".join(first[:_SHOWN].split())
-        lines.append(f'Text        {corpus.name} ({purpose}): {corpus.label}, begins "{start}"')
+        lines.append(f'Text        {corpus.name} ({purpose}): {corpus.label}, begins "{_start(first)}"')
         if not looks_like_text(_sample(corpus)):
             lines.append(f"Warning     {corpus.name}: does not look like text; figures on it mean little")
     for corpus in evaluation:
@@ -33,6 +35,17 @@ def describe_texts(calibration: Sequence[Corpus], evaluation: Sequence[Corpus]) 
                 f"Warning     {corpus.name}: is calibration text too, so its perplexity is too good; use another"
             )
     return list(map(printable, lines))
+
+
+def describe_own_text(windows: torch.Tensor, tokenizer, purpose: str) -> str:
+    """The console line for windows (N, T) that the model made."""
+    known = windows[0, :_SHOWN][windows[0, :_SHOWN] < len(tokenizer)]  # a model may have more tokens than it
+    start = _start(tokenizer.decode(known.tolist(), skip_special_tokens=True))
+    return printable(f'Text        {SELF} ({purpose}): sampled from the model, begins "{start}"')
+
+
+def _start(text: str) -> str:
+    return " ".join(text[:_SHOWN].split())
 
 
 def looks_like_text(sample: str) -> bool:

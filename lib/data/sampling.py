@@ -1,11 +1,13 @@
 """Turns documents into windows of tokens (N, T), with the sampling of the reference code."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
+from lib.config.mixture import SELF, Mixture
 from lib.data.recognition import Corpus
 from lib.errors import InputError
 
@@ -24,15 +26,6 @@ def calibration_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, s
     order = np.random.default_rng(seed).permutation(count)[:nsamples]  # same as datasets.Dataset.shuffle
     text = " ".join(corpus.documents[int(index)] or "" for index in order)
     return cut_windows(tokenize(text, tokenizer), seqlen, corpus.name)
-
-
-def mixed_windows(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """Windows (N_i, T) of several texts in the given shares, as many as there are: (N, T), one text after another.
-
-    The shares need not add up to 1. At least one window of each text is taken.
-    """
-    most = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-    return torch.cat([part[: max(1, int(most * share + 1e-6))] for part, share in zip(parts, shares, strict=True)])
 
 
 def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -63,6 +56,46 @@ def sampled_windows(corpus: Corpus, tokenizer, nsamples: int, seqlen: int, seed:
         start = draw.randint(0, len(document) - seqlen - 1)
         windows.append(document[start : start + seqlen])
     return torch.stack(windows)
+
+
+Draw = Callable[[Corpus, Any, int, int, int], torch.Tensor]  # `calibration_windows` or `sampled_windows`
+
+
+def draw_parts(
+    mixture: Mixture, corpora: Mapping[str, Corpus], tokenizer, nsamples: int, seqlen: int, seed: int, draw: Draw
+) -> dict[str, torch.Tensor]:
+    """The windows (N, seqlen) of each text of a mixture, drawn for its share of the samples.
+
+    Windows of the model's own text are `unsampled`. Raises `InputError` for text that is too short, or gives no sample.
+    """
+    return {
+        text: unsampled_windows(tokenizer, count, seqlen)
+        if text == SELF
+        else draw(corpora[text], tokenizer, count, seqlen, seed)
+        for text, count in mixture.counts(nsamples).items()
+    }
+
+
+_UNSAMPLED = -1  # a token that the model has yet to make
+
+
+def unsampled_windows(tokenizer, count: int, seqlen: int) -> torch.Tensor:
+    """Windows (count, seqlen) that hold only the token that a text begins with: BOS, or EOS for want of one.
+
+    Raises `InputError` if the tokenizer has neither.
+    """
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    first = next((token for token in ends if token is not None), None)
+    if first is None:
+        raise InputError(f"calibration text {SELF}: the tokenizer has no BOS or EOS that text begins with; name a text")
+    windows = torch.full((count, seqlen), _UNSAMPLED)
+    windows[:, 0] = first
+    return windows
+
+
+def unsampled(windows: torch.Tensor) -> torch.Tensor:
+    """Which of the windows (N, T) the model has yet to make: bool (N,)."""
+    return windows[:, -1] == _UNSAMPLED
 
 
 def evaluation_windows(

@@ -7,13 +7,15 @@ from functools import cache
 import torch
 
 from lib.config.depth import DepthPruning
+from lib.config.mixture import Mixture
 from lib.config.plan import Mode, Plan
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
-from lib.data.sampling import calibration_windows, evaluation_windows, mixed_windows
+from lib.data.sampling import calibration_windows, draw_parts, evaluation_windows
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
 from lib.depth.trial_losses import Sweep
+from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
 from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
@@ -75,6 +77,8 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
         decoder = Decoder(load_model(source))
         for cell in cells:
             check_decoder(cell, decoder)
+        if any(cell.is_sampled for cell in cells):
+            check_not_on_disk(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
     workspace = DepthWorkspace(
@@ -209,22 +213,25 @@ def load_texts(report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen:
     """Reads and tokenizes the text that the runs need. Raises `InputError`."""
     settings = cells[0]
     seeds = dict.fromkeys(cell.seed for cell in cells if cell.needs_windows)
-    names = dict.fromkeys([*([settings.dataset] if seeds else []), *settings.compensate_dataset])
+    names = dict.fromkeys([*(settings.dataset.read if seeds else ()), *settings.compensate_dataset.read])
     corpora = {name: load_corpus(name, "train", tokenizer) for name in names}
     evaluation = [load_corpus(text, "test", tokenizer) for text in settings.texts]
     for line in describe_texts(list(corpora.values()), evaluation):
         report.print(line)
 
     @cache
-    def windows_of(name: str, seed: int) -> torch.Tensor:
-        return calibration_windows(corpora[name], tokenizer, settings.nsamples, seqlen, seed)
+    def windows_of(mixture: Mixture, seed: int) -> torch.Tensor:
+        parts = draw_parts(mixture, corpora, tokenizer, settings.nsamples, seqlen, seed, calibration_windows)
+        if len(parts) > 1:
+            counts = ", ".join(f"{len(windows)} of {text}" for text, windows in parts.items())
+            report.print(f"Mixture     windows of {seqlen} tokens: {counts}, seed {seed}")
+        return torch.cat(list(parts.values()))
 
     calibration = {seed: windows_of(settings.dataset, seed) for seed in seeds}
     compensation: dict[int, torch.Tensor] = {}
     if settings.compensates:
         for seed in dict.fromkeys(cell.seed for cell in cells):
-            parts = [windows_of(name, seed) for name in settings.compensate_dataset]
-            compensation[seed] = mixed_windows(parts, settings.shares)
+            compensation[seed] = windows_of(settings.compensate_dataset, seed)
             if len(compensation[seed]) < 2:
                 advice = "give more text, or a lower --seqlen"
                 raise InputError(f"--compensate: needs at least 2 windows of {seqlen} tokens; {advice}")

@@ -123,11 +123,9 @@ def show_evaluation(
 
 def show_compensation(report: Report, settings: DepthPruning, windows: torch.Tensor) -> None:
     """What projections are refitted on."""
-    texts, shares = settings.compensate_dataset, ":".join(f"{share:g}" for share in settings.shares)
-    mixed = f" in shares of {shares}" if len(texts) > 1 else ""
     to_fit, to_check = token_counts(windows)
     report.print()
-    report.print(f"Compensation {settings.compensate}, on {', '.join(texts)}{mixed}")
+    report.print(f"Compensation {settings.compensate}, on {settings.compensate_dataset}")
     report.print(f"  output projections are fitted to {to_fit:,} tokens, and chosen by {to_check:,} others")
 
 

@@ -23,6 +23,7 @@ from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
 from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
+from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
@@ -50,6 +51,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     def prune(self) -> dict:
         """Finds the plan, measures the model, and compensates. The model loses its sublayers in `save_model`."""
+        seed, by_seed = self.settings.seed, (self.workspace.windows, self.workspace.compensation_windows)
+        fill_in(self.report, self.workspace, seed, [windows[seed] for windows in by_seed if seed in windows])
         self.tasks.measure("dense")
         if saved := self.settings.saved_plan:
             self.plan, found = saved.plan, {"applied_plan": str(saved.path)}
@@ -82,7 +85,8 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         search = settings.depth_method.load()
         if not settings.needs_windows:
             return search(self)
-        depth_report.show_calibration(self.report, settings.dataset, workspace.windows[settings.seed], settings.seed)
+        windows = workspace.windows[settings.seed]
+        depth_report.show_calibration(self.report, str(settings.dataset), windows, settings.seed)
         found = search(self)
         workspace.sweep(settings.seed).forget()  # frees the hidden states that it kept
         return found
@@ -153,7 +157,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         windows = len(workspace.windows[settings.seed])
         return described | {
             "nsamples": settings.nsamples,
-            "dataset": settings.dataset,
+            "dataset": str(settings.dataset),
             "windows": windows,
             "bi_windows": min(settings.bi_windows or windows, windows),
         }
@@ -182,8 +186,8 @@ def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits:
     to_fit, to_check = token_counts(windows)
     return {
         "mode": settings.compensate,
-        "dataset": list(settings.compensate_dataset),
-        "shares": settings.shares,
+        "dataset": list(settings.compensate_dataset.texts),
+        "shares": list(settings.compensate_dataset.shares),
         "nsamples": settings.nsamples,
         "seed": settings.seed,
         "tokens": to_fit,

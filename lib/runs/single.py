@@ -59,6 +59,7 @@ class Workspace:
     tasks: Tasks | None = None
     dense_answers: Answers | None = None  # to the tasks
     prompts: Sequence[Prompt] = ()  # of the samples of a single run
+    own_text: dict[int, torch.Tensor] = field(default_factory=dict)  # windows (N, T) that the model made, by seed
 
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)

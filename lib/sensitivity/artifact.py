@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lib.config.gradients import FORMAT, GRADIENT_LOSSES, GRADIENT_TYPES, GradientSettings, is_content_of_ours, is_ours
+from lib.config.mixture import Mixture
 from lib.errors import InputError, first_line
 from lib.files import digest_of_json, read_json
 from lib.models.decoder import Decoder
@@ -98,7 +99,7 @@ def write(path: Path, artifact: Artifact) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not is_ours(path):
         raise InputError(f"gradients {path}: is no file of gradients, and is not replaced; name another")
-    content = asdict(artifact)
+    content = asdict(artifact) | {"settings": artifact.settings.as_json()}
     write_json(path, {"format": FORMAT, "digest": digest_of_json(content), **content})
 
 
@@ -132,7 +133,8 @@ def _of_json(content: dict) -> Artifact:
     if settings["loss"] not in GRADIENT_LOSSES or settings["gradient_type"] not in GRADIENT_TYPES:
         raise ValueError(f"no settings of gradients: {settings}")
     layers = [layer_of_json(layer) for layer in fields["layers"]]
-    return Artifact(**{**fields, "settings": GradientSettings(**settings), "layers": layers})
+    kept = GradientSettings(**settings | {"dataset": Mixture.of(settings["dataset"])})  # several texts in one string
+    return Artifact(**{**fields, "settings": kept, "layers": layers})
 
 
 def layer_of_json(layer: object) -> LayerSensitivity:

@@ -1,5 +1,6 @@
 """A model's sensitivities: computed, resumed, or read from a file."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,9 +9,13 @@ import torch
 
 from lib.config.gradients import GradientSettings
 from lib.config.keys import code_digest
+from lib.config.mixture import Mixture
 from lib.config.snapshot import MODEL, TEXT, Input, Snapshot
 from lib.config.sources import ModelSource
-from lib.data.sampling import sampled_windows
+from lib.data.inspection import describe_own_text
+from lib.data.recognition import Corpus
+from lib.data.sampling import draw_parts, sampled_windows, unsampled
+from lib.engine.own_text import sample_windows
 from lib.errors import one_line
 from lib.models.decoder import Decoder
 from lib.models.sealed_tensors import Sealed, broken, save_sealed
@@ -23,9 +28,23 @@ from lib.sensitivity.gradients import LayerSensitivity, connection_sensitivity
 from lib.storage.resume_state import State
 
 
-def gradient_windows(settings: GradientSettings, corpus, tokenizer) -> torch.Tensor:
-    """Samples the windows (nsamples, seqlen) on which gradients are computed."""
-    return sampled_windows(corpus, tokenizer, settings.nsamples, settings.seqlen, settings.seed)
+def gradient_windows(settings: GradientSettings, corpora: Mapping[str, Corpus], tokenizer) -> torch.Tensor:
+    """Draws the windows (nsamples, seqlen) that gradients are computed on; `add_own_text` adds the model's own."""
+    nsamples, seqlen, seed = settings.nsamples, settings.seqlen, settings.seed
+    parts = draw_parts(settings.dataset, corpora, tokenizer, nsamples, seqlen, seed, sampled_windows)
+    return torch.cat(list(parts.values()))
+
+
+def add_own_text(report: Report, windows: torch.Tensor, tokenizer, decoder: Decoder, seed: int, ranks: Ranks) -> None:
+    """Puts the model's own text, in place, into the windows (N, T) that are `unsampled`.
+
+    They are few and short, so that a resumed run samples them again.
+    """
+    rows = unsampled(windows)
+    if rows.any():
+        with report.timed("sample"):
+            windows[rows] = sample_windows(decoder, windows[rows, 0], windows.shape[1], seed, ranks)
+        report.print(describe_own_text(windows[rows], tokenizer, "gradients"))
 
 
 def state_folder(path: Path) -> Path:
@@ -34,8 +53,8 @@ def state_folder(path: Path) -> Path:
 
 
 def inputs(source: ModelSource, settings: GradientSettings) -> list[Input]:
-    """What is read: the model and the text."""
-    return [(MODEL, source.name), (TEXT, settings.dataset)]
+    """What is read: the model and the texts."""
+    return [(MODEL, source.name), *((TEXT, text) for text in settings.dataset.read)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class Sensitivities:
             layers = connection_sensitivity(
                 decoder, self.windows, settings.gradient_type, settings.loss, progress, self.ranks, unfinished
             )
-        text, named = self.key["text"], replace(settings, dataset=one_line(settings.dataset))
+        text, named = self.key["text"], replace(settings, dataset=Mixture.of(one_line(str(settings.dataset))))
         model, where = one_line(self.source.name), environment(decoder.device)
         found = Artifact(model, self.fingerprint, text, named, layers, where)
         if self.ranks.is_first:

@@ -9,6 +9,7 @@ from lib.config.snapshot import Snapshot
 from lib.config.sources import ModelSource, short_name
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
+from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.limits import check_tokens, dtype_name, window_length
@@ -23,7 +24,7 @@ from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.sensitivity import artifact
 from lib.sensitivity.artifact import Artifact
-from lib.sensitivity.compute import Sensitivities, describe, gradient_windows, inputs, state_folder
+from lib.sensitivity.compute import Sensitivities, add_own_text, describe, gradient_windows, inputs, state_folder
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, read
 from lib.storage.state_folder import discard
@@ -61,14 +62,17 @@ def run(settings: SaveGradient) -> Artifact:
         check_config(source, config, gradients)
         tokenizer = load_tokenizer(source)
     with report.timed("data"):
-        corpus = load_corpus(gradients.dataset, "train", tokenizer)
-        for line in describe_texts([corpus], ()):
+        corpora = {text: load_corpus(text, "train", tokenizer) for text in gradients.dataset.read}
+        for line in describe_texts(list(corpora.values()), ()):
             report.print(line)
-        windows = gradient_windows(gradients, corpus, tokenizer)
+        windows = gradient_windows(gradients, corpora, tokenizer)
         check_tokens(source.name, windows, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
         check_not_offloaded(decoder, find_linears(decoder))
+        if gradients.dataset.is_sampled:
+            check_not_on_disk(decoder)
+    add_own_text(report, windows, tokenizer, decoder, gradients.seed, ranks)
     folder = state_folder(settings.output)
     with report.timed("fingerprint"):
         fingerprint = ranks.agree(partial(artifact.fingerprint, decoder))

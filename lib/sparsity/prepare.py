@@ -12,7 +12,8 @@ from lib.config.sparsity import SparsityPruning
 from lib.config.tasks import flag_of
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
-from lib.data.sampling import evaluation_windows, sampled_windows
+from lib.data.sampling import draw_parts, evaluation_windows, sampled_windows
+from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
 from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
@@ -90,19 +91,21 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         tasks = Tasks(settings.tasks, flag_of(settings.tasks)) if settings.tasks else None
         texts = load_texts(report, cells, tokenizer, seqlen, config.vocab_size)
         prompts = make_prompts(settings.model, settings.prompts, tokenizer, texts.evaluation.values(), config)
-        for asked, known in gradients.items():
-            if by_gradients[asked].computes_gradients:
-                path = by_gradients[asked].gradient_path
-                artifact.check_settings(known, path, asked, texts.gradients[asked], _OUR_FILE)
+        check_found(gradients, by_gradients, texts.gradients, is_sampled=False)
     with report.timed("load"):
         decoder = Decoder(load_model(settings.source))
         if settings.semi_structured and decoder.is_offloaded:
             raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
         for cell in cells:
             check_not_offloaded(decoder, check_linears(cell, decoder))
+        if any(cell.needs_text for cell in cells) and settings.calibration_dataset.is_sampled:
+            check_not_on_disk(decoder)
         groups = input_groups(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
+    for asked, windows in texts.gradients.items():
+        compute.add_own_text(report, windows, tokenizer, decoder, asked.seed, ranks)
+    check_found(gradients, by_gradients, texts.gradients, is_sampled=True)
     workspace = SparsityWorkspace(
         tokenizer=tokenizer,
         decoder=decoder,
@@ -137,6 +140,22 @@ def known_gradients(
     return {asked: known for asked, known in found.items() if known}
 
 
+def check_found(
+    gradients: Mapping[GradientSettings, artifact.Artifact],
+    by_gradients: Mapping[GradientSettings, SparsityPruning],
+    windows: Mapping[GradientSettings, torch.Tensor],
+    is_sampled: bool,
+) -> None:
+    """Raises `InputError` unless the artifacts that were found by settings are of these, and of the same windows.
+
+    `is_sampled`: those on text that the model makes, which there is once it is loaded; else all others.
+    """
+    for asked, known in gradients.items():
+        cell = by_gradients[asked]
+        if cell.computes_gradients and asked.dataset.is_sampled == is_sampled:
+            artifact.check_settings(known, cell.gradient_path, asked, windows[asked], _OUR_FILE)
+
+
 def check_config(cells: Sequence[SparsityPruning], config) -> int:
     """Runs the checks that need no weights; returns the window length in tokens. Raises `InputError`."""
     seqlen = window_length(cells[0].model, config, cells[0].seqlen)
@@ -167,15 +186,16 @@ def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seql
     """Reads and tokenizes the text that the runs need."""
     settings, calibration, gradients = cells[0], {}, {}
     needs_text = any(cell.needs_text for cell in cells)
-    corpus = load_corpus(settings.calibration_dataset, "train", tokenizer) if needs_text else None
+    mixture = settings.calibration_dataset
+    corpora = {text: load_corpus(text, "train", tokenizer) for text in (mixture.read if needs_text else ())}
     texts = [load_corpus(text, "test", tokenizer) for text in settings.dataset]
-    for line in describe_texts([corpus] if corpus else [], texts):
+    for line in describe_texts(list(corpora.values()), texts):
         report.print(line)
-    if corpus:
-        for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
-            calibration[seed] = sampled_windows(corpus, tokenizer, settings.nsamples, seqlen, seed)
-        for asked in dict.fromkeys(cell.gradients for cell in cells if cell.computes_gradients):
-            gradients[asked] = compute.gradient_windows(asked, corpus, tokenizer)
+    for seed in dict.fromkeys(cell.seed for cell in cells if cell.needs_inputs):
+        parts = draw_parts(mixture, corpora, tokenizer, settings.nsamples, seqlen, seed, sampled_windows)
+        calibration[seed] = torch.cat(list(parts.values()))
+    for asked in dict.fromkeys(cell.gradients for cell in cells if cell.computes_gradients):
+        gradients[asked] = compute.gradient_windows(asked, corpora, tokenizer)
     evaluation = {
         text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride, settings.eval_windows)
         for text in texts

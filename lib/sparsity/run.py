@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
 from lib.reporting.plots import plot_sparsity
+from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.sensitivity.compute import Sensitivities, state_folder
 from lib.sensitivity.gradients import LayerSensitivity
@@ -59,6 +59,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         settings, workspace = self.settings, self.workspace
         for part in ("allocate", "prune", "evaluate", "save"):
             self.report.seconds.setdefault(part, 0.0)
+        windows = [workspace.calibration[settings.seed]] if settings.needs_inputs else []
+        fill_in(self.report, workspace, settings.seed, windows)
         evaluations = {"dense": self.measure("dense")}
         self.samples.measure("dense")
         self.tasks.measure("dense")
@@ -265,12 +267,12 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             "owl_m": settings.owl_m if "owl_m" in flags else None,
             "grad_type": self.gradients.gradient_type if by_gradients else None,
             "grad_nsamples": self.gradients.nsamples if by_gradients else None,
-            "gradients": asdict(self.gradients) if by_gradients else None,
+            "gradients": self.gradients.as_json() if by_gradients else None,
             "use_variant": settings.use_variant,
             "a": settings.a,
             "percdamp": settings.percdamp,
             **({"quantization": str(settings.quantization)} if settings.quantization else {}),
-            "dataset": settings.calibration_dataset,
+            "dataset": str(settings.calibration_dataset),
             "nsamples": settings.nsamples,
             "seqlen": workspace.seqlen,
             "eval_stride": settings.eval_stride,

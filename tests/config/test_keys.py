@@ -33,17 +33,13 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
         "mha_ffn_ratio": ([], ["--mha_ffn_ratio", 1]),
         "beam_width": (["--method", "beam"], ["--beam_width", 2]),
         "nsamples": ([], ["--nsamples", 4]),
-        "dataset": ([], ["--dataset", "{text}"]),
+        "dataset": (["--dataset", "{text}", "demo"], ["--dataset", "{text}:2", "demo:1"]),
         "bi_windows": ([], ["--bi_windows", 1]),
         "eval_ppl": ([], ["--eval_ppl", "no"]),
         "eval_datasets": ([], ["--eval_datasets", "{text}"]),
         "apply_plan": ([], ["--apply_plan", "{plan}"]),
         "compensate": ([], ["--compensate", "all"]),
         "compensate_dataset": (["--compensate", "all"], ["--compensate_dataset", "{text}"]),
-        "compensate_shares": (
-            ["--compensate", "all", "--compensate_dataset", "{text}", "demo"],
-            ["--compensate_shares", 1, 2],
-        ),
     },
     "alp_prune": {
         "model": ([], ["--model", "{model}"]),

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 import lib.data.corpora
+from lib.config.mixture import Mixture
 from lib.data.corpora import Corpus, load_corpus
 from lib.data.sampling import (
     calibration_windows,
     cut_windows,
+    draw_parts,
     evaluation_windows,
-    mixed_windows,
+    sampled_windows,
     tokenize,
     tokenize_start,
+    unsampled,
 )
 from lib.demo.text import documents, is_held_out
 from lib.errors import InputError
@@ -256,8 +259,36 @@ def test_real_c4_and_wikitext_make_the_windows_of_the_published_evaluations(shar
     assert len(load_corpus(str(shared / "data/wikitext"), "train").documents) == 1
 
 
-def test_texts_are_mixed_in_their_shares():
-    one, two = torch.zeros(10, 4), torch.ones(40, 4)
-    assert mixed_windows([one, two], [1, 1]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 10
-    assert mixed_windows([one, two], [0.2, 0.8]).mean(dim=1).tolist() == [0.0] * 10 + [1.0] * 40
-    assert mixed_windows([two, one], [6, 1]).shape == (46, 4)
+@pytest.mark.parametrize("draw", [calibration_windows, sampled_windows])
+def test_each_text_of_a_mixture_gives_what_it_gives_alone_for_its_share(draw, demo_tokenizer):
+    """One text after another; a single text gives what it always gave."""
+    corpora = {
+        "rows": Corpus("rows", [f"Row {i}. " + " ".join(f"{i * j % 89}" for j in range(60)) for i in range(30)]),
+        "story": Corpus("story", [" ".join(f"word {i}" for i in range(900))]),
+    }
+
+    def alone(text: str, nsamples: int) -> torch.Tensor:
+        return draw(corpora[text], demo_tokenizer, nsamples, 16, 5)
+
+    def mixed(*shares: float) -> dict[str, torch.Tensor]:
+        return draw_parts(Mixture(tuple(corpora), shares), corpora, demo_tokenizer, 10, 16, 5, draw)
+
+    for shares, counts in {(0.7, 0.3): (7, 3), (1, 1): (5, 5), (2, 1): (7, 3)}.items():
+        parts = mixed(*shares)
+        assert list(parts) == ["rows", "story"]
+        assert all(torch.equal(parts[text], alone(text, n)) for text, n in zip(corpora, counts, strict=True))
+    (single,) = draw_parts(Mixture.of("rows"), corpora, demo_tokenizer, 10, 16, 5, draw).values()
+    assert torch.equal(single, alone("rows", 10))
+
+
+def test_the_models_own_text_is_yet_to_be_sampled_but_for_its_first_token():
+    mixture, corpora = Mixture(("story", "self"), (1.0, 1.0)), {"story": Corpus("story", ["abcdefgh" * 9])}
+    tokenizer = Letters()
+    for bos, eos, first in ((0, 2, 0), (None, 2, 2)):
+        tokenizer.bos_token_id, tokenizer.eos_token_id = bos, eos
+        parts = draw_parts(mixture, corpora, tokenizer, 5, 8, 0, calibration_windows)
+        assert parts["self"].shape == (2, 8) and parts["self"][:, 0].tolist() == [first] * 2
+        assert unsampled(parts["self"]).all() and not unsampled(parts["story"]).any()
+    tokenizer.eos_token_id = None
+    with pytest.raises(InputError, match="the tokenizer has no BOS or EOS that text begins with"):
+        draw_parts(mixture, corpora, tokenizer, 5, 8, 0, calibration_windows)

@@ -291,12 +291,7 @@ def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tm
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (["--compensate_shares", 1], "--compensate_shares: needs --compensate nearest or all"),
         (["--compensate_dataset", "demo"], "--compensate_dataset: needs --compensate nearest or all"),
-        (
-            ["--compensate", "all", "--compensate_shares", 1, 2],
-            "--compensate_shares: got 2, but the number of texts is 1",
-        ),
         (["--compensate", "all", "--compensate_dataset", "no/such.txt"], "no/such.txt"),
         (["--compensate", "all", "--compensate_dataset", "demo", "demo"], "--compensate_dataset: names a text twice"),
         (

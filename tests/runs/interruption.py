@@ -13,7 +13,8 @@ import lib.depth.searches
 import lib.depth.trial_losses
 import lib.evaluation.samples
 import lib.reporting.plots
-import lib.runs.single
+import lib.runs.own_text
+import lib.runs.texts
 import lib.sensitivity.gradients
 import lib.sparsity.layerwise
 import lib.sparsity.run
@@ -28,6 +29,7 @@ KEPT = [
     (State, "put"),
     (Changes, "write"),
     (compute._Unfinished, "save"),
+    (lib.runs.own_text, "save_sealed"),
     (artifact, "write"),
     (Report, "write"),
     (lib.depth.run, "save_pruned"),
@@ -36,7 +38,8 @@ KEPT = [
 WORK = [
     (lib.depth.searches, "block_influence"),
     (lib.depth.trial_losses.Sweep, "_measured"),
-    (lib.runs.single, "window_scores"),
+    (lib.runs.own_text, "sample_windows"),
+    (lib.runs.texts, "window_scores"),
     (lib.evaluation.samples, "continuations"),
     (lib.depth.compensation, "_refit_layer"),
     (lib.sparsity.run, "layer_scores"),
@@ -55,6 +58,7 @@ RUNS = {
     "compensated": ("depth", [*COUNTS, "--compensate", "all"]),
     "compensated-disk": ("depth", [*COUNTS, "--compensate", "nearest", "--offload", "disk", "--save_format", "masked"]),
     "random": ("depth", ["--method", "random", "--prune_rate", 0.1, "--eval_ppl", "no"]),
+    "own text": ("depth", [*COUNTS, "--dataset", "self", "--seqlen", 16]),
     "wanda_alp": ("alp", ["--prune_method", "wanda_alp", "--grad_nsamples", 3, "--grad_seqlen", 16]),
     "sparsegpt": ("alp", ["--prune_method", "sparsegpt"]),
     "gptq": ("alp", ["--prune_method", "wanda", "--wbits", 4, "--gptq"]),

@@ -79,6 +79,14 @@ def test_depth_pruning_is_that_of_one_process_to_the_bit(one, two, depth, tmp_pa
     assert said.count("MHA removal layers") == said.count("Samples: ") == 1, "one process speaks"
 
 
+@pytest.mark.parametrize("nsamples", [1, 7])
+def test_the_models_own_text_is_that_of_one_process(one, two, depth, nsamples, tmp_path):
+    flags = [*depth, "--dataset", "self", "--nsamples", nsamples, "--prune_rate", 0.1, "--mha_ffn_ratio", 1]
+    one(*flags, "--output_dir", "one")
+    two(*flags, "--output_dir", "two")
+    assert result_in(tmp_path / "two") == result_in(tmp_path / "one")
+
+
 def test_fewer_windows_than_processes_share_the_trials(one, two, depth, tmp_path):
     flags = [*depth, "--nsamples", 1, "--method", "blockpruner", "--prune_rate", 0.1]
     one(*flags, "--output_dir", "one")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lib.sensitivity.compute
 from lib.config.gradients import GradientSettings, is_ours
+from lib.config.mixture import Mixture
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.sensitivity import artifact
@@ -31,7 +32,9 @@ def decoder() -> Decoder:
 @pytest.fixture(scope="module")
 def kept(decoder) -> Artifact:
     layers = connection_sensitivity(decoder, tiny_windows())
-    return Artifact("a model", fingerprint(decoder), "0", GradientSettings("a text", 5, 16), layers, {"threads": 1})
+    return Artifact(
+        "a model", fingerprint(decoder), "0", GradientSettings(Mixture.of("a text"), 5, 16), layers, {"threads": 1}
+    )
 
 
 # The fingerprint ------------------------------------------------------------------------------------------------------
@@ -194,4 +197,4 @@ def test_a_name_with_control_characters_is_written_on_one_line(text_file, alp_ar
         flags = ["--calibration_dataset", text, "--prune_method", "magnitude_alp", "--overwrite"]
         assert run_alp(*alp_arguments, *flags, monkeypatch=monkeypatch) == 0
     (path,) = Path("gradients").iterdir()
-    assert "\x1b" not in artifact.read(path).settings.dataset
+    assert "\x1b" not in str(artifact.read(path).settings.dataset)

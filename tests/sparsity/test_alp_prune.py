@@ -14,6 +14,7 @@ import lib.sparsity.prepare
 import lib.sparsity.run
 from lib.config.gradients import GradientSettings
 from lib.config.methods import METHODS
+from lib.config.mixture import Mixture
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
 from lib.data.sampling import evaluation_windows, sampled_windows
@@ -224,7 +225,7 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
     tokenizer = load_tokenizer(ModelSource(str(tiny_folder)))
     windows = sampled_windows(load_corpus(str(text_file), "train"), tokenizer, 3, 16, 0)
     assert kept.layers == connection_sensitivity(Decoder(load_model(ModelSource(str(tiny_folder)))), windows)
-    assert kept.settings == GradientSettings(str(text_file), 3, 16) and kept.model == str(tiny_folder)
+    assert kept.settings == GradientSettings(Mixture.of(str(text_file)), 3, 16) and kept.model == str(tiny_folder)
     monkeypatch.setattr("lib.sensitivity.compute.connection_sensitivity", None)
     assert prune()["gradients"]["nsamples"] == 3
 
