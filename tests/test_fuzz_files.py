@@ -15,7 +15,8 @@ from lib.config.gradients import GradientSettings
 from lib.config.mixture import Mixture
 from lib.errors import InputError
 from lib.files import canonical, digest_of_json
-from lib.reporting.tables import check_result, csv_table, entries, markdown
+from lib.reporting.entries import entries
+from lib.reporting.tables import check_result, csv_table, markdown
 from lib.sensitivity import artifact
 from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage import output_folder, resume_state, state_folder

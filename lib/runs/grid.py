@@ -17,9 +17,10 @@ from lib.evaluation.distance import FIELDS
 from lib.files import canonical
 from lib.models.loading import load_config
 from lib.reporting.console import Report
+from lib.reporting.entries import Entry, entries
 from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_grid
-from lib.reporting.tables import Entry, check_result, csv_table, entries, markdown
+from lib.reporting.tables import check_result, csv_table, markdown
 from lib.runs.single import Run, run_cell
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join

@@ -10,8 +10,9 @@ import alp_prune
 import ppllms
 from lib.config.presets import ALP_PRESETS, DEPTH_PRESETS
 from lib.config.tasks import ZERO_SHOT_TASKS
+from lib.reporting.entries import entries
 from lib.reporting.published import SOURCES, figures, find
-from lib.reporting.tables import csv_table, entries, markdown
+from lib.reporting.tables import csv_table, markdown
 
 
 def alp_result(**changes) -> dict:
