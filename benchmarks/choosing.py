@@ -1,7 +1,7 @@
 """Which method, how much of it, and calibrated on what: the figures of docs/choosing.md, for one model.
 
     python -m benchmarks.choosing demo OUT --calibration demo --evaluation demo
-    python -m benchmarks.choosing MODEL OUT --calibration c4 wikitext2 --evaluation c4 wikitext2 --seqlen 512 --nsamples 8
+    python -m benchmarks.choosing MODEL OUT --calibration c4 wikitext2 --evaluation c4 wikitext2 --seqlen 512
 
 Every part is a grid of one of the two scripts, in a folder of its own below OUT: a finished cell is not run again, so
 the same command goes on where it was stopped. OUT/choosing.md has all cells with their distance to the dense model,
