@@ -47,6 +47,7 @@ WORK = [
     (lib.sparsity.layerwise, "_prune_layer"),
     (lib.sensitivity.gradients, "summarize"),
 ]
+Place = int | tuple[str, int]  # of a step
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved", "digest")
 
 COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
@@ -75,10 +76,13 @@ def stop() -> None:
 
 
 class Interruption:
-    """Counts the steps that are kept and the work that is done; acts before or after the step `at`, if any."""
+    """Counts the steps that are kept and the work that is done; acts before or after the step `at`, if any.
+
+    That is its number among all steps, or its name and its number among those of that name.
+    """
 
     def __init__(
-        self, monkeypatch, at: int | None = None, is_after: bool = False, act: Callable[[], object] | None = None
+        self, monkeypatch, at: Place | None = None, is_after: bool = False, act: Callable[[], object] | None = None
     ):
         self.steps: list[str] = []
         self.work: list[str] = []
@@ -90,12 +94,13 @@ class Interruption:
 
     def _step(self, owner: object, name: str, function: Callable) -> Callable:
         def step(*args, **options):
-            number = len(self.steps)
-            self.steps.append(args[1] if owner is Report else name)  # the file that is written
-            if number == self.at and not self.is_after:
+            step_name = args[1] if owner is Report else name  # the file that is written
+            places = (len(self.steps), (step_name, self.steps.count(step_name)))
+            self.steps.append(step_name)
+            if self.at in places and not self.is_after:
                 self.act()
             result = function(*args, **options)
-            if number == self.at and self.is_after:
+            if self.at in places and self.is_after:
                 self.act()
             return result
 
@@ -143,7 +148,7 @@ class Command:
     def is_gradient(self) -> bool:
         return self.script is save_gradient
 
-    def run(self, folder: Path, *more, at: int | None = None, is_after=False, act=None) -> tuple[int, Interruption]:
+    def run(self, folder: Path, *more, at: Place | None = None, is_after=False, act=None) -> tuple[int, Interruption]:
         """The exit status of a run that is stopped at a step, if one is given; and what it did until then."""
         folder.mkdir(exist_ok=True)
         paths = ["--output", "gradient.json"] if self.is_gradient else ["--output_dir", "run"]
