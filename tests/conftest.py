@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 import lib.engine.activations  # noqa: E402
 import lib.engine.tail  # noqa: E402
+import lib.evaluation.samples  # noqa: E402
 import lib.reporting.plots  # noqa: E402
 from lib.runtime.batching import Batcher  # noqa: E402
 from lib.runtime.setup import quiet_libraries  # noqa: E402
@@ -37,6 +38,13 @@ def _plots_are_not_rendered(request, monkeypatch):
     """But for tests that are marked `draws`: it takes longer than the rest of a small run."""
     if lib.reporting.plots.has_matplotlib() and not request.node.get_closest_marker("draws"):
         monkeypatch.setattr(lib.reporting.plots, "_save", lambda figure, path: path.touch())
+
+
+@pytest.fixture(autouse=True)
+def _samples_are_short(request, monkeypatch):
+    """But for tests that are marked `samples`: writing them takes as long as the rest of a small run."""
+    if not request.node.get_closest_marker("samples"):
+        monkeypatch.setattr(lib.evaluation.samples, "NEW_TOKENS", 4)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ from tests.command import run
 from tests.families import FAMILIES, tiny_model, tiny_windows
 from tests.runs.interruption import files_of
 
+pytestmark = pytest.mark.samples
+
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone
 PROMPTS = [Prompt("", False, row[:length].tolist()) for row, length in zip(tiny_windows(3), (3, 16, 9), strict=True)]
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
