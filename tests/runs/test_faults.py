@@ -201,15 +201,15 @@ def commands(tiny_folder, text_file, monkeypatch) -> dict[str, Command]:
 FULL_AT = [  # the kind of step, which of them, and the bytes that are left
     ("ppllms", "put", 0, 0),
     ("ppllms", "put", 2, 0),
-    ("ppllms", "result", 0, 0),
+    ("ppllms", "result.json", 0, 0),
     ("ppllms", "save_pruned", 0, 0),
     ("ppllms", "save_pruned", 0, 300_000),
-    ("ppllms", "result", 1, 0),
+    ("ppllms", "result.json", 1, 0),
     ("alp_prune", "save", 1, 0),
     ("alp_prune", "write", 0, 0),  # the gradients
     ("alp_prune", "write", 1, 0),
     ("alp_prune", "write", 4, 0),
-    ("alp_prune", "result", 0, 0),
+    ("alp_prune", "result.json", 0, 0),
     ("alp_prune", "save_weights", 0, 300_000),
     ("save_gradient", "save", 0, 0),
     ("save_gradient", "save", 2, 4096),
@@ -239,7 +239,7 @@ def test_a_full_disk_is_told_and_with_more_room_the_run_goes_on(
     kept = {path: content for path, content in files_of(folder).items() if "state" in path}
     assert not at or before.items() >= kept.items() and any("state.json" in path for path in kept)
     assert not any("partial" in path for path in files_of(folder))
-    assert (folder / "out").exists() == ((step, which) == ("result", 1))  # the second is after the model
+    assert (folder / "out").exists() == ((step, which) == ("result.json", 1))  # the second is after the model
     capsys.readouterr()
     disk.enlarge()
     status, rest = asked.run(folder, "--resume")

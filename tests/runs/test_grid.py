@@ -14,7 +14,7 @@ import pytest
 import alp_prune
 import lib.depth.prepare
 import lib.depth.searches
-import lib.runs.single
+import lib.runs.texts
 import lib.sensitivity.compute
 import lib.sparsity.prepare
 import lib.sparsity.run
@@ -89,7 +89,7 @@ def test_a_cell_of_weights_is_a_run_of_its_own(alp_grid, alp_arguments, tmp_path
         alone = json.loads((tmp_path / "run/result.json").read_text())
         asked = {"prune_method": method, "sparsity_ratio": ratio, "sparsity_type": pattern, "seed": seed}
         (cell,) = [one for one in cells if asked.items() <= one.items()]
-        for name in alone.keys() - {"seconds", "prune_seconds", "peak_memory_bytes", "environment"}:
+        for name in alone.keys() - {"samples", "seconds", "prune_seconds", "peak_memory_bytes", "environment"}:
             assert cell[name] == alone[name], name
 
 
@@ -108,14 +108,14 @@ def test_a_cell_of_depth_is_a_run_of_its_own(depth_grid, tiny_folder, text_file,
             for one in (line["result"] for line in lines)
             if (one["method"], one["seed"], one["parameters"]["target_rate"]) == (method, 1, 0.1)
         ]
-        for name in alone.keys() - {"seconds", "peak_memory_bytes", "environment"}:
+        for name in alone.keys() - {"samples", "seconds", "peak_memory_bytes", "environment"}:
             assert cell[name] == alone[name], (method, name)
 
 
 def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp_path, monkeypatch):
     names = ("load_model", "sampled_windows", "evaluation_windows")
     loaded, drawn, evaluated = (counted(monkeypatch, lib.sparsity.prepare, name) for name in names)
-    measured = counted(monkeypatch, SparsityRun, "measure")
+    measured = counted(monkeypatch, lib.runs.texts, "evaluation_of")
     taken = counted(monkeypatch, lib.sensitivity.compute, "connection_sensitivity")
     axes = ["--prune_method", "wanda_alp", "ria_alp", "--sparsity_ratio", 0.4, 0.6, "--seed", 0, 1]
     assert len(alp_grid(*axes)) == 8
@@ -126,7 +126,7 @@ def test_a_model_is_loaded_and_its_text_tokenized_once(alp_grid, depth_grid, tmp
         counted(monkeypatch, lib.depth.prepare, "calibration_windows"),
     )
     influence = counted(monkeypatch, lib.depth.searches, "block_influence")
-    measured = counted(monkeypatch, lib.runs.single, "perplexity")
+    measured = counted(monkeypatch, lib.runs.texts, "evaluation_of")
     depth_grid("--method", "ppllms", "shortgpt", "sleb", "--prune_rate", 0.08, 0.1, folder=tmp_path / "depth")
     assert (len(loaded), len(drawn), len(influence), len(measured)) == (1, 1, 1, 1 + 6)
 
@@ -286,7 +286,7 @@ def test_the_same_model_written_otherwise_is_the_same_table(alp_grid, tiny_folde
     model, text = (f"{path.parent}/./{path.name}" for path in (tiny_folder, text_file))
     assert len(alp_grid(*axes, 0.6, "--model", model, "--dataset", text)) == 3
     rows = [line for line in (tmp_path / "grid/table.md").read_text().splitlines() if line.startswith("| magnitude")]
-    assert len(rows) == 1 and "-" not in rows[0]
+    assert len(rows) == 3 and "-" not in rows[0]  # of perplexity, KL divergence and first choices
 
 
 def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_grid, tmp_path, monkeypatch, capsys):
@@ -352,10 +352,12 @@ def test_tables_plots_and_log(alp_grid, text_file, tmp_path, capsys):
     ]
     mean, spread = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
     table = (folder / "table.md").read_text()
-    (row,) = [line for line in table.splitlines() if line.startswith("| wanda_owl |")]
-    assert row.split(" | ")[2].startswith(f"{mean:.2f} ± {spread:.2f}")
+    row, *distances = [line for line in table.splitlines() if line.startswith("| wanda_owl |")]
+    assert len(distances) == 2 and row.split(" | ")[2].startswith(f"{mean:.2f} ± {spread:.2f}")
     rows = (folder / "table.csv").read_text().splitlines()
-    assert len(rows) == 1 + 1 + 8 and rows[1].startswith(f"{lines[0]['result']['model']},dense,,0.000000,0,perplexity")
+    assert len(rows) == 1 + 1 + 3 * 8 and rows[1].startswith(
+        f"{lines[0]['result']['model']},dense,,0.000000,0,perplexity"
+    )
     assert table in capsys.readouterr().out
     kept = (folder / "log.txt").read_text()
     assert kept.count("Importance and density by layer") == 4 and kept.count("Sparsity measured by layer") == 8
@@ -373,7 +375,7 @@ def test_the_demo_preset_of_weights_in_a_small_form(tmp_path, monkeypatch, text_
     small = ["--nsamples", 2, "--seqlen", 64, "--dataset", text_file, "--sparsity_ratio", 0.5, 0.6]
     assert run_alp("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
     rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[0] == "|  | 50% | 60% |" and len(rows) == 1 + 16 and "-" not in "".join(rows)
+    assert rows[0] == "|  | 50% | 60% |" and len(rows) == 3 * (1 + 16) and "| - |" not in "".join(rows)
 
 
 @pytest.mark.draws
@@ -382,7 +384,7 @@ def test_the_demo_preset_of_depth_in_a_small_form(tmp_path, monkeypatch, text_fi
     small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--prune_rate", 0.25]
     assert run("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
     rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[0] == "|  | 25% |" and len(rows) == 1 + 12
+    assert rows[0] == "|  | 25% |" and len(rows) == 3 * (1 + 12)
 
 
 # Wrong input ----------------------------------------------------------------------------------------------------------
