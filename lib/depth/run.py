@@ -21,6 +21,7 @@ from lib.evaluation.distance import Evaluation, as_fields
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
+from lib.models.residual_writers import has_writers
 from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
 from lib.runs.own_text import fill_in
@@ -105,9 +106,11 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     @property
     def next_step(self) -> str:
-        if not self.settings.compensates:
+        if not has_writers(self.decoder):
+            return "removing less, or training"
+        if self.settings.compensate != "all":
             return "--compensate all"
-        return "a lower --prune_rate, more text to compensate on, or training"
+        return "removing less, more text to compensate on, or training"
 
     def measure(self) -> dict[str, dict[str, Evaluation]]:
         """Evaluates the dense and the pruned model on every text."""

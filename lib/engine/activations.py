@@ -71,10 +71,10 @@ class Activations:
         self._is_own = False
         return Activations(self.decoder, self.windows, self.batcher, self.layer, self.hidden_states, self.inputs)
 
-    def some(self, places: list[int]) -> "Activations":
-        """A walk over some of the windows, from the same hidden states."""
-        states = self.hidden_states[places]
-        return Activations(self.decoder, self.windows[places], self.batcher, self.layer, states, self.inputs)
+    def some(self, rows: slice, places: list[int]) -> "Activations":
+        """A walk over some of the windows `rows`, from the same hidden states."""
+        windows, states = self.windows[rows][places], self.hidden_states[rows][places]
+        return Activations(self.decoder, windows, self.batcher, self.layer, states, self.inputs)
 
     @torch.no_grad()
     def look(self) -> None:

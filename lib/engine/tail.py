@@ -80,9 +80,9 @@ def _scored(
 def _by_token(
     decoder: Decoder, function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """A function of tokens applied to tensors (B, T, ...), in pieces of a bounded number of logits: (B, T, ...)."""
-    first, vocabulary = tensors[0], decoder.config.vocab_size
-    at_once = max(1, _LOGITS_AT_ONCE // vocabulary)  # tokens
+    """A function of hidden states and labels (B, T, ...), in pieces of a bounded number of logits: (B, T, ...)."""
+    first, vocabulary, models = tensors[0], decoder.config.vocab_size, len(tensors) - 1  # but for the labels
+    at_once = max(1, _LOGITS_AT_ONCE // (vocabulary * models))  # tokens
     if first.device.type == "cpu":
         at_once = min(at_once, max(_TOKENS_AT_LEAST, _LOGITS_AT_ONCE_ON_CPU // vocabulary))
     tokens = first.shape[1]

@@ -33,11 +33,13 @@ class DenseStates:
             if place in self._chosen:
                 self._states[place] = states.cpu()
 
-    def of(self, rows: slice) -> tuple[list[int], torch.Tensor]:
-        """Which of the windows among `rows` have states, from 0, and these (K, T, D); empty for none."""
-        here = [place for place in range(rows.start, rows.stop) if place in self._chosen]
-        states = [self._states[place] for place in here]
-        return [place - rows.start for place in here], torch.stack(states) if states else torch.zeros(0)
+    def among(self, rows: slice) -> list[int]:
+        """Which of the windows `rows` are chosen, from 0."""
+        return [place - rows.start for place in range(rows.start, rows.stop) if place in self._chosen]
+
+    def of(self, rows: slice) -> torch.Tensor:
+        """The states (K, T, D) of the chosen windows among `rows`, of which there is at least one."""
+        return torch.stack([self._states[rows.start + place] for place in self.among(rows)])
 
 
 def plan_window_losses(
@@ -95,14 +97,18 @@ def window_scores(
     """
 
     def scores_of(rows: slice, states: Activations) -> torch.Tensor:
-        places, dense_states = dense.of(slice(first + rows.start, first + rows.stop))
-        others = sorted(set(range(len(states.windows))) - set(places))
-        found = torch.full((len(states.windows), 2 + scored), torch.nan)
-        if places:
-            found[places] = states.some(places).scores(dense_states, scored)
-        if others:
-            found[others, 0] = states.some(others).losses(scored)
-        return found
+        def of_batch(batch: slice) -> torch.Tensor:  # no more, since both models' states of it are copied
+            here = slice(first + rows.start + batch.start, first + rows.start + batch.stop)
+            places, count = dense.among(here), batch.stop - batch.start
+            others = sorted(set(range(count)) - set(places))
+            found = torch.full((count, 2 + scored), torch.nan)
+            if places:
+                found[places] = states.some(batch, places).scores(dense.of(here), scored)
+            if others:
+                found[others, 0] = states.some(batch, others).losses(scored)
+            return found
+
+        return batcher.map(of_batch, len(states.windows))
 
     return _over_windows(decoder, plan, windows, batcher, scores_of, progress)
 

@@ -27,7 +27,7 @@ class Distance:
     def __str__(self) -> str:
         agreement = "".join(f" ± {100 * error:.1f}" for error in self.top1_agreement[1:] if error is not None)
         return (
-            f"KL divergence {self.kl_divergence} nats a token, 1% above {self.percentile_99:.2f}; "
+            f"KL divergence {self.kl_divergence} nats a token, 99th percentile {self.percentile_99:.2f}; "
             f"first choices kept {100 * self.top1_agreement.value:.1f}%{agreement}"
         )
 

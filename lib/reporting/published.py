@@ -60,13 +60,14 @@ def figures() -> tuple[Figure, ...]:
 def find(result: dict, metric: str, text: str, is_dense: bool = False) -> Figure | None:
     """The published figure for a perplexity or accuracy of a result.json, or of its dense model; None if there is none.
 
-    Model, method, rate and text must match, and the evaluation must use adjacent windows of 2048 tokens. ALP's tables
-    also require the paper's settings: 128 calibration samples of C4, 10 for the gradients, the default parameters of
-    each method, and no quantization. In the other tables, each method has its own calibration set. A mean accuracy
-    must cover the six tasks of the paper.
+    Model, method, rate and text must match, and the evaluation must use all adjacent windows of 2048 tokens. ALP's
+    tables also require the paper's settings: 128 calibration samples of C4, 10 for the gradients, the default
+    parameters of each method, and no quantization. In the other tables, each method has its own calibration set. A mean
+    accuracy must cover the six tasks of the paper.
     """
     rates = [0.0] if is_dense else _rates(result)
-    if result["seqlen"] != _SEQLEN or result.get("eval_stride") or not (is_dense or _is_usual(result)):
+    is_part = result.get("eval_stride") or result.get("eval_windows")
+    if result["seqlen"] != _SEQLEN or is_part or not (is_dense or _is_usual(result)):
         return None
     if (metric, text) == ("accuracy", "mean") and set(result["tasks"]["accuracy"]) != set(ZERO_SHOT_TASKS):
         return None

@@ -88,7 +88,8 @@ def _verdicts(found: Sequence[Entry], names: dict[str, str]) -> list[str]:
     for model in _distinct(model for model, _ in worst):
         words = {cell: verdict(**values) for (of_model, cell), values in worst.items() if of_model == model}
         told = {word: ", ".join(cell for cell, own in words.items() if own == word) for word in VERDICTS}
-        lines.append(f"{names[model]}: " + "; ".join(f"{word} {cells}" for word, cells in told.items() if cells) + ".")
+        of_words = [f"{word.capitalize()}: {cells}." for word, cells in told.items() if cells]
+        lines.append(" ".join([f"{names[model]}.", *of_words]))
     return ["## Verdicts", *lines, LEGEND] if lines else []
 
 
@@ -177,6 +178,7 @@ def _above_lowest(found: Sequence[Entry]) -> dict[Entry, tuple[float, float | No
     """By how much each KL divergence is above the lowest of its model, text and setting, with the standard error.
 
     The error is that of the paired differences over the same windows; None for one window. Seeds are averaged first.
+    Columns whose models were measured on other windows, as memory allowed, have no differences.
     """
     columns: dict[tuple, dict[str, list[Entry]]] = {}
     for entry in found:
@@ -185,6 +187,8 @@ def _above_lowest(found: Sequence[Entry]) -> dict[Entry, tuple[float, float | No
             column.setdefault(entry.method, []).append(entry)
     above: dict[Entry, tuple[float, float | None]] = {}
     for column in columns.values():
+        if len({len(entry.by_window) for seeds in column.values() for entry in seeds}) > 1:
+            continue
         means = {
             method: [statistics.mean(values) for values in zip(*(entry.by_window for entry in seeds), strict=True)]
             for method, seeds in column.items()
@@ -222,10 +226,10 @@ def _legend(found: Sequence[Entry]) -> list[str]:
     if len({entry.seed for entry in cells}) > 1:
         parts = ["the standard deviation over seeds", *(f"beside what is dense {part}" for part in parts)]
     lines += [f"±: {', '.join(parts)}."] if parts else []
-    if any(entry.by_window for entry in cells):
+    if any(difference for difference, _ in _above_lowest(cells).values()):
         lines.append(
-            "KL divergences in square brackets: how far above the lowest of the column, ± the standard error of that "
-            "difference over the same windows."
+            "KL divergences in square brackets: how far above the lowest of the same model and setting, ± the standard "
+            "error of that difference over the same windows."
         )
     if any(_is_off(entry) for entry in cells):
         lines.append("In brackets: the share that went, where it is not the one asked for.")

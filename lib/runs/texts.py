@@ -61,8 +61,9 @@ class TextStages:
     def _scores(self, stage: str, text: str, span: Span, plan: Plan, progress: Progress) -> torch.Tensor:
         """The scores (n, 1) of some windows for the dense model, or (n, 2 + scored) for another stage."""
         decoder, batcher, state = self._workspace.decoder, self._workspace.batcher, self._workspace.state
-        windows = self._workspace.eval_windows[text][span.rows]
-        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+        windows, dense, first = self._workspace.eval_windows[text][span.rows], self._dense_states(text), span.rows.start
+        content = f"{dense.among(span.rows)}".encode() + windows.numpy().tobytes()
+        digest = hashlib.sha256(content).hexdigest()[:16]
         names = {one: f"{one}: last {span.scored} tokens of {digest}" for one in self._stages}
         known = state.get(names[stage])
         if stage == DENSE and (self._others_follow or not all(map(state.get, names.values()))):
@@ -70,7 +71,6 @@ class TextStages:
         if known is not None:
             progress(len(windows))
             return unpacked(known, 1 if stage == DENSE else 2 + span.scored)
-        dense, first = self._dense_states(text), span.rows.start
         if stage == DENSE:
             scores = dense_window_losses(decoder, windows, span.scored, batcher, dense, first, progress)
         else:

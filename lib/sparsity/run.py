@@ -96,8 +96,13 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
     @property
     def next_step(self) -> str:
-        lower = "a lower sparsity, or more calibration text"
-        return lower if self.settings.method.pruner == "admm" else "--prune_method admm, or a lower sparsity"
+        settings = self.settings
+        if not settings.method.pruning.prunes:
+            is_compensated = settings.quantization and settings.quantization.is_compensated
+            return "more bits" if is_compensated else "--gptq, or more bits"
+        if settings.method.pruner == "admm":
+            return "a lower sparsity, or more calibration text"
+        return "--prune_method admm, or a lower sparsity"
 
     @property
     def stages_after_dense(self) -> Sequence[str]:

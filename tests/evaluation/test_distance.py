@@ -8,6 +8,7 @@ import torch
 
 import lib.engine.tail
 from lib.config.plan import Plan
+from lib.engine.activations import Activations
 from lib.engine.tail import token_divergences
 from lib.engine.window_scores import DenseStates, dense_window_losses, window_scores
 from lib.evaluation.distance import Distance, evaluation_of, packed, unpacked
@@ -90,6 +91,23 @@ def test_only_the_chosen_windows_have_a_distance_and_all_a_loss():
     assert some.perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-6)
 
 
+def test_the_states_of_both_models_are_copied_batch_by_batch(monkeypatch):
+    """Those of a model that is offloaded take much of the host's memory once; there is no room for them twice."""
+    decoder, windows, copied = Decoder(tiny_model("Llama")), tiny_windows(5), []
+    _, whole = evaluate(decoder, PLAN, windows)
+    some = Activations.some
+
+    def counted(states: Activations, rows: slice, places: list[int]) -> Activations:
+        copied.append(len(places))
+        return some(states, rows, places)
+
+    monkeypatch.setattr(Activations, "some", counted)
+    monkeypatch.setattr(Decoder, "is_offloaded", True)
+    _, found = evaluate(decoder, PLAN, windows)
+    assert copied == [2, 2, 1]
+    assert found.distance.by_window == pytest.approx(whole.distance.by_window, rel=1e-4)
+
+
 def test_with_a_stride_the_distance_is_over_the_scored_tokens():
     model, tokens = tiny_model("Llama"), tiny_windows(3).flatten()
     windows = tokens.unfold(0, 16, 5)
@@ -116,10 +134,14 @@ def test_tokens_that_the_dense_model_rules_out_count_nothing():
 def test_the_tail_with_two_models_sees_no_more_logits_than_allowed(monkeypatch):
     decoder, windows = Decoder(tiny_model("Gemma2")), tiny_windows(4)
     _, whole = evaluate(decoder, PLAN, windows)
-    monkeypatch.setattr(lib.engine.tail, "_LOGITS_AT_ONCE_ON_CPU", 96 * 7)
-    monkeypatch.setattr(lib.engine.tail, "_TOKENS_AT_LEAST", 1)
+    sizes, logits = [], decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda states: (sizes.append(states[..., 0].numel()), logits(states))[1])
+    monkeypatch.setattr(lib.engine.tail, "_LOGITS_AT_ONCE", 96 * 10)
     _, pieces = evaluate(decoder, PLAN, windows)
     assert pieces.distance.by_window == pytest.approx(whole.distance.by_window, rel=1e-4)
+    dense, pruned = sizes[: -2 * 4 * 3], sizes[-2 * 4 * 3 :]  # of 4 windows, which take 3 pieces each for two models
+    assert sum(dense) == 4 * 15 and sum(pruned) == 2 * 4 * 15
+    assert max(dense) <= 10 and max(map(sum, zip(pruned[::2], pruned[1::2], strict=True))) <= 10
 
 
 def test_scores_are_kept_to_the_bit():

@@ -129,6 +129,7 @@ def test_means_are_of_all_six_tasks():
         ({"sparsity_type": "4:8"}, None),
         ({"seqlen": 4096}, None),
         ({"eval_stride": 512}, None),
+        ({"eval_windows": 16}, None),
         ({"nsamples": 64}, None),
         ({"alpha": 0.1}, None),
         ({"quantization": "4 bits"}, None),
@@ -229,7 +230,7 @@ def test_seeds_are_averaged_and_their_figure_is_held_against_the_mean():
 
 def test_a_table_without_figures_tells_of_none():
     table = markdown(entries([alp_result(model="demo")]))
-    assert "[" not in table and "published" not in table
+    assert "[" not in table and "published" not in table and "brackets" not in table
 
 
 @pytest.mark.parametrize("name", ALP_PRESETS)
@@ -277,6 +278,17 @@ def test_a_table_says_how_far_a_divergence_is_above_the_lowest_of_its_column():
     assert "KL divergence to the dense model on wikitext2, in nats a token\n" in table
     assert "| wanda_alp | 0.200 |" in table and "| wanda | 0.400 [+0.200 ± 0.100] |" in table
     assert "| wanda_alp | 90.0 |" in table and "| wanda | 50.0 |" in table
-    assert "llama-7b-hf: usable wanda_alp 70%; broken wanda 70%." in table
+    assert "llama-7b-hf. Usable: wanda_alp 70%. Broken: wanda 70%." in table
     (row,) = [line for line in csv_table(found).splitlines() if ",wanda," in line and ",kl_divergence," in line]
     assert row.endswith(",0.200000,0.100000")
+
+
+def test_models_that_were_measured_on_other_windows_are_not_paired():
+    """Memory decides on how many windows a distance is measured, and a grid may go on where there is less of it."""
+    results = [
+        alp_result() | distances({"wikitext2": ["pruned"]}, (0.1, 0.3, 0.2)),
+        alp_result(prune_method="wanda") | distances({"wikitext2": ["pruned"]}, (0.2, 0.4)),
+    ]
+    found = entries(results)
+    assert "| wanda | 0.300 |" in markdown(found) and "brackets" not in markdown(found)
+    assert len(csv_table(found).splitlines()) == 1 + len(found)

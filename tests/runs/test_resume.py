@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lib.runs.texts
 import lib.sparsity.layerwise
 from tests.command import GOES_ON, run
 from tests.runs.interruption import COUNTS, RUNS, Command, Interruption, files_of, litter_of, result_of
@@ -166,6 +167,17 @@ def test_a_stopped_run_may_go_on_with_another_evaluation(command, name, text_fil
     assert status == 0 and asked.found(tmp_path / "run") == asked.found(tmp_path / "whole")
     assert not {"block_influence", "summarize"} & set(rest.work)  # which were finished
     assert not litter_of(tmp_path / "run")
+
+
+def test_distances_of_one_run_are_on_the_same_windows_however_much_memory_there_is(command, tmp_path, monkeypatch):
+    """Less memory means fewer windows."""
+    asked = command("compensated")
+    asked.run(tmp_path / "whole")
+    with monkeypatch.context() as patches:
+        patches.setattr(lib.runs.texts, "free_host_memory", lambda: 0)
+        asked.run(tmp_path / "run", at=("write", 0), is_after=True)  # all but the compensated model
+    assert asked.run(tmp_path / "run", "--resume")[0] == 0
+    assert asked.found(tmp_path / "run") == asked.found(tmp_path / "whole")
 
 
 def test_the_plan_is_kept_as_soon_as_the_search_has_ended(depth, tmp_path, monkeypatch):
