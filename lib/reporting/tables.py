@@ -48,9 +48,10 @@ def csv_table(found: Sequence[Entry]) -> str:
     writer.writerow(_COLUMNS)
     for entry in found:
         figure = entry.figure
-        error = "" if entry.standard_error is None else f"{entry.standard_error:.4f}"
+        digits = 6 if entry.metric in DISTANCES else 4
+        error = "" if entry.standard_error is None else f"{entry.standard_error:.{digits}f}"
         row = [entry.model, entry.method, entry.setting, f"{entry.share:.6f}", entry.seed, entry.metric, entry.text]
-        row += [f"{entry.value:.4f}", error]
+        row += [f"{entry.value:.{digits}f}", error]
         if figure:
             row += [figure.value, f"{entry.value - figure.value:.4f}", SOURCES[figure.source], figure.note]
         row += [""] * (len(_COLUMNS) - 2 - len(row))

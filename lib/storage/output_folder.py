@@ -68,12 +68,19 @@ def check_plot(path: Path, flag: str) -> None:
 
 
 def find_plan(path: Path) -> Path:
-    """The file of a plan that is given by itself or by its output folder, which may hold an unfinished run."""
+    """The file of a plan that is given by itself or by its output folder, which may hold an unfinished run.
+
+    Raises `InputError` for a folder without one.
+    """
     if not path.is_dir():
         return path
     # An unfinished run may be about to replace a finished one.
     names = (PLAN, RESULT) if (path / STATE).exists() else (RESULT, PLAN)
-    return next((path / name for name in names if (path / name).exists()), path / RESULT)
+    if found := next((path / name for name in names if (path / name).exists()), None):
+        return found
+    raise InputError(
+        f"--apply_plan {path}: holds no {PLAN}, which a run writes once its search has ended; name another"
+    )
 
 
 def is_of_ours(path: Path, folder: Path) -> bool:

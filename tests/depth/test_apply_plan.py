@@ -89,6 +89,12 @@ def test_a_missing_broken_or_incomplete_file_is_refused(tmp_path, monkeypatch, c
         assert problem in capsys.readouterr().err
 
 
+def test_a_folder_without_a_plan_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "result.txt").touch()
+    assert run("--apply_plan", tmp_path, monkeypatch=monkeypatch) == 2
+    assert f"--apply_plan {tmp_path}: holds no plan.json, which" in capsys.readouterr().err
+
+
 def test_a_plan_for_what_is_gone_is_refused(found, tmp_path, monkeypatch, capsys):
     content = json.loads(found.read_text())
     partial = json.loads((tmp_path / "searched/config.json").read_text())["per_layer_config"]

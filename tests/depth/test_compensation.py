@@ -225,6 +225,9 @@ def test_the_result_says_what_was_refitted_and_what_it_brought(command, capsys):
         in told
     )
     assert f"has up to {max(one['unknowns'] for one in found['projections']):,} unknowns" in told
+    assert "; try removing less, more text to compensate on, or training\n" in told
+    command("--compensate", "nearest")
+    assert "; try --compensate all\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("save_format", ppllms.SAVE_FORMATS)

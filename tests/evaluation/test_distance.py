@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import lib.engine.activations
 import lib.engine.tail
 from lib.config.plan import Plan
 from lib.engine.activations import Activations
@@ -80,6 +81,24 @@ def test_parts_and_batches_change_nothing(at_once, batch):
     )
     assert parts.distance.by_window == pytest.approx(whole.distance.by_window, rel=1e-4)
     assert parts.perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_batch_that_runs_out_of_memory_is_halved(number, monkeypatch):
+    decoder, windows, calls = Decoder(tiny_model("Llama")), tiny_windows(5), []
+    _, whole = evaluate(decoder, PLAN, windows)
+    scores = lib.engine.activations.tail_scores
+
+    def fails_once(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise torch.OutOfMemoryError("out of memory")
+        return scores(*args)
+
+    monkeypatch.setattr(lib.engine.activations, "tail_scores", fails_once)
+    _, found = evaluate(decoder, PLAN, windows, batcher=(batcher := Batcher(4)))
+    assert batcher.size < 4
+    assert found.distance.by_window == pytest.approx(whole.distance.by_window, rel=1e-4)
 
 
 def test_only_the_chosen_windows_have_a_distance_and_all_a_loss():

@@ -280,7 +280,7 @@ def test_a_table_says_how_far_a_divergence_is_above_the_lowest_of_its_column():
     assert "| wanda_alp | 90.0 |" in table and "| wanda | 50.0 |" in table
     assert "llama-7b-hf. Usable: wanda_alp 70%. Broken: wanda 70%." in table
     (row,) = [line for line in csv_table(found).splitlines() if ",wanda," in line and ",kl_divergence," in line]
-    assert row.endswith(",0.200000,0.100000")
+    assert ",0.400000," in row and row.endswith(",0.200000,0.100000")
 
 
 def test_models_that_were_measured_on_other_windows_are_not_paired():

@@ -261,6 +261,7 @@ def read_log(folder="results") -> list[dict]:
 def test_the_log_gets_a_row_for_each_run(prune, text_file, capsys):
     first = prune("--save_log")
     prune("--save_log", "--prune_method", "dense", "--wbits", 4)
+    assert "try --gptq, or more bits\n" in capsys.readouterr().out  # as nothing is pruned
     seconds = prune("--save_log", "--prune_method", "dense")["seconds"]
     assert seconds["prune"] == seconds["allocate"] == seconds["save"] == 0
     prune("--save", "elsewhere", "--prune_method", "wanda")
