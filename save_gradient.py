@@ -64,6 +64,7 @@ def check(args: argparse.Namespace) -> None:
     """Checks everything that needs no torch. Raises `InputError`."""
     sources.check_model(args.model)
     texts = args.gradients.dataset.read
+    args.gradients.dataset.counts(args.ngrad)
     for text in texts:
         sources.check_text(text)
     checks.check_device(args)

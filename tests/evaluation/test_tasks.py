@@ -119,6 +119,7 @@ def test_a_name_of_a_set_stands_for_its_tasks_each_once():
     assert len(expand_sets(["boolq", "common7"])) == 7 and expand_sets(["generation"]) == ("gsm8k",)
 
 
+@pytest.mark.slow
 def test_lm_eval_knows_our_sets_and_gives_examples_to_generation_only():
     from lm_eval.tasks import TaskManager
 

@@ -105,7 +105,7 @@ def test_weight_pruning_and_gradients_take_windows_of_each_text_by_its_share(
 
 
 def test_a_model_is_pruned_on_text_of_its_own(arguments, tiny_folder, used, tmp_path, monkeypatch, capsys):
-    flags = ["--dataset", "self", "--seqlen", 16, "--overwrite"]
+    flags = ["--dataset", "self", "--seqlen", 16, "--eval_windows", 3, "--overwrite"]
     found = []
     for more in ([], ["--seed", 0, "--batch_size", 1], ["--seed", 1], ["--offload", "cpu"]):
         assert run(*arguments, *flags, *more, monkeypatch=monkeypatch) == 0
