@@ -21,6 +21,8 @@ from tests.command import run
 DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved"}  # from run to run
 ALIKE = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
 
+pytestmark = pytest.mark.samples  # those of other processes have their whole length
+
 
 @pytest.fixture
 def one(tmp_path, monkeypatch) -> Callable[..., None]:
