@@ -155,6 +155,7 @@ class Command:
         with self.monkeypatch.context() as patches:
             patches.chdir(folder)
             patches.setattr(lib.reporting.plots, "has_matplotlib", lambda: False)  # drawing takes longer than all else
+            patches.setattr(lib.runs.texts, "_PARTS", 2)  # enough to stop between them
             interruption = Interruption(patches, at, is_after, act)
             return run(*self.flags, *paths, *more, monkeypatch=patches, script=self.script), interruption
 
