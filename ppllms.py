@@ -237,8 +237,7 @@ def check(args: argparse.Namespace) -> None:
         of_model = texts(args, name)
         for mixture in ([of_model["dataset"]] if needs_windows else []) + [of_model["compensate_dataset"]]:
             mixture.counts(args.nsamples)
-        used_texts |= dict.fromkeys(of_model["dataset"].read if needs_windows else ())
-        used_texts |= dict.fromkeys(of_model["compensate_dataset"].read)
+            used_texts |= dict.fromkeys(mixture.read)
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:
         sources.check_text(source)

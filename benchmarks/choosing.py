@@ -1,4 +1,4 @@
-"""Which method, how much of it, and calibrated on what: the figures of docs/choosing.md, for one model.
+"""Which method, how much of it, and calibrated on what, on one model.
 
     python -m benchmarks.choosing demo OUT --calibration demo --evaluation demo
     python -m benchmarks.choosing MODEL OUT --calibration c4 wikitext2 --evaluation c4 wikitext2 --seqlen 512
@@ -133,7 +133,9 @@ def main() -> None:
     set_up()
     decoder = Decoder(load_model(ModelSource(args.model)))
     columns = [
-        f"{what} {text}" for text in labels(args.evaluation).values() for what in ("KL", "first choices", "perplexity")
+        f"{what} {text}"
+        for text in labels(args.evaluation).values()
+        for what in ("KL", "top-1 agreement", "perplexity")
     ]
     head = ["method", "setting", "seed", *columns, "parameters", "speed"]
     lines = [machine(), ""]

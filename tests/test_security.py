@@ -30,6 +30,7 @@ from lib.models.loading import load_model, load_tokenizer
 from lib.storage import output_folder
 from tests.command import ROOT, run
 from tests.families import tiny_model
+from tests.lm_eval_tasks import CHOICE
 from tests.sensitivity.rewritten import rewritten
 
 SCRIPTS = {"ppllms": ppllms, "alp_prune": alp_prune, "save_gradient": save_gradient}
@@ -558,23 +559,10 @@ def test_names_in_a_gguf_file_become_no_paths(tmp_path, here, monkeypatch):
     assert {path.name for path in here.iterdir()} == {"plan.json", "out.gguf"}
 
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
-
-
 def test_the_name_of_a_task_becomes_no_path(tiny_folder, text_file, tmp_path, here, monkeypatch):
     pytest.importorskip("lm_eval")
     (tmp_path / "q.jsonl").write_text('{"question": "The layer was", "choices": ["removed", "of 31"], "answer": 0}\n')
-    (tmp_path / "task.yaml").write_text(TASK.format(name=OUTSIDE, data=tmp_path / "q.jsonl"))
+    (tmp_path / "task.yaml").write_text(CHOICE.format(name=OUTSIDE, data=tmp_path / "q.jsonl"))
     flags = [*flags_of(alp_prune, tiny_folder, text_file), "--tasks", tmp_path / "task.yaml"]
     with nothing_changes_outside(here):
         assert run(*flags, monkeypatch=monkeypatch, script=alp_prune) == 0

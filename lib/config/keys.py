@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lib
-from lib.config.mixture import Mixture
+from lib.config.mixture import SELF, Mixture
 from lib.config.snapshot import FILE, MODEL, TEXT, Snapshot, entry
 
 _ONLY_ROUNDING = "changes the last digits at most; a stopped run may go on elsewhere, or with smaller batches"
@@ -80,13 +80,13 @@ def work_of(key: Mapping[str, object]) -> dict:
 
 
 def _stamped(kind: str, value: Any, stamps: Mapping[str, str]) -> Any:
-    """A setting that names what is read, by the stamps of that; what is not read stands there by name."""
+    """A setting that names what is read, by the stamps of that; text that the model makes has none."""
     if isinstance(value, Mixture):
         of_each = _stamped(kind, value.texts, stamps)
         return of_each[0] if len(of_each) == 1 else list(zip(of_each, value.shares, strict=True))
     if isinstance(value, list | tuple):
         return [_stamped(kind, one, stamps) for one in value]
-    return stamps.get(entry(kind, str(value)), str(value))
+    return SELF if (kind, value) == (TEXT, SELF) else stamps[entry(kind, str(value))]
 
 
 @cache

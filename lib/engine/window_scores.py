@@ -27,9 +27,9 @@ class DenseStates:
         self._chosen = set(places.tolist())
         self._states: dict[int, torch.Tensor] = {}  # (T, D) of the windows of this process, by index
 
-    def keep(self, rows: slice, hidden_states: torch.Tensor) -> None:
-        """Keeps the states (B, T, D) of those windows among `rows` that are chosen."""
-        for place, states in zip(range(rows.start, rows.stop), hidden_states, strict=True):
+    def keep(self, first: int, hidden_states: torch.Tensor) -> None:
+        """Keeps the states (B, T, D) of the windows from `first` on, as far as they are chosen."""
+        for place, states in enumerate(hidden_states, first):
             if place in self._chosen:
                 self._states[place] = states.cpu()
 
@@ -43,41 +43,26 @@ class DenseStates:
 
 
 def plan_window_losses(
-    decoder: Decoder, plan: Plan, batcher: Batcher, progress: Progress | None = None
+    decoder: Decoder,
+    plan: Plan,
+    batcher: Batcher,
+    progress: Progress | None = None,
+    keep: Callable[[slice, torch.Tensor], object] = lambda rows, hidden_states: None,
 ) -> WindowLosses:
     """The model's loss function under a plan: ids (N, T) -> mean cross-entropy (N,) of the last `scored` tokens.
 
-    It raises `RunError` for a loss that is not finite, naming the first layer whose output is not.
+    `keep` gets the last hidden states (B, T, D) of some windows, and which these are. Raises `RunError` for a loss that
+    is not finite, naming the first layer whose output is not.
     """
 
     def window_losses(windows: torch.Tensor, scored: int) -> torch.Tensor:
         def losses_of(rows: slice, states: Activations) -> torch.Tensor:
+            keep(rows, states.hidden_states)
             return states.losses(scored)[:, None]
 
         return _over_windows(decoder, plan, windows, batcher, losses_of, progress)[:, 0]
 
     return window_losses
-
-
-def dense_window_losses(
-    decoder: Decoder,
-    windows: torch.Tensor,
-    scored: int,
-    batcher: Batcher,
-    dense: DenseStates,
-    first: int = 0,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """The losses (N, 1) of windows (N, T) for the model as it is, whose last hidden states are kept in `dense`.
-
-    `first` is the index of the first window in `dense`. Raises as `plan_window_losses` does.
-    """
-
-    def losses_of(rows: slice, states: Activations) -> torch.Tensor:
-        dense.keep(slice(first + rows.start, first + rows.stop), states.hidden_states)
-        return states.losses(scored)[:, None]
-
-    return _over_windows(decoder, Plan(decoder.num_layers), windows, batcher, losses_of, progress)
 
 
 def window_scores(
@@ -92,8 +77,8 @@ def window_scores(
 ) -> torch.Tensor:
     """Scores (N, 2 + scored) of windows (N, T) for the model under a plan, as `tail_scores` gives them.
 
-    Windows that have no states in `dense` have only a loss, and NaN after it. `first` is as in `dense_window_losses`.
-    Raises as `plan_window_losses` does.
+    Windows that have no states in `dense`, where the first of them has the index `first`, have only a loss, and NaN
+    after it. Raises as `plan_window_losses` does.
     """
 
     def scores_of(rows: slice, states: Activations) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Distance:
         agreement = "".join(f" ± {100 * error:.1f}" for error in self.top1_agreement[1:] if error is not None)
         return (
             f"KL divergence {self.kl_divergence} nats a token, 99th percentile {self.percentile_99:.2f}; "
-            f"first choices kept {100 * self.top1_agreement.value:.1f}%{agreement}"
+            f"top-1 agreement {100 * self.top1_agreement.value:.1f}%{agreement}"
         )
 
     @classmethod

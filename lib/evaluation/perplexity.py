@@ -16,12 +16,8 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float | None  # None for one window
 
-    def __format__(self, form: str) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:{form or '.3f'}}"
-        return f"{self.value:{form or '.3f'}}{error}"
-
     def __str__(self) -> str:
-        return f"{self}"
+        return f"{self.value:.3f}" + (f" ± {self.standard_error:.3f}" if self.standard_error is not None else "")
 
 
 class Span(NamedTuple):

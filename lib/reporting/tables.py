@@ -17,7 +17,7 @@ from lib.reporting.verdict import LEGEND, VERDICTS, verdict
 _TITLES = {  # of the tables of a text, by metric
     "perplexity": "perplexity on {}",
     "kl_divergence": "KL divergence to the dense model on {}, in nats a token",
-    "top1_agreement": "first choices of the dense model kept on {}, in percent",
+    "top1_agreement": "top-1 agreement with the dense model on {}, in percent",
 }
 _WORTH_TELLING = 0.005  # the tables show the removed share where it is off its target by this much
 

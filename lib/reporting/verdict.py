@@ -16,7 +16,7 @@ THRESHOLDS = (USABLE, Threshold("damaged", 0.6, 0.6))
 WORST = "broken"
 LEGEND = "; ".join(
     f"{one.verdict}: a KL divergence of at most {one.kl_divergence:g} nats a token to the dense model, and at least "
-    f"{one.top1_agreement:.0%} of its first choices kept"
+    f"{one.top1_agreement:.0%} top-1 agreement with it"
     for one in THRESHOLDS
 )
 VERDICTS = (*(threshold.verdict for threshold in THRESHOLDS), WORST)
@@ -43,5 +43,5 @@ def describe(found: str, next_step: str) -> str:
     """The verdict in words; the next step is for a model that is not usable."""
     if found == USABLE.verdict:
         return found
-    limits = f"KL divergence at most {USABLE.kl_divergence:g}, first choices kept at least {USABLE.top1_agreement:.0%}"
+    limits = f"KL divergence at most {USABLE.kl_divergence:g}, top-1 agreement at least {USABLE.top1_agreement:.0%}"
     return f"{found} (usable: {limits}); try {next_step}"

@@ -77,9 +77,9 @@ class Run(ABC, Generic[Settings, Space]):
         self.report, self.settings, self.workspace, self.is_cell = report, settings, workspace, is_cell
         self.decoder, self.state = workspace.decoder, workspace.state
         self.texts = TextStages(report, workspace, self.stages_after_dense, settings.eval_stride, is_cell)
-        self.tasks = TaskStages(report, workspace, settings.key.get("tasks"))
-        prompts_from = [settings.key.get(name) for name in ("prompts", *EVALUATION[self.tool])]
-        self.samples = SampleStages(report, workspace, prompts_from, is_cell)
+        key = settings.key
+        self.tasks = TaskStages(report, workspace, key.get("tasks"))
+        self.samples = SampleStages(report, workspace, [key.get(name) for name in EVALUATION[self.tool]], is_cell)
 
     # What a tool defines
 

@@ -9,7 +9,7 @@ import torch
 from lib.config.plan import Plan
 from lib.data.sampling import evenly_spread
 from lib.engine.map_windows import waiting_bytes
-from lib.engine.window_scores import DenseStates, dense_window_losses, window_scores
+from lib.engine.window_scores import DenseStates, plan_window_losses, window_scores
 from lib.evaluation.answers import DENSE
 from lib.evaluation.distance import Distance, Evaluation, evaluation_of, packed, unpacked
 from lib.evaluation.perplexity import Span, spans_of
@@ -72,7 +72,11 @@ class TextStages:
             progress(len(windows))
             return unpacked(known, 1 if stage == DENSE else 2 + span.scored)
         if stage == DENSE:
-            scores = dense_window_losses(decoder, windows, span.scored, batcher, dense, first, progress)
+
+            def keep(rows: slice, hidden_states: torch.Tensor) -> None:
+                dense.keep(first + rows.start, hidden_states)
+
+            scores = plan_window_losses(decoder, plan, batcher, progress, keep)(windows, span.scored)[:, None]
         else:
             scores = window_scores(decoder, plan, windows, span.scored, batcher, dense, first, progress)
         state.put(names[stage], packed(scores))

@@ -93,13 +93,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         prompts = make_prompts(settings.model, settings.prompts, tokenizer, texts.evaluation.values(), config)
         check_found(gradients, by_gradients, texts.gradients, is_sampled=False)
     with report.timed("load"):
-        decoder = Decoder(load_model(settings.source))
-        if settings.semi_structured and decoder.is_offloaded:
-            raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
-        for cell in cells:
-            check_not_offloaded(decoder, check_linears(cell, decoder))
-        if any(cell.needs_text for cell in cells) and settings.calibration_dataset.is_sampled:
-            check_not_on_disk(decoder)
+        decoder = load_decoder(cells)
         groups = input_groups(decoder)
     batch_size = ranks.agree(lambda: automatic_batch_size(decoder.device, seqlen, decoder.token_bytes))
     batcher = Batcher(settings.batch_size or batch_size, ranks)
@@ -138,6 +132,18 @@ def known_gradients(
         for asked, cell in by_gradients.items()
     }
     return {asked: known for asked, known in found.items() if known}
+
+
+def load_decoder(cells: Sequence[SparsityPruning]) -> Decoder:
+    """The model of the runs, checked against all of them. Raises `InputError`."""
+    settings, decoder = cells[0], Decoder(load_model(cells[0].source))
+    if settings.semi_structured and decoder.is_offloaded:
+        raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
+    for cell in cells:
+        check_not_offloaded(decoder, check_linears(cell, decoder))
+    if any(cell.needs_text for cell in cells) and settings.calibration_dataset.is_sampled:
+        check_not_on_disk(decoder)
+    return decoder
 
 
 def check_found(

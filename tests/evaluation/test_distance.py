@@ -11,7 +11,7 @@ import lib.engine.tail
 from lib.config.plan import Plan
 from lib.engine.activations import Activations
 from lib.engine.tail import token_divergences
-from lib.engine.window_scores import DenseStates, dense_window_losses, window_scores
+from lib.engine.window_scores import DenseStates, plan_window_losses, window_scores
 from lib.evaluation.distance import Distance, evaluation_of, packed, unpacked
 from lib.evaluation.perplexity import spans_of
 from lib.models.decoder import Decoder
@@ -28,9 +28,11 @@ def evaluate(decoder, plan, windows, stride=None, at_once=None, places=None, bat
     dense = DenseStates(torch.arange(len(windows)) if places is None else places)
     spans = spans_of(len(windows), windows.shape[1], stride, at_once)
     batcher, scores = batcher or Batcher(2), []
-    losses = [
-        dense_window_losses(decoder, windows[span.rows], span.scored, batcher, dense, span.rows.start) for span in spans
-    ]
+    losses = []
+    for span in spans:
+        keep = lambda rows, states, first=span.rows.start: dense.keep(first + rows.start, states)  # noqa: E731
+        window_losses = plan_window_losses(decoder, Plan(4), batcher, keep=keep)
+        losses.append(window_losses(windows[span.rows], span.scored)[:, None])
     for span in spans:
         scores.append(window_scores(decoder, plan, windows[span.rows], span.scored, batcher, dense, span.rows.start))
     return evaluation_of(spans, losses), evaluation_of(spans, scores)

@@ -286,7 +286,7 @@ def test_the_same_model_written_otherwise_is_the_same_table(alp_grid, tiny_folde
     model, text = (f"{path.parent}/./{path.name}" for path in (tiny_folder, text_file))
     assert len(alp_grid(*axes, 0.6, "--model", model, "--dataset", text)) == 3
     rows = [line for line in (tmp_path / "grid/table.md").read_text().splitlines() if line.startswith("| magnitude")]
-    assert len(rows) == 3 and "-" not in rows[0]  # of perplexity, KL divergence and first choices
+    assert len(rows) == 3 and "-" not in rows[0]  # of perplexity, KL divergence and top-1 agreement
 
 
 def test_overwriting_takes_the_place_of_what_is_there_with_the_first_cell(alp_grid, tmp_path, monkeypatch, capsys):
