@@ -47,7 +47,8 @@ SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
 OF_THE_SEARCH = ("num_blocks", "prune_rate", "mha_remove_layers", "ffn_remove_layers", "mha_ffn_ratio")
 OF_THE_SEARCH += ("nsamples", "dataset", "bi_windows", "seed", "method", "beam_width", "preset")
 COUNTS = ("mha_remove_layers", "ffn_remove_layers")
-OF_COMPENSATION = ("nsamples", "seed")  # a compensation uses these too, and without texts of its own --dataset
+OF_COMPENSATION = {"seed": None, "dataset": "compensate_dataset", "nsamples": "compensate_nsamples"}
+# flags that a compensation uses too; the last two only without a flag of its own
 AXES = ("model_name", "method", "prune_rate", "seed")
 OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
 
@@ -144,6 +145,9 @@ def add_compensation_flags(group) -> None:
     group.add_argument(
         "--compensate_dataset", type=types.name, nargs="+", help="its calibration text (default: that of --dataset)"
     )
+    group.add_argument(
+        "--compensate_nsamples", type=types.positive, help="its calibration documents (default: those of --nsamples)"
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -161,8 +165,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     """Raises `InputError` for flags that have no effect together with others."""
     if args.gguf and not args.apply_plan:
         raise InputError("--gguf: needs --apply_plan, the result.json of a run on the unpruned model")
-    used_by_compensation = {*OF_COMPENSATION, *(() if args.compensate_dataset else ("dataset",))}
-    used_by_compensation = used_by_compensation if args.compensate != "none" else set()
+    is_compensated = args.compensate != "none"
+    used_by_compensation = {name for name, own in OF_COMPENSATION.items() if is_compensated and own not in given}
     for name in sorted(given):
         if args.gguf and name not in OF_A_GGUF:
             raise InputError(f"--{name}: has no meaning with --gguf, which applies a plan to a file; leave it out")
@@ -175,8 +179,9 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError(f"--{name}: --method {' '.join(args.method)} has no use for it; leave it out")
         if args.apply_plan and name in OF_THE_SEARCH:
             raise InputError(f"--{name}: has no meaning with --apply_plan, which searches nothing; leave it out")
-    if args.compensate == "none" and args.compensate_dataset:
-        raise InputError("--compensate_dataset: needs --compensate nearest or all")
+    for name in ("compensate_dataset", "compensate_nsamples"):
+        if name in given and not is_compensated:
+            raise InputError(f"--{name}: needs --compensate nearest or all")
     if len(args.prune_rate) > 1 and None not in (args.mha_remove_layers, args.ffn_remove_layers):
         raise InputError("--prune_rate: with both counts given the rate has no effect; give one, or none")
     if args.apply_plan and len(args.model_name or ()) > 1:
@@ -235,8 +240,9 @@ def check(args: argparse.Namespace) -> None:
     used_texts: dict[str, None] = {}
     for name in args.model_name:
         of_model = texts(args, name)
-        for mixture in ([of_model["dataset"]] if needs_windows else []) + [of_model["compensate_dataset"]]:
-            mixture.counts(args.nsamples)
+        searched = [(of_model["dataset"], args.nsamples)] if needs_windows else []
+        for mixture, count in (*searched, (of_model["compensate_dataset"], args.compensate_nsamples or args.nsamples)):
+            mixture.counts(count)
             used_texts |= dict.fromkeys(mixture.read)
         used_texts |= dict.fromkeys(of_model["eval_datasets"] if args.eval_ppl else [])
     for source in used_texts:

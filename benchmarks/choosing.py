@@ -3,9 +3,13 @@
     python -m benchmarks.choosing demo OUT --calibration demo --evaluation demo
     python -m benchmarks.choosing MODEL OUT --calibration c4 wikitext2 --evaluation c4 wikitext2 --seqlen 512
 
-Every part is a grid of one of the two scripts, in a folder of its own below OUT: a finished cell is not run again, so
-the same command goes on where it was stopped. OUT/choosing.md has all cells with their distance to the dense model,
-perplexities, size and speed. Speed is that of the layers on a window, each pruned model in turn with the dense one.
+Every part is a run or a table of one of the two scripts, in a folder of its own below OUT: what is finished is not run
+again, so the same command goes on where it was stopped. OUT/choosing.md has all results with their distance to the
+dense model, perplexities, size and speed. Speed is that of the layers on a window, each pruned model in turn with the
+dense one.
+
+For each plan of PP-LLMs there is also the loss of calibration text with one removed FFN put back, for each of them:
+which one it is that breaks the model.
 """
 
 import argparse
@@ -19,11 +23,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine, seconds
-from lib.config.plan import Plan
+from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource, labels
+from lib.data.corpora import load_corpus
+from lib.data.sampling import calibration_windows
+from lib.depth.trial_losses import Sweep, Trial
 from lib.models.decoder import Decoder
-from lib.models.loading import load_model
+from lib.models.loading import load_model, load_tokenizer
 from lib.reporting.entries import entries
+from lib.runtime.batching import Batcher
 from lib.runtime.setup import set_up
 from lib.storage.output_folder import RESULT, RESULTS
 
@@ -33,38 +41,46 @@ DEPTH = ["ppllms", "shortgpt", "sleb", "blockpruner"]
 SPARSITY = ["magnitude", "wanda", "ria", "sparsegpt", "admm", "wanda_alp", "sparsegpt_alp", "admm_alp", "admm_atp"]
 
 
-def parts(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The command of each part: a script of the project and its flags."""
-    first, everything = args.calibration[:1], args.calibration
-    depth = ["ppllms.py", "--model_name", args.model, "--eval_datasets", *args.evaluation]
-    sparsity = ["alp_prune.py", "--model", args.model, "--dataset", *args.evaluation]
-    few, many = ["--nsamples", str(args.nsamples)], ["--nsamples", str(8 * args.nsamples)]
-    compensated = ["--compensate", "all", "--compensate_dataset", *everything]
-    at_20, at_60 = (
-        ["--prune_rate", "0.2", "--method", "ppllms"],
-        ["--sparsity_ratio", "0.6", "--prune_method", "sparsegpt"],
-    )
-    found = {
-        "depth": [*depth, "--dataset", *first, *few, "--prune_rate", *RATES, "--method", *DEPTH, *compensated],
-        "sparsity": [
-            *(*sparsity, "--calibration_dataset", *first, *few, "--prune_method", *SPARSITY),
-            *("--sparsity_type", "unstructured", "2:4", "--sparsity_ratio", *SPARSITIES),
-        ],
-        "depth-many": [*depth, "--dataset", *first, *many, *at_20, *compensated],
-        "sparsity-many": [*sparsity, "--calibration_dataset", *first, *many, *at_60],
-        "depth-seeds": [*depth, "--dataset", *first, *few, *at_20, *compensated, "--seed", "0", "1", "2"],
-        "sparsity-seeds": [*sparsity, "--calibration_dataset", *first, *few, *at_60, "--seed", "0", "1", "2"],
-        "depth-self": [*depth, "--dataset", "self", *few, *at_20, "--compensate", "all"],
-        "sparsity-self": [*sparsity, "--calibration_dataset", "self", *few, *at_60],
-    }
-    if len(everything) > 1:
-        found["depth-mixed"] = [*depth, "--dataset", *everything, *few, *at_20, "--compensate", "all"]
-        found["sparsity-mixed"] = [*sparsity, "--calibration_dataset", *everything, *few, *at_60]
-    return found
+def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """All runs: below which folder, and a script of the project with its flags."""
+    text, nsamples, more = args.calibration[:1], [str(args.nsamples)], [str(4 * args.nsamples)]
+    depth = ["ppllms.py", "--model_name", args.model, "--eval_datasets", *args.evaluation, "--dataset", *text]
+    refit = ["--compensate", "all", "--compensate_nsamples", str(args.compensate_nsamples)]
+    sparsity = ["alp_prune.py", "--model", args.model, "--dataset", *args.evaluation, "--calibration_dataset"]
+    uniform = [method for method in args.sparsity if "_" not in method]
+    search = [*depth, "--nsamples", *nsamples]
+    yield "depth", [*search, "--method", *args.depth, "--prune_rate", *RATES]
+    for name, plan in plans(args):
+        yield f"depth-compensated/{name}", [*depth, *refit, "--apply_plan", str(plan)]
+    of_text = [*sparsity, *text, "--nsamples"]
+    yield "sparsity", [*of_text, *nsamples, "--prune_method", *args.sparsity, "--sparsity_ratio", *SPARSITIES]
+    yield "sparsity-2-4", [*of_text, *nsamples, "--prune_method", *uniform, "--sparsity_type", "2:4"]
+
+    at_20 = ["--prune_rate", "0.2"]
+    at_60 = ["--sparsity_ratio", "0.6", "--prune_method", "sparsegpt", "wanda_alp"]
+    for name, texts in {"self": ["self"], "mixed": args.calibration}.items():
+        if name == "self" or len(texts) > 1:
+            yield f"depth-texts/{name}", [*search, *at_20, *refit, "--compensate_dataset", *texts]
+            yield f"sparsity-texts/{name}", [*sparsity, *texts, "--nsamples", *nsamples, *at_60]
+    yield "depth-many", [*depth, "--nsamples", *more, "--prune_rate", RATES[-1]]
+    yield "sparsity-many", [*of_text, *more, *at_60]
+    yield "depth-seeds", [*search, *at_20, "--seed", "1", "2"]
+    yield "sparsity-seeds", [*of_text, *nsamples, *at_60, "--seed", "1", "2"]
+
+
+def plans(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """The plans of the part `depth` that are compensated: a name for each, and its file."""
+    for result in results(args.output / "depth"):
+        name = f"{result['method']}-{result['parameters']['target_rate']:g}"
+        if result["method"] in (args.refit or args.depth):
+            path = args.output / "plans" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(result), encoding="utf-8")
+            yield name, path
 
 
 def run(command: Sequence[str], folder: Path, args: argparse.Namespace) -> None:
-    """Runs one part; what is finished in its folder stays."""
+    """Runs one command; what is finished in its folder stays."""
     windows = [] if args.seqlen is None else ["--seqlen", str(args.seqlen)]
     windows += [] if args.eval_windows is None else ["--eval_windows", str(args.eval_windows)]
     goes_on = ["--resume"] if folder.exists() else []
@@ -89,6 +105,17 @@ def speed(decoder: Decoder, plan: Plan, window: torch.Tensor, runs: int) -> floa
         with decoder.under(plan):
             ratios.append(dense / seconds(lambda: decoder.model(input_ids=window, use_cache=False)))
     return statistics.median(ratios)
+
+
+def losses_with_one_back(decoder: Decoder, plan: Plan, windows: torch.Tensor) -> dict[int, float]:
+    """The mean token loss of windows (N, T) with one removed FFN put back, by its layer; under -1 that of the plan.
+
+    The FFN whose return lowers the loss most is the one that the model misses most.
+    """
+    sweep, tokens = Sweep(decoder, windows, Batcher(1)), windows.numel()
+    trials = [Trial(layer, Mode(plan.mode(layer).attention, True)) for layer in plan.ffn_removed]
+    found = {-1: sweep.loss(plan), **zip(plan.ffn_removed, sweep.losses(plan, trials), strict=True)}
+    return {layer: loss / tokens for layer, loss in found.items()}
 
 
 def rows(found: Sequence[dict], decoder: Decoder, args: argparse.Namespace) -> Iterator[str]:
@@ -121,15 +148,27 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--calibration", nargs="+", required=True, help="texts; the first is that of most parts")
     parser.add_argument("--evaluation", nargs="+", required=True)
-    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--nsamples", type=int, default=16, help="calibration of most parts; four times it in `-many`")
+    parser.add_argument("--compensate_nsamples", type=int, default=512)
+    parser.add_argument("--depth", nargs="+", default=DEPTH, help="methods (default: %(default)s)")
+    parser.add_argument("--sparsity", nargs="+", default=SPARSITY, help="methods (default: %(default)s)")
+    parser.add_argument("--refit", nargs="+", help="depth methods whose plans are compensated (default: all)")
     parser.add_argument("--seqlen", type=int)
     parser.add_argument("--eval_windows", type=int)
     parser.add_argument("--runs", type=int, default=5, help="of each timing")
-    parser.add_argument("--parts", nargs="+", help="default: all")
+    parser.add_argument("--parts", nargs="+", help="default: all; the others are told as far as they are there")
     args = parser.parse_args()
-    chosen = {name: command for name, command in parts(args).items() if name in (args.parts or name)}
-    for name, command in chosen.items():
-        run(command, args.output / name, args)
+    found: dict[str, list[dict]] = {}
+    for place, command in commands(args):
+        if place.split("/")[0] in (args.parts or [place.split("/")[0]]):
+            run(command, args.output / place, args)
+        if (args.output / place).exists():
+            found[place] = [{"method": place, **result} for result in results(args.output / place)]
+    (args.output / "choosing.md").write_text("\n".join(report(found, args)), encoding="utf-8")
+
+
+def report(found: dict[str, list[dict]], args: argparse.Namespace) -> Iterator[str]:
+    """The lines of choosing.md."""
     set_up()
     decoder = Decoder(load_model(ModelSource(args.model)))
     columns = [
@@ -138,12 +177,23 @@ def main() -> None:
         for what in ("KL", "top-1 agreement", "perplexity")
     ]
     head = ["method", "setting", "seed", *columns, "parameters", "speed"]
-    lines = [machine(), ""]
-    for name in chosen:
-        lines += [f"## {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += [*rows(list(results(args.output / name)), decoder, args), ""]
-    (args.output / "choosing.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    yield from (machine(), "")
+    for part, of_part in found.items():
+        yield from (f"## {part}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|")
+        yield from (*rows(of_part, decoder, args), "")
+    yield from ("## One removed FFN put back: mean loss of calibration text", "")
+    tokenizer, text = load_tokenizer(ModelSource(args.model)), args.calibration[0]
+    corpus = load_corpus(text, "train", tokenizer)
+    windows = calibration_windows(corpus, tokenizer, args.nsamples, args.seqlen or 256, seed=0)
+    for result in found.get("depth", []):
+        if result["method"] == "ppllms":
+            plan = Plan(result["num_layers"], tuple(result["mha_removed"]), tuple(result["ffn_removed"]))
+            losses = losses_with_one_back(decoder, plan, windows)
+            told = ", ".join(f"{layer}: {loss:.3f}" for layer, loss in losses.items() if layer >= 0)
+            yield from (
+                f"{result['parameters']['target_rate']:.0%}, without all {losses[-1]:.3f}; with that of {told}",
+                "",
+            )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def tiny_folder(tmp_path_factory, demo_tokenizer) -> Path:
 def text_file(tmp_path_factory) -> Path:
     """Some kilobytes of text in one file."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("".join(f"The layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(300)))
+    path.write_text("".join(f"The layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(120)))
     return path
 
 

@@ -44,6 +44,7 @@ class DepthPruning:
     eval_windows: int | None = None  # of each text; None: all
     compensate: str = COMPENSATIONS[0]
     compensate_dataset: Mixture = Mixture()
+    compensate_nsamples: int | None = None  # None: `nsamples`
     beam_width: int = DEPTH_METHODS["beam"].flags["beam_width"]
     tasks: Sequence[str] = ()  # of lm_eval
     save_model: Path | None = None
@@ -85,9 +86,9 @@ class DepthPruning:
         if self.saved_plan:
             unused |= {"method", "prune_rate", "seed", *flags}
         if self.compensates:
-            unused -= {"nsamples", "seed"}
+            unused -= {"seed"} | (set() if self.compensate_nsamples else {"nsamples"})
         else:
-            unused |= {"compensate_dataset"}
+            unused |= {"compensate_dataset", "compensate_nsamples"}
         if not self.eval_ppl:
             unused |= {"eval_datasets", "eval_stride", "eval_windows"}
         unused |= set() if self.prompts else {"prompts"}
@@ -102,6 +103,11 @@ class DepthPruning:
     @property
     def compensates(self) -> bool:
         return self.compensate != COMPENSATIONS[0]
+
+    @property
+    def compensation_nsamples(self) -> int:
+        """Calibration documents of the compensation."""
+        return self.compensate_nsamples or self.nsamples
 
     @property
     def needs_windows(self) -> bool:

@@ -220,18 +220,18 @@ def load_texts(report: Report, cells: Sequence[DepthPruning], tokenizer, seqlen:
         report.print(line)
 
     @cache
-    def windows_of(mixture: Mixture, seed: int) -> torch.Tensor:
-        parts = draw_parts(mixture, corpora, tokenizer, settings.nsamples, seqlen, seed, calibration_windows)
+    def windows_of(mixture: Mixture, nsamples: int, seed: int) -> torch.Tensor:
+        parts = draw_parts(mixture, corpora, tokenizer, nsamples, seqlen, seed, calibration_windows)
         if len(parts) > 1:
             counts = ", ".join(f"{len(windows)} of {text}" for text, windows in parts.items())
             report.print(f"Mixture     windows of {seqlen} tokens: {counts}, seed {seed}")
         return torch.cat(list(parts.values()))
 
-    calibration = {seed: windows_of(settings.dataset, seed) for seed in seeds}
+    calibration = {seed: windows_of(settings.dataset, settings.nsamples, seed) for seed in seeds}
     compensation: dict[int, torch.Tensor] = {}
     if settings.compensates:
         for seed in dict.fromkeys(cell.seed for cell in cells):
-            compensation[seed] = windows_of(settings.compensate_dataset, seed)
+            compensation[seed] = windows_of(settings.compensate_dataset, settings.compensation_nsamples, seed)
             if len(compensation[seed]) < 2:
                 advice = "give more text, or a lower --seqlen"
                 raise InputError(f"--compensate: needs at least 2 windows of {seqlen} tokens; {advice}")

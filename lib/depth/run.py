@@ -191,7 +191,7 @@ def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits:
         "mode": settings.compensate,
         "dataset": list(settings.compensate_dataset.texts),
         "shares": list(settings.compensate_dataset.shares),
-        "nsamples": settings.nsamples,
+        "nsamples": settings.compensation_nsamples,
         "seed": settings.seed,
         "tokens": to_fit,
         "held_out_tokens": to_check,

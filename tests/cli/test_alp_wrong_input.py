@@ -153,11 +153,21 @@ def found(tiny_folder, text_file) -> Path:
     return gradient_path(tiny_folder, text_file)
 
 
+@pytest.fixture(scope="module")
+def artefact(tiny_folder, text_file, tmp_path_factory) -> Path:
+    """An artefact of the model and text."""
+    path = tmp_path_factory.mktemp("gradients") / "gradient.json"
+    arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16, "--output", path]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
+    return path
+
+
 @pytest.fixture
-def made(found, tiny_folder, text_file, alp_arguments, monkeypatch) -> dict:
+def made(found, artefact, alp_arguments) -> dict:
     """The content of an artefact that stands where alp_prune.py looks for it."""
-    arguments = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
-    assert run_gradient(*arguments, monkeypatch=monkeypatch) == 0
+    found.parent.mkdir()
+    shutil.copy(artefact, found)
     return json.loads(found.read_text())
 
 

@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
         "apply_plan": ([], ["--apply_plan", "{plan}"]),
         "compensate": ([], ["--compensate", "all"]),
         "compensate_dataset": (["--compensate", "all"], ["--compensate_dataset", "{text}"]),
+        "compensate_nsamples": (["--compensate", "all"], ["--compensate_nsamples", 9]),
     },
     "alp_prune": {
         "model": ([], ["--model", "{model}"]),

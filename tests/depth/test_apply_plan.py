@@ -1,6 +1,8 @@
 """`--apply_plan`: what a run found is done again, without a search."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,22 @@ from tests.command import run
 from tests.families import tiny_model
 
 
+@pytest.fixture(scope="module")
+def searched(tiny_folder, text_file, tmp_path_factory) -> Path:
+    """A folder with the output `found` of a run, and with the model `searched` that it saved."""
+    folder = tmp_path_factory.mktemp("once")
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
+    flags += ["--mha_remove_layers", 1, "--ffn_remove_layers", 2]
+    flags += ["--output_dir", folder / "found", "--save_model", folder / "searched"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(*flags, monkeypatch=monkeypatch) == 0
+    return folder
+
+
 @pytest.fixture
-def found(arguments, tmp_path, monkeypatch):
+def found(searched, tmp_path) -> Path:
     """The result.json of a run that saved its model in `searched`."""
-    assert run(*arguments, "--save_model", tmp_path / "searched", monkeypatch=monkeypatch) == 0
-    (tmp_path / "run").rename(tmp_path / "found")
+    shutil.copytree(searched, tmp_path, dirs_exist_ok=True)
     return tmp_path / "found/result.json"
 
 

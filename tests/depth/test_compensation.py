@@ -291,10 +291,32 @@ def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tm
     assert again["compensation"] == result["compensation"] and again["perplexity"] == result["perplexity"]
 
 
+def test_a_compensation_may_have_more_documents_than_the_search(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--overwrite"]
+    flags += ["--compensate", "all", "--output_dir", tmp_path / "run"]
+
+    def result(*more) -> dict:
+        assert run(*flags, *more, monkeypatch=monkeypatch) == 0
+        return json.loads((tmp_path / "run/result.json").read_text())
+
+    search = ["--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--nsamples", 4]
+    few, more = result(*search), result(*search, "--compensate_nsamples", 12)
+    assert few["rounds"] == more["rounds"], "the search is the same"
+    assert few["compensation"]["tokens"] < more["compensation"]["tokens"] and more["compensation"]["nsamples"] == 12
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(more))
+    flags += ["--apply_plan", plan]
+    assert result("--nsamples", 12)["compensation"] == more["compensation"]
+    assert result("--compensate_nsamples", 12)["compensation"] == more["compensation"]
+    assert run(*flags, "--nsamples", 4, "--compensate_nsamples", 12, monkeypatch=monkeypatch) == 2
+    assert "--nsamples: has no meaning with --apply_plan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, problem",
     [
         (["--compensate_dataset", "demo"], "--compensate_dataset: needs --compensate nearest or all"),
+        (["--compensate_nsamples", 4], "--compensate_nsamples: needs --compensate nearest or all"),
         (["--compensate", "all", "--compensate_dataset", "no/such.txt"], "no/such.txt"),
         (["--compensate", "all", "--compensate_dataset", "demo", "demo"], "--compensate_dataset: names a text twice"),
         (
