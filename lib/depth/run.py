@@ -104,12 +104,11 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
     def stages_after_dense(self) -> Sequence[str]:
         return ("pruned", "compensated") if self.settings.compensates else ("pruned",)
 
-    @property
-    def next_step(self) -> str:
+    def next_step(self, is_far: bool) -> str:
         if not has_writers(self.decoder):
             return "removing less, or training"
         if self.settings.compensate != "all":
-            return "--compensate all"
+            return "removing less, and --compensate all" if is_far else "--compensate all"
         return "removing less, more text to compensate on, or training"
 
     def measure(self) -> dict[str, dict[str, Evaluation]]:

@@ -14,6 +14,7 @@ class Threshold(NamedTuple):
 USABLE = Threshold("usable", 0.2, 0.8)
 THRESHOLDS = (USABLE, Threshold("damaged", 0.6, 0.6))
 WORST = "broken"
+FAR = 1.0  # nats a token: from a KL divergence above it, no repair that we measured came back to `damaged`
 LEGEND = "; ".join(
     f"{one.verdict}: a KL divergence of at most {one.kl_divergence:g} nats a token to the dense model, and at least "
     f"{one.top1_agreement:.0%} top-1 agreement with it"
@@ -37,6 +38,11 @@ def verdict_of(result: dict) -> str | None:
         for text, stages in result["kl_divergence"].items()
     ]
     return max(found, key=VERDICTS.index, default=None)
+
+
+def worst_divergence(result: dict) -> float:
+    """The highest KL divergence on a text of a result.json, for its last stage."""
+    return max(list(stages.values())[-1] for stages in result["kl_divergence"].values())
 
 
 def describe(found: str, next_step: str) -> str:

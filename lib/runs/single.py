@@ -29,7 +29,7 @@ from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import code_version, environment
-from lib.reporting.verdict import describe, verdict_of
+from lib.reporting.verdict import FAR, describe, verdict_of, worst_divergence
 from lib.runs.samples import SampleStages
 from lib.runs.tasks import TaskStages
 from lib.runs.texts import TextStages
@@ -103,10 +103,9 @@ class Run(ABC, Generic[Settings, Space]):
     def describe(self) -> dict:
         """The fields of result.json that say what was asked for."""
 
-    @property
     @abstractmethod
-    def next_step(self) -> str:
-        """What to try when the pruned model is not usable."""
+    def next_step(self, is_far: bool) -> str:
+        """What to try when the pruned model is not usable; `is_far`: too far from the dense model to be repaired."""
 
     @abstractmethod
     def draw(self, result: dict) -> Path | str | None:
@@ -134,7 +133,8 @@ class Run(ABC, Generic[Settings, Space]):
         fields = self.prune()
         fields["verdict"] = verdict_of(fields)
         if fields["verdict"]:
-            self.report.print(f"Verdict     {describe(fields['verdict'], self.next_step)}")
+            next_step = self.next_step(worst_divergence(fields) > FAR)
+            self.report.print(f"Verdict     {describe(fields['verdict'], next_step)}")
         fields |= self.samples.show() | self.tasks.show()
         self.check_unchanged()
         return {

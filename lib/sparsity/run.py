@@ -94,15 +94,14 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         """Evaluates the current model on every text."""
         return {text: self.texts.measure(stage, text) for text in self.workspace.eval_windows}
 
-    @property
-    def next_step(self) -> str:
+    def next_step(self, is_far: bool) -> str:
         settings = self.settings
         if not settings.method.pruning.prunes:
             is_compensated = settings.quantization and settings.quantization.is_compensated
             return "more bits" if is_compensated else "--gptq, or more bits"
         if settings.method.pruner == "admm":
             return "a lower sparsity, or more calibration text"
-        return "--prune_method admm, or a lower sparsity"
+        return "a lower sparsity, and --prune_method admm" if is_far else "--prune_method admm, or a lower sparsity"
 
     @property
     def stages_after_dense(self) -> Sequence[str]:

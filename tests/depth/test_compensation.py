@@ -230,6 +230,12 @@ def test_the_result_says_what_was_refitted_and_what_it_brought(command, capsys):
     assert "; try --compensate all\n" in capsys.readouterr().out
 
 
+def test_a_model_too_far_from_the_dense_one_is_to_lose_less(command, monkeypatch, capsys):
+    monkeypatch.setattr("lib.runs.single.FAR", 0.0)
+    command("--compensate", "none")
+    assert "; try removing less, and --compensate all\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("save_format", ppllms.SAVE_FORMATS)
 def test_every_format_saves_the_changed_projections(command, save_format, tmp_path):
     result = command("--save_model", tmp_path / "out", "--save_format", save_format)  # which compares the logits
