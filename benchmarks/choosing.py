@@ -8,8 +8,8 @@ again, so the same command goes on where it was stopped. OUT/choosing.md has all
 dense model, perplexities, size and speed. Speed is that of the layers on a window, each pruned model in turn with the
 dense one.
 
-For each plan of PP-LLMs there is also the loss of calibration text with one removed FFN put back, for each of them:
-which one it is that breaks the model.
+For each plan of PP-LLMs there is also what each removed FFN costs: the loss of calibration text without it alone, and
+under the plan with it put back.
 """
 
 import argparse
@@ -107,15 +107,17 @@ def speed(decoder: Decoder, plan: Plan, window: torch.Tensor, runs: int) -> floa
     return statistics.median(ratios)
 
 
-def losses_with_one_back(decoder: Decoder, plan: Plan, windows: torch.Tensor) -> dict[int, float]:
-    """The mean token loss of windows (N, T) with one removed FFN put back, by its layer; under -1 that of the plan.
-
-    The FFN whose return lowers the loss most is the one that the model misses most.
+def losses_by_ffn(decoder: Decoder, plan: Plan, windows: torch.Tensor) -> Iterator[str]:
+    """Rows of a table: the mean token loss of windows (N, T), dense and under a plan; and for each FFN that the plan
+    removes, without this FFN alone, and under the plan with this FFN put back.
     """
-    sweep, tokens = Sweep(decoder, windows, Batcher(1)), windows.numel()
-    trials = [Trial(layer, Mode(plan.mode(layer).attention, True)) for layer in plan.ffn_removed]
-    found = {-1: sweep.loss(plan), **zip(plan.ffn_removed, sweep.losses(plan, trials), strict=True)}
-    return {layer: loss / tokens for layer, loss in found.items()}
+    sweep, dense = Sweep(decoder, windows, Batcher(1)), Plan(decoder.num_layers)
+    layers, tokens = plan.ffn_removed, windows.numel()
+    alone = sweep.losses(dense, [Trial(layer, Mode(True, False)) for layer in layers])
+    back = sweep.losses(plan, [Trial(layer, Mode(plan.mode(layer).attention, True)) for layer in layers])
+    yield f"| all | {sweep.loss(dense) / tokens:.3f} | {sweep.loss(plan) / tokens:.3f} |"
+    for layer, without, restored in zip(layers, alone, back, strict=True):
+        yield f"| {layer} | {without / tokens:.3f} | {restored / tokens:.3f} |"
 
 
 def rows(found: Sequence[dict], decoder: Decoder, args: argparse.Namespace) -> Iterator[str]:
@@ -181,19 +183,15 @@ def report(found: dict[str, list[dict]], args: argparse.Namespace) -> Iterator[s
     for part, of_part in found.items():
         yield from (f"## {part}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|")
         yield from (*rows(of_part, decoder, args), "")
-    yield from ("## One removed FFN put back: mean loss of calibration text", "")
     tokenizer, text = load_tokenizer(ModelSource(args.model)), args.calibration[0]
     corpus = load_corpus(text, "train", tokenizer)
     windows = calibration_windows(corpus, tokenizer, args.nsamples, args.seqlen or 256, seed=0)
     for result in found.get("depth", []):
         if result["method"] == "ppllms":
             plan = Plan(result["num_layers"], tuple(result["mha_removed"]), tuple(result["ffn_removed"]))
-            losses = losses_with_one_back(decoder, plan, windows)
-            told = ", ".join(f"{layer}: {loss:.3f}" for layer, loss in losses.items() if layer >= 0)
-            yield from (
-                f"{result['parameters']['target_rate']:.0%}, without all {losses[-1]:.3f}; with that of {told}",
-                "",
-            )
+            yield from (f"## FFNs that ppllms removes at {result['parameters']['target_rate']:.0%}", "")
+            yield from ("| FFN | without it alone; all: dense | with it back; all: none |", "|---|---|---|")
+            yield from (*losses_by_ffn(decoder, plan, windows), "")
 
 
 if __name__ == "__main__":
