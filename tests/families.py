@@ -15,6 +15,8 @@ _COMMON = dict(
     pad_token_id=0,
 )
 _GQA = dict(num_key_value_heads=2)
+_EXPERTS = dict(moe_intermediate_size=24, num_experts_per_tok=2)
+_LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
 _SLIDING = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
 
 FAMILIES = {
@@ -39,10 +41,19 @@ FAMILIES = {
     "Mixtral": ("MixtralConfig", {**_GQA, "num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 
+# With experts, in the other forms that transformers keeps them in; what tests of `FAMILIES` hold, Mixtral stands for.
+MOE_FAMILIES = {
+    "Qwen2Moe": ("Qwen2MoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40}),
+    "Qwen3Moe": ("Qwen3MoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4, "head_dim": 8, "norm_topk_prob": True}),
+    "Olmoe": ("OlmoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4}),
+    "GraniteMoe": ("GraniteMoeConfig", {**_GQA, **_EXPERTS, "num_local_experts": 4}),
+    "DeepseekV3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}),
+}
+
 
 def tiny_model(family: str, **changes) -> torch.nn.Module:
     """The family's tiny model in fp32, its weights large enough that every layer matters, biases and norms included."""
-    name, options = FAMILIES[family]
+    name, options = (FAMILIES | MOE_FAMILIES)[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**_COMMON, **options, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -56,6 +67,6 @@ def tiny_windows(count: int = 5, seqlen: int = 16) -> torch.Tensor:
     return torch.randint(3, 96, (count, seqlen), generator=torch.Generator().manual_seed(1))
 
 
-# Their weights are not those of nn.Linear: refused by weight pruning.
-NOT_LINEAR = {"GPT2": "Conv1D", "Mixtral": "MixtralTopKRouter"}
-LINEAR_FAMILIES = [family for family in FAMILIES if family not in NOT_LINEAR]
+# All of their weights are those of nn.Linear.
+LINEAR_FAMILIES = [family for family in FAMILIES if family not in ("GPT2", "Mixtral")]
+OTHER_FAMILIES = ["GPT2", "Mixtral", *MOE_FAMILIES]

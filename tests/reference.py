@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 FFN = ("mlp", "fc2")
@@ -108,11 +109,60 @@ def strided_perplexity(model: nn.Module, tokens: torch.Tensor, seqlen: int, stri
     return math.exp(sum(losses) / len(losses))
 
 
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+class UnfusedExperts(nn.Module):
+    """Experts with a linear for each matrix, run one after the other; `seen` has the inputs of each, as weighed."""
+
+    def __init__(self, fused: nn.Module):
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            stack = getattr(fused, name)
+            self.add_module(name, nn.ModuleList(linear_of(one.T if fused.is_transposed else one) for one in stack))
+        self.gate = fused._apply_gate
+        self.seen: dict[str, list[torch.Tensor]] = {}
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        output = torch.zeros_like(hidden_states)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            for token, place in (top_k_index == expert).nonzero().tolist():
+                state, weight = hidden_states[token], top_k_weights[token, place]
+                inner = self.gate(gate_up(state))
+                output[token] = output[token] + weight * down(inner)
+                for name, inputs in (("gate_up_proj", state), ("down_proj", inner)):
+                    self.seen.setdefault(f"{name}.{expert}", []).append((weight * inputs).detach())
+        return output
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A linear of this weight (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    linear.weight.data, linear.bias = weight.detach().clone(), bias
+    return linear.requires_grad_(False)
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """A copy whose experts and `Conv1D` are linears of the same names."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                setattr(parent, name, linear_of(child.weight.T, child.bias))
+            elif hasattr(child, "down_proj") and isinstance(child.down_proj, nn.Parameter):
+                setattr(parent, name, UnfusedExperts(child))
+    return model
+
+
 # ALP ------------------------------------------------------------------------------------------------------------------
 
 
 def layer_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
-    return [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in decoder_layers(model)]
+    """The linears of each layer that are pruned: all but the gate of a shared expert."""
+    return [
+        {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear) and m.out_features > 1}
+        for layer in decoder_layers(model)
+    ]
 
 
 def sensitivities(model: nn.Module, windows: torch.Tensor, gradient_type: str, loss: str) -> list[dict]:
@@ -128,6 +178,8 @@ def sensitivities(model: nn.Module, windows: torch.Tensor, gradient_type: str, l
         model(input_ids=window[None], labels=labels, use_cache=False).loss.backward()
         for layer, total in zip(linears, totals, strict=True):
             for name, linear in layer.items():
+                if linear.weight.grad is None:  # of an expert that got no token
+                    continue
                 gradient = linear.weight.grad.detach()
                 total[name] += gradient.abs() if gradient_type == "l1" else gradient**2
                 if gradient_type == "l2_hundred_total" and number == len(windows) - 1:

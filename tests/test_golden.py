@@ -19,8 +19,8 @@ from lib.data.sampling import evaluation_windows, sampled_windows
 from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
-from lib.models.linears import input_groups
 from lib.models.loading import load_model, load_tokenizer
+from lib.models.matrices import input_groups
 from lib.runtime.batching import Batcher
 from lib.sensitivity.gradients import connection_sensitivity, importance
 from lib.sparsity.densities import spread_densities
@@ -125,7 +125,9 @@ def test_masks_and_perplexity_are_those_of_the_reference(stories, method, ratio,
     prune_layers(decoder, groups, pruner, sparsities, stories.windows, Batcher(2))
     equal = total = 0
     for index, layer in enumerate(groups):
-        for name, weight in ((n, m.weight) for group in layer for n, m in zip(group.names, group.linears, strict=True)):
+        for name, weight in (
+            (n, m.weight) for group in layer for n, m in zip(group.names, group.matrices, strict=True)
+        ):
             packed = stories.masks[f"{method}-{ratio}-{pattern.replace(':', 'x')}/{index}.{name}"]
             mask = torch.from_numpy(np.unpackbits(packed)[: weight.numel()]).bool().view_as(weight)
             equal += int(((weight == 0) == mask).sum())

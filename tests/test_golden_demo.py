@@ -38,8 +38,8 @@ from lib.depth.trial_losses import Sweep
 from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
-from lib.models.linears import input_groups
 from lib.models.loading import load_model, load_tokenizer
+from lib.models.matrices import input_groups
 from lib.runtime.batching import Batcher
 from lib.sensitivity.gradients import connection_sensitivity, importance
 from lib.sparsity.densities import spread_densities

@@ -22,8 +22,8 @@ from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
-from lib.models.linears import dense_copies
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.matrices import dense_copies
 from lib.models.modeling_pruned import skip_lists
 from lib.models.offload import follow
 from lib.models.residual_writers import has_writers, output_projections
@@ -95,8 +95,9 @@ def prepare(report: Report, cells: Sequence[DepthPruning], ranks: Ranks) -> Dept
     if settings.compensates and len(cells) > 1 and not decoder.is_on_disk:
         projections = output_projections(decoder)
         cause = f"--model_name {settings.model_name}: host memory has no room for a second copy of the weights that "
-        copies = dense_copies(projections, cause + "--compensate changes, from which each cell of a table begins")
-        workspace.weights = [(one.weight, copy) for one, copy in zip(projections, copies, strict=True)]
+        weights = [one.weight for one in projections]
+        copies = dense_copies(weights, cause + "--compensate changes, from which each cell of a table begins")
+        workspace.weights = list(zip(weights, copies, strict=True))
     return workspace
 
 

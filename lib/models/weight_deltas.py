@@ -66,9 +66,19 @@ class Changes:
         self.notes[layer] = note
 
     def apply(self, layer: int, path: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of a layer with its change applied, or as given if it has none."""
-        kind = self._changed.get(layer, {}).get(path)
-        if kind is None:
-            return weight
-        kept = Sealed(self.folder / _FILE.format(layer), self._owner).tensor(kind + path)
-        return with_zeros(weight, kept) if kind == _ZEROS else kept.to(weight.device, copy=True)
+        """A weight of a layer with its change applied, or as given if it has none.
+
+        The changes of a stack of experts' matrices are those of its matrices, each under the stack's path and a number.
+        """
+        changed = self._changed.get(layer, {})
+        if path in changed:
+            kind = changed[path]
+            kept = Sealed(self.folder / _FILE.format(layer), self._owner).tensor(kind + path)
+            return with_zeros(weight, kept) if kind == _ZEROS else kept.to(weight.device, copy=True)
+        parts = [name for name in changed if name.rpartition(".")[0] == path and name.rpartition(".")[2].isdecimal()]
+        if parts:
+            weight = weight.clone()
+            for name in parts:
+                part = weight[int(name.rpartition(".")[2])]
+                part.copy_(self.apply(layer, name, part))
+        return weight

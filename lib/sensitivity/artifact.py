@@ -19,7 +19,7 @@ from lib.config.mixture import Mixture
 from lib.errors import InputError, first_line
 from lib.files import digest_of_json, read_json
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears
+from lib.models.matrices import find_matrices
 from lib.sensitivity.gradients import LayerSensitivity, Spread
 from lib.storage.atomic import write_json
 
@@ -184,8 +184,8 @@ def check_settings(
 
 def check_model(artifact: Artifact, path: Path, model: str, decoder: Decoder, digest: str, advice: str) -> None:
     """Raises `InputError`, with `advice`, unless the artifact was computed from this model, of that fingerprint."""
-    linears = find_linears(decoder)
-    sizes = [{name: linear.weight.numel() for name, linear in layer.items()} for layer in linears]
+    matrices = find_matrices(decoder)
+    sizes = [{name: matrix.stored.numel() for name, matrix in layer.items()} for layer in matrices]
     found = [{name: spread.count for name, spread in layer.linears.items()} for layer in artifact.layers]
     if artifact.fingerprint != digest or found != sizes:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Connection sensitivity of every weight in the decoder's linears, layer by layer, and its spread in each layer.
+"""Connection sensitivity of every weight that can be pruned, layer by layer, and its spread in each layer.
 
 As in "ALP: Adaptive Layerwise Pruning in Large Language Models", a weight's sensitivity is the gradient of the loss on
 each of a few short windows, squared and summed. The gradients of the whole model are never in memory at once. A forward
@@ -22,7 +22,7 @@ from lib.engine.activations import Activations
 from lib.engine.tail import token_losses
 from lib.errors import RunError
 from lib.models.decoder import Decoder, LayerInputs
-from lib.models.linears import find_linears
+from lib.models.matrices import Matrices, find_matrices, one_by_one
 from lib.runtime.batching import Batcher, Progress
 from lib.runtime.distributed import ALONE, Ranks
 
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """The spread of all sensitivities of a layer, and of those of each linear."""
+    """The spread of all sensitivities of a layer, and of those of each matrix."""
 
     layer: Spread
     linears: dict[str, Spread]
@@ -74,8 +74,9 @@ def connection_sensitivity(
     of 100 times the last window's gradient, as the released code does. Multiple processes split the windows. Raises
     `RunError` naming the layer if the gradients are not finite.
     """
-    linears = find_linears(decoder)
-    batcher = Batcher(max(1, _TOKENS_AT_ONCE // windows.shape[1]), ranks)
+    matrices = find_matrices(decoder)
+    has_experts = any(matrix.expert is not None for layer in matrices for matrix in layer.values())
+    batcher = Batcher(1 if has_experts else max(1, _TOKENS_AT_ONCE // windows.shape[1]), ranks)
     share = batcher.share(len(windows))
     weights = window_weights(gradient_type, len(windows))[share]
     inputs = _inputs_of_layers(decoder, windows[share], batcher)
@@ -87,7 +88,7 @@ def connection_sensitivity(
     for layer in reversed(range(decoder.num_layers - len(found))):
         below = inputs.pop()
         with decoder.at(layer), _in_float32(decoder.layers[layer]):
-            one_layer = partial(_one_layer, below, gradient, linears[layer], gradient_type, weights)
+            one_layer = partial(_one_layer, below, gradient, matrices[layer], gradient_type, weights)
             totals, gradient = batcher.retry_smaller(one_layer, len(below.windows))
             for total in totals.values():
                 ranks.add(total)
@@ -103,7 +104,7 @@ def connection_sensitivity(
 
 
 def summarize(sensitivities: dict[str, torch.Tensor]) -> LayerSensitivity:
-    """Computes the spreads of a layer's sensitivities {linear: (out, in)}, with sums in fp64."""
+    """Computes the spreads of a layer's sensitivities {matrix: (out, in)}, with sums in fp64."""
     linears = {name: spread([values]) for name, values in sensitivities.items()}
     return LayerSensitivity(spread(list(sensitivities.values())), linears)
 
@@ -164,29 +165,31 @@ def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
 def _one_layer(
     below: Activations,
     gradient: torch.Tensor,
-    linears: dict[str, nn.Linear],
+    matrices: Matrices,
     gradient_type: str,
     weights: Sequence[float],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Computes the sensitivities of a layer's linears, and the gradient (N, T, D) below the layer from that above it.
+    """Computes the sensitivities of a layer's matrices, and the gradient (N, T, D) below the layer from that above it.
 
     `weights` has one factor per window, for its squared gradient.
     """
     decoder, layer = below.decoder, below.layer
     totals = {
-        name: torch.zeros_like(linear.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for name, linear in linears.items()
+        name: torch.zeros_like(matrix.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, matrix in matrices.items()
     }
     gradients_below = torch.empty_like(gradient)
     for start in range(0, len(below.windows), below.batcher.size):
         rows = slice(start, min(start + below.batcher.size, len(below.windows)))
-        back, factors = _backward(
-            decoder, layer, below.states(rows), below.inputs.of(rows), gradient[rows].to(decoder.device), linears
+        back, factors, of_experts = _backward(
+            decoder, layer, below.states(rows), below.inputs.of(rows), gradient[rows].to(decoder.device), matrices
         )
         gradients_below[rows] = back
         for name, x, y in factors:
             for window, weight in enumerate(weights[rows]):
                 _add(totals[name], y[window].T @ x[window], gradient_type, weight)
+        for name, of_expert in of_experts.items():
+            _add(totals[name], of_expert, gradient_type, weights[start])  # of the one window
     return totals, gradients_below
 
 
@@ -196,33 +199,43 @@ def _backward(
     hidden_states: torch.Tensor,
     inputs: LayerInputs,
     gradient: torch.Tensor,
-    linears: dict[str, nn.Linear],
-) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]]]:
+    matrices: Matrices,
+) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
     """Back-propagates the gradient of a layer's output (B, T, D) to its input, in fp32.
 
-    Also returns (linear, its input (B, T, in), the gradient of its output (B, T, out)) of each linear. Their product is
-    the weight's gradient for each window; autograd would only give the sum over windows.
+    Also returns (name, its input (B, T, in), the gradient of its output (B, T, out)) of each linear. Their product is
+    the weight's gradient for each window; autograd would only give the sum over windows. Of the matrices of experts it
+    gives that sum, (out, in) by name.
     """
+    experts = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None}
+    stacks = {id(one.whole): one.whole for one in experts.values()}
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     hooks = [
-        linear.register_forward_hook(lambda module, args, output, name=name: calls.append((name, args[0], output)))
-        for name, linear in linears.items()
+        matrix.module.register_forward_hook(lambda module, args, out, name=name: calls.append((name, args[0], out)))
+        for name, matrix in matrices.items()
+        if name not in experts
     ]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), one_by_one(experts.values()):
+            for stack in stacks.values():
+                stack.requires_grad_()
             hidden_states = hidden_states.float().requires_grad_()
             output = decoder.run_layer(layer, hidden_states, _to_float32(inputs, layer), _ON)
             outputs = [hidden_states, *(result for _, _, result in calls)]
-            back, *of_outputs = torch.autograd.grad(output, outputs, gradient.to(output.device))
+            wanted = [*outputs, *stacks.values()]
+            back, *found = torch.autograd.grad(output, wanted, gradient.to(output.device), materialize_grads=True)
     finally:
         for hook in hooks:
             hook.remove()
-    rows = len(hidden_states)
+        for stack in stacks.values():
+            stack.requires_grad_(False)
+    rows, of_stacks = len(hidden_states), dict(zip(stacks, found[len(calls) :], strict=True))
     factors = [
         (name, given.detach().reshape(rows, -1, given.shape[-1]), of_output.reshape(rows, -1, of_output.shape[-1]))
-        for (name, given, _), of_output in zip(calls, of_outputs, strict=True)
+        for (name, given, _), of_output in zip(calls, found, strict=False)
     ]
-    return back, factors
+    of_experts = {name: one.part_of(of_stacks[id(one.whole)]) for name, one in experts.items()}
+    return back, factors, of_experts
 
 
 def window_weights(gradient_type: str, count: int) -> list[float]:

@@ -13,8 +13,8 @@ from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.limits import check_tokens, dtype_name, window_length
-from lib.models.linears import check_not_offloaded, find_linears
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.matrices import check_not_offloaded, find_matrices
 from lib.reporting.console import Report, columns
 from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_sensitivity
@@ -69,7 +69,7 @@ def run(settings: SaveGradient) -> Artifact:
         check_tokens(source.name, windows, config.vocab_size)
     with report.timed("load"):
         decoder = Decoder(load_model(source))
-        check_not_offloaded(decoder, find_linears(decoder))
+        check_not_offloaded(decoder, find_matrices(decoder))
         if gradients.dataset.is_sampled:
             check_not_on_disk(decoder)
     add_own_text(report, windows, tokenizer, decoder, gradients.seed, ranks)
@@ -136,7 +136,7 @@ def check_config(source: ModelSource, config, settings: GradientSettings) -> Non
     window_length(source.name, config, settings.seqlen, "--grad_seqlen")
     outline = load_outline(config, source.trust_remote_code)
     if outline is not None:
-        find_linears(Decoder(outline, has_weights=False))
+        find_matrices(Decoder(outline, has_weights=False))
 
 
 def show_importance(report: Report, layers: list[LayerSensitivity]) -> None:

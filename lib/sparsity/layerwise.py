@@ -1,4 +1,4 @@
-"""The loop that prunes a model layer by layer: observe a layer's inputs, prune its linears, advance the activations.
+"""The loop that prunes a model layer by layer: observe a layer's inputs, prune its matrices, advance the activations.
 
 The only place where pruners and per-layer sparsities meet. A layer's statistics are collected before it is pruned, from
 inputs that the pruned layers before it produced.
@@ -13,13 +13,17 @@ import torch
 from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.models.decoder import Decoder, StopForward
-from lib.models.linears import InputGroup, inputs_seen
+from lib.models.matrices import InputGroup, inputs_seen
 from lib.models.weight_deltas import Changes, Difference, difference
 from lib.runtime.batching import Batcher, Progress
 from lib.runtime.distributed import Ranks
+from lib.runtime.memory import free_bytes
 from lib.sparsity.pruners import Pruner
 
 Timed = Callable[[str], AbstractContextManager]
+_ROOM = 0.25  # share of the free memory, for the statistics of a layer's experts
+_FEW_TOKENS = 16  # an expert that saw fewer is pruned without looking at them
+_UNSEEN = "too few for a statistic, so its weights are taken by their size"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def prune_layers(
     monitor: Monitor = Monitor(),  # noqa: B008  (frozen)
     changes: Changes | None = None,
 ) -> None:
-    """Prunes every linear of every layer in place, layer i to `sparsities[i]`.
+    """Prunes every matrix of every layer in place, layer i to `sparsities[i]`.
 
     `groups` come from `input_groups`. `windows` (N, T) are the calibration set, or None if the pruner needs no inputs.
     Each finished layer is written to `changes`; layers already there are restored. A model whose layers are read from
@@ -62,18 +66,22 @@ def prune_layers(
     for layer, layer_groups in enumerate(groups):
         with decoder.at(layer):
             if layer in pending:
-                statistics: list = [None] * len(layer_groups)
-                if activations:
-                    with monitor.timed("observe"):
-                        statistics = observe(activations, layer_groups, pruner)
-                with monitor.timed("select"):
-                    differences, remarks = _prune_layer(
-                        layer, layer_groups, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
-                    )
-                    if changes is not None:
+                differences: dict[str, Difference] = {}
+                for part in parts_of(layer_groups, pruner, ranks):
+                    statistics: list = [None] * len(part)
+                    if activations:
+                        with monitor.timed("observe"):
+                            statistics = observe(activations, part, pruner)
+                    with monitor.timed("select"):
+                        found, remarks = _prune_part(
+                            layer, part, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
+                        )
+                    differences |= found
+                    for remark in remarks:
+                        monitor.print(remark)
+                if changes is not None:
+                    with monitor.timed("select"):
                         (changes.write if ranks.is_first else changes.add)(layer, differences)
-                for remark in remarks:
-                    monitor.print(remark)
             elif changes is not None and not decoder.is_on_disk:  # from disk, a layer is read with its changes
                 _restore_layer(layer, layer_groups, changes)
             decoder.keep(layer)
@@ -87,11 +95,37 @@ def prune_layers(
 def _restore_layer(layer: int, groups: Sequence[InputGroup], changes: Changes) -> None:
     """Restores a layer's weights as an earlier, interrupted run computed them."""
     for group in groups:
-        for name, linear in zip(group.names, group.linears, strict=True):
-            linear.weight.copy_(changes.apply(layer, f"{name}.weight", linear.weight))
+        for name, matrix in zip(group.names, group.matrices, strict=True):
+            matrix.stored.copy_(changes.apply(layer, matrix.path_in(name), matrix.stored))
 
 
-def _prune_layer(
+def parts_of(groups: Sequence[InputGroup], pruner: Pruner, ranks: Ranks) -> list[list[InputGroup]]:
+    """The groups of a layer in parts, whose statistics fit the memory together: each is observed, and then pruned.
+
+    Experts come first, as many at a time as fit; the other groups, with the last of them. No expert changes the inputs
+    of another, or of what comes before them, so the results are those of a single part.
+    """
+    shared = [group for group in groups if not group.is_routed]
+    room = ranks.agree(lambda: int(_ROOM * free_bytes(groups[0].device))) - sum(_statistic_bytes(shared, pruner))
+    parts: list[list[InputGroup]] = [[]]
+    taken = 0
+    routed = [group for group in groups if group.is_routed]
+    for group, size in zip(routed, _statistic_bytes(routed, pruner), strict=True):
+        if parts[-1] and taken + size > room:
+            parts.append([])
+            taken = 0
+        parts[-1].append(group)
+        taken += size
+    return [*parts[:-1], [*shared, *parts[-1]]]
+
+
+def _statistic_bytes(groups: Sequence[InputGroup], pruner: Pruner) -> list[int]:
+    """What the statistic of each group takes."""
+    empty = (pruner.statistic(group.in_features, torch.device("meta")) for group in groups)
+    return [statistic.nbytes if statistic else 0 for statistic in empty]
+
+
+def _prune_part(
     layer: int,
     groups: Sequence[InputGroup],
     statistics: list,
@@ -100,7 +134,7 @@ def _prune_layer(
     ranks: Ranks,
     keep: bool,
 ) -> tuple[dict[str, Difference], list[str]]:
-    """Prunes one layer's linears in place, each group in one of the processes.
+    """Prunes some of a layer's matrices in place, each group in one of the processes.
 
     Returns how each weight changed (empty unless `keep`) and the pruner's remarks. Pops each of the `statistics` so
     that it is freed after use.
@@ -109,19 +143,20 @@ def _prune_layer(
     remarks: list[str] = []
     for number, group in enumerate(groups):
         statistic, names, owner = statistics.pop(0), ", ".join(group.names), number % ranks.count
-        remark, before = None, [linear.weight.clone() for linear in group.linears] if keep else []
+        remark, before = None, [matrix.stored.clone() for matrix in group.matrices] if keep else []
         if ranks.rank == owner:
+            is_unseen = group.is_routed and statistic is not None and statistic.tokens < _FEW_TOKENS
             try:
-                prune_group(group, statistic, pruner, sparsity)
+                prune_group(group, None if is_unseen else statistic, pruner, sparsity)
             except RunError as error:
                 raise RunError(f"layer {layer} {names}: {error}") from error
-            remark = pruner.remark(statistic)
-        for linear in group.linears:
-            ranks.send(linear.weight, owner)
+            remark = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
+        for matrix in group.matrices:
+            ranks.send(matrix.stored, owner)
         if remark := ranks.tell(remark, owner):
             remarks.append(f"layer {layer} {names}: {remark}")
-        for name, linear, old in zip(group.names, group.linears, before, strict=False):
-            differences[f"{name}.weight"] = difference(old, linear.weight)
+        for name, matrix, old in zip(group.names, group.matrices, before, strict=False):
+            differences[matrix.path_in(name)] = difference(old, matrix.stored)
     return differences, remarks
 
 
@@ -141,37 +176,40 @@ def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Prun
 def _observe_share(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:
     """Collects the statistics over this process's windows.
 
-    Stops the layer's forward before its last group runs, since nothing after that is observed.
+    Stops the layer's forward before its last group runs, since nothing after that is observed; not with experts.
     """
     statistics = [pruner.statistic(group.in_features, group.device) for group in groups]
-    statistic_of = {group.names[0]: statistic for group, statistic in zip(groups, statistics, strict=True)}
-    last, seqlen = groups[-1].names[0], activations.windows.shape[1]
+    of_name = {group.names[0]: (group, statistic) for group, statistic in zip(groups, statistics, strict=True)}
+    seqlen = activations.windows.shape[1]
 
     def update(name: str, inputs: torch.Tensor) -> None:
-        statistic = statistic_of[name]
+        group, statistic = of_name[name]
         assert statistic is not None, "a pruner that needs inputs has a statistic"
-        statistic.update(inputs.detach().reshape(-1, seqlen, inputs.shape[-1]))
-        if name == last:
+        by_window = (1, -1) if group.is_routed else (-1, seqlen)
+        statistic.update(inputs.detach().reshape(*by_window, inputs.shape[-1]))
+        if group is groups[-1] and not group.is_routed:
             raise StopForward
 
-    with inputs_seen({group.names[0]: group.linears[0] for group in groups}, update):
+    layer = activations.decoder.layers[activations.layer]
+    with inputs_seen(layer, {group.names[0]: group.matrices[0] for group in groups}, update):
         activations.look()
     return statistics
 
 
 @torch.no_grad()
 def prune_group(group: InputGroup, statistic, pruner: Pruner, sparsity: float) -> None:
-    """Prunes the weights of one group in place."""
-    pruned = pruner.prune([linear.weight.detach() for linear in group.linears], statistic, sparsity)
-    for linear, weight in zip(group.linears, pruned, strict=True):
-        linear.weight.copy_(weight)
+    """Prunes the weights of one group in place, by its inputs, or without a statistic of them."""
+    weights = [matrix.weight.detach() for matrix in group.matrices]
+    pruned = pruner.prune(weights, statistic, sparsity) if statistic else pruner.prune_unseen(weights, sparsity)
+    for matrix, weight in zip(group.matrices, pruned, strict=True):
+        matrix.weight.copy_(weight)
 
 
 def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> list[tuple[int, int]]:
-    """Counts (zeros, weights) in the linears of every layer."""
+    """Counts (zeros, weights) in the matrices of every layer."""
     counts = []
     for index, layer in enumerate(groups):
         with decoder.at(index):
-            weights = [linear.weight for group in layer for linear in group.linears]
+            weights = [matrix.stored for group in layer for matrix in group.matrices]
             counts.append((sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)))
     return counts

@@ -6,7 +6,7 @@ import torch
 
 from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
-from lib.models.linears import InputGroup
+from lib.models.matrices import InputGroup
 from lib.runtime.batching import Batcher, Progress
 from lib.sparsity.layerwise import observe
 from lib.sparsity.pruners import Wanda, wanda_score
@@ -39,7 +39,7 @@ def layer_scores(
     summary: Summary,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Summarizes each layer's Wanda scores (|W| times input norm), those of all its linears in one vector.
+    """Summarizes each layer's Wanda scores (|W| times input norm), those of all its matrices in one vector.
 
     The model stays dense; `windows` (N, T) are the calibration set. Raises `RunError` if an input is not finite.
     """
@@ -49,9 +49,9 @@ def layer_scores(
         with decoder.at(layer):
             statistics = observe(activations, layer_groups, wanda)
             parts = [
-                wanda_score(linear.weight, statistic.norms).flatten()
+                wanda_score(matrix.weight, statistic.norms).flatten()
                 for group, statistic in zip(layer_groups, statistics, strict=True)
-                for linear in group.linears
+                for matrix in group.matrices
             ]
             scores.append(summary(torch.cat([part.to(parts[0].device) for part in parts])))
             if layer < len(groups) - 1:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from torch import nn
 
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
@@ -19,8 +18,17 @@ from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
 from lib.models.decoder import Decoder
 from lib.models.limits import check_stride, check_tokens, window_length
-from lib.models.linears import InputGroup, check_columns, check_not_offloaded, dense_copies, find_linears, input_groups
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.matrices import (
+    InputGroup,
+    Matrices,
+    Matrix,
+    check_columns,
+    check_not_offloaded,
+    dense_copies,
+    find_matrices,
+    input_groups,
+)
 from lib.models.offload import follow
 from lib.reporting.console import Report
 from lib.runs.single import Workspace
@@ -55,7 +63,7 @@ class SparsityWorkspace(Workspace):
     calibration: dict[int, torch.Tensor]  # windows (N, T), by seed
     gradient_windows: dict[GradientSettings, torch.Tensor]  # (N, T)
     gradients: dict[GradientSettings, artifact.Artifact]  # those loaded or computed so far
-    weights: list[torch.Tensor]  # dense copies, one per linear; empty unless a run restores them
+    weights: list[torch.Tensor]  # dense copies, one per matrix; empty unless a run restores them
     scores: dict[tuple, list[float]] = field(default_factory=dict)  # of OWL and DLP, by their settings
 
     @cached_property
@@ -64,14 +72,14 @@ class SparsityWorkspace(Workspace):
         return self.batcher.ranks.agree(partial(artifact.fingerprint, self.decoder))
 
     @property
-    def linears(self) -> list[nn.Linear]:
-        return [linear for layer in self.groups for group in layer for linear in group.linears]
+    def matrices(self) -> list[Matrix]:
+        return [matrix for layer in self.groups for group in layer for matrix in group.matrices]
 
     def restore(self) -> None:
-        """Restores the dense weights of the linears."""
+        """Restores the dense weights of the matrices."""
         follow(self.decoder.layers, [])
-        for linear, weight in zip(self.linears, self.weights, strict=False):
-            linear.weight.data.copy_(weight)
+        for matrix, weight in zip(self.matrices, self.weights, strict=False):
+            matrix.stored.data.copy_(weight)
 
 
 def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> SparsityWorkspace:
@@ -119,7 +127,7 @@ def prepare(report: Report, cells: Sequence[SparsityPruning], ranks: Ranks) -> S
         advice = _OUR_FILE if by_gradients[asked].computes_gradients else _GIVEN
         artifact.check_model(known, path, settings.model, decoder, workspace.fingerprint, advice)
     if (len(cells) > 1 or settings.rounds_while_pruning) and not decoder.is_on_disk:
-        workspace.weights = dense_copies(workspace.linears, _NO_ROOM.format(settings.model))
+        workspace.weights = dense_copies([one.stored for one in workspace.matrices], _NO_ROOM.format(settings.model))
     return workspace
 
 
@@ -140,7 +148,7 @@ def load_decoder(cells: Sequence[SparsityPruning]) -> Decoder:
     if settings.semi_structured and decoder.is_offloaded:
         raise InputError("--semi_structured: is for models that fit the device; leave it, or --offload, out")
     for cell in cells:
-        check_not_offloaded(decoder, check_linears(cell, decoder))
+        check_not_offloaded(decoder, check_matrices(cell, decoder))
     if any(cell.needs_text for cell in cells) and settings.calibration_dataset.is_sampled:
         check_not_on_disk(decoder)
     return decoder
@@ -172,20 +180,20 @@ def check_config(cells: Sequence[SparsityPruning], config) -> int:
     if outline is not None:
         decoder = Decoder(outline, has_weights=False)
         for cell in cells:
-            check_linears(cell, decoder)
+            check_matrices(cell, decoder)
     return seqlen
 
 
-def check_linears(settings: SparsityPruning, decoder: Decoder) -> list[dict]:
-    """Returns the linears of every layer. Raises `InputError` unless all can be pruned and quantized as requested."""
-    linears = find_linears(decoder)
+def check_matrices(settings: SparsityPruning, decoder: Decoder) -> list[Matrices]:
+    """Returns the matrices of every layer. Raises `InputError` unless all can be pruned and quantized as requested."""
+    matrices = find_matrices(decoder)
     if settings.pattern.is_structured and settings.method.pruning.prunes:
-        check_columns(linears, settings.pattern.m, f"--sparsity_type {settings.pattern}")
+        check_columns(matrices, settings.pattern.m, f"--sparsity_type {settings.pattern}")
     if settings.semi_structured:
-        semi_structured_kernels.check_linears(linears, decoder.has_weights)
+        semi_structured_kernels.check_matrices(matrices, decoder.has_weights)
     if settings.quantization and settings.quantization.group_size:
-        check_columns(linears, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
-    return linears
+        check_columns(matrices, settings.quantization.group_size, f"--groupsize {settings.quantization.group_size}")
+    return matrices
 
 
 def load_texts(report: Report, cells: Sequence[SparsityPruning], tokenizer, seqlen: int, vocab_size: int) -> Texts:

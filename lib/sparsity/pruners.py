@@ -15,7 +15,7 @@ from lib.errors import RunError
 from lib.sparsity.admm import admm_update, input_scale, penalized_inverse
 from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
 from lib.sparsity.quantization_grid import round_to_nearest
-from lib.sparsity.sparsegpt import Hessian, Rounding, obs_update
+from lib.sparsity.sparsegpt import Hessian, Rounding, obs_update, sum_over
 
 Weights = Sequence[torch.Tensor]
 
@@ -26,17 +26,23 @@ class InputNorms:
     def __init__(self, in_features: int, device: torch.device):
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._windows = 0
+        self.tokens = 0
 
     def update(self, inputs: torch.Tensor) -> None:
         """Adds the inputs (B, T, in) of B windows; the sums do not depend on the batch size."""
         for window in inputs:
             self._squares += window.float().square().sum(dim=0)
         self._windows += len(inputs)
+        self.tokens += inputs.shape[0] * inputs.shape[1]
 
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
         """Merges all processes' sums, over `windows` in total; `add` replaces a tensor by its sum over processes."""
         add(self._squares)
-        self._windows = windows
+        self._windows, self.tokens = windows, sum_over(self.tokens, add)
+
+    @property
+    def nbytes(self) -> int:
+        return self._squares.nbytes
 
     @property
     def norms(self) -> torch.Tensor:
@@ -64,6 +70,10 @@ class Pruner:
         """A message to the user about what `prune` did, if there is anything to tell."""
         return None
 
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        """`prune` for weights of whose inputs too little is known, such as those of an expert that got no tokens."""
+        return self.prune(weights, None, sparsity)
+
 
 # Score-based pruners --------------------------------------------------------------------------------------------------
 
@@ -90,6 +100,9 @@ class Wanda(Pruner):
     def statistic(self, in_features: int, device: torch.device) -> InputNorms:
         return InputNorms(in_features, device)
 
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        return Magnitude(self.pattern).prune(weights, None, sparsity)
+
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         norms = statistic.norms
         select = selection(self.pattern, smallest_share_of_row_sum if self.use_variant else smallest_per_row)
@@ -114,6 +127,9 @@ class Ria(Pruner):
 
     def statistic(self, in_features: int, device: torch.device) -> InputNorms:
         return InputNorms(in_features, device)
+
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        return Magnitude(self.pattern).prune(weights, None, sparsity)
 
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         scale = statistic.norms**self.power
@@ -154,6 +170,10 @@ class SparseGpt(Pruner):
     def statistic(self, in_features: int, device: torch.device) -> Hessian:
         return Hessian(in_features, device)
 
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        pruned = Magnitude(self.pattern).prune(weights, None, sparsity)
+        return Rounded(self.quantization).prune_unseen(pruned, sparsity) if self.quantization else pruned
+
     def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
         rows = [len(weight) for weight in weights]
         stacked = torch.cat([weight.float() for weight in weights])
@@ -184,6 +204,9 @@ class Admm(Pruner):
 
     def statistic(self, in_features: int, device: torch.device) -> Hessian:
         return Hessian(in_features, device)
+
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        return Magnitude(self.pattern).prune(weights, None, sparsity)
 
     def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
         rows, is_dead, hessian = [len(weight) for weight in weights], statistic.diagonal == 0, statistic.total
@@ -225,9 +248,12 @@ class Rounded(Pruner):
     def statistic(self, in_features: int, device: torch.device) -> Hessian | None:
         return Hessian(in_features, device) if self.needs_inputs else None
 
+    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
+        return [round_to_nearest(weight, self.quantization).to(weight.dtype) for weight in weights]
+
     def prune(self, weights: Weights, statistic: Hessian | None, sparsity: float) -> list[torch.Tensor]:
         if not self.needs_inputs:
-            return [round_to_nearest(weight, self.quantization).to(weight.dtype) for weight in weights]
+            return self.prune_unseen(weights, sparsity)
         assert statistic is not None, "GPTQ needs the Hessian of the inputs"
         rows = [len(weight) for weight in weights]
         stacked = torch.cat([weight.float() for weight in weights])

@@ -19,11 +19,11 @@ def show_model(
     weights: int,
     seqlen: int,
 ) -> None:
-    """Prints the model, with `weights` weights in its linears, and what will be done to it."""
+    """Prints the model, with `weights` weights that can be pruned, and what will be done to it."""
     name = f"{decoder.family}, {dtype_name(decoder.model)}, {decoder.device}"
     report.print(f"Model       {settings.model} ({name})")
     report.print(
-        f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the linears of {decoder.num_layers} layers"
+        f"Parameters  {decoder.total_parameters:,}, of them {weights:,} in the matrices of {decoder.num_layers} layers"
     )
     report.print(f"Method      {describe_method(settings)}")
     if settings.needs_inputs:

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from lib.config.gradients import GradientSettings
 from lib.config.sparsity import SparsityPruning
 from lib.errors import InputError, RunError
@@ -13,7 +15,7 @@ from lib.export.huggingface import save_weights
 from lib.export.reload import SaveError
 from lib.files import digest_of_json
 from lib.models.limits import dtype_name
-from lib.models.linears import InputGroup
+from lib.models.matrices import InputGroup
 from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
@@ -211,7 +213,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         """Inside, the pruned model runs in torch's 2:4 kernels, if requested."""
         if not self.settings.semi_structured:
             return nullcontext()
-        return semi_structured_kernels.compressed(self.workspace.linears)
+        linears = [one.module for one in self.workspace.matrices if isinstance(one.module, nn.Linear)]
+        return semi_structured_kernels.compressed(linears)
 
     def compare_speed(self) -> dict[str, float]:
         """Tokens per second through the layers on one batch of evaluation windows, dense and in the 2:4 kernels."""
@@ -289,8 +292,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
 
 
 def count_weights(groups: Sequence[Sequence[InputGroup]]) -> list[int]:
-    """The number of weights in the linears of every layer."""
-    return [sum(linear.weight.numel() for group in layer for linear in group.linears) for layer in groups]
+    """The number of weights in the matrices of every layer."""
+    return [sum(matrix.stored.numel() for group in layer for matrix in group.matrices) for layer in groups]
 
 
 def share(counts: Sequence[tuple[int, int]]) -> float:

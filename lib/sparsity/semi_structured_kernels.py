@@ -13,6 +13,7 @@ from lib.config.plan import Plan
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError, first_line
 from lib.models.decoder import Decoder
+from lib.models.matrices import Matrices
 
 _CAPABILITY = (8, 0)  # Ampere
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -46,14 +47,16 @@ def _try_kernels(device: torch.device) -> None:
         raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out") from error
 
 
-def check_linears(linears: Sequence[dict[str, nn.Linear]], has_dtype: bool = True) -> None:
-    """Raises `InputError` unless the kernels support every linear's shape and, if known, its dtype."""
-    for index, layer in enumerate(linears):
-        for name, linear in layer.items():
-            rows, columns = linear.weight.shape
+def check_matrices(matrices: Sequence[Matrices], has_dtype: bool = True) -> None:
+    """Raises `InputError` unless the kernels support every matrix: a linear's, of that shape and, if known, dtype."""
+    for index, layer in enumerate(matrices):
+        for name, matrix in layer.items():
+            rows, columns = matrix.weight.shape
             where = f"--semi_structured: layer {index} {name}"
-            if has_dtype and linear.weight.dtype not in _DTYPES:
-                dtype = str(linear.weight.dtype).removeprefix("torch.")
+            if not isinstance(matrix.module, nn.Linear):
+                raise InputError(f"{where} is of a {type(matrix.module).__name__}, not a linear; leave it out")
+            if has_dtype and matrix.weight.dtype not in _DTYPES:
+                dtype = str(matrix.weight.dtype).removeprefix("torch.")
                 raise InputError(f"{where} is in {dtype}, and the kernels take half precision; use --dtype bfloat16")
             if rows % _ROWS or columns % _COLUMNS:
                 raise InputError(f"{where} is {rows} x {columns}, no multiple of {_ROWS} x {_COLUMNS}; leave it out")

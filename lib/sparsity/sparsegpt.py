@@ -19,6 +19,13 @@ _PARTS = 4  # row blocks of the Hessian, each computed only up to the diagonal: 
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
 
+def sum_over(count: int, add: Callable[[torch.Tensor], None]) -> int:
+    """The sum of a count over all processes; `add` replaces a tensor by that sum."""
+    tensor = torch.tensor(count)
+    add(tensor)
+    return int(tensor)
+
+
 class Hessian:
     """H = (2/n) * sum of X^T X over the n windows seen, (in, in) in fp32; X is (T, in)."""
 
@@ -26,7 +33,7 @@ class Hessian:
         # The sum of X^T X over windows. Only `total` fills in what is to the right of the diagonal blocks.
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._edges = [in_features * part // _PARTS for part in range(_PARTS + 1)]
-        self.windows = 0
+        self.windows = self.tokens = 0
         self.damping: float | None = None  # used by the last factorization, relative to the mean diagonal
         self._factors: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
@@ -38,12 +45,17 @@ class Hessian:
             for first, last in pairwise(self._edges):
                 _add_product(self._sum[first:last, :last], window[:, first:last], window[:, :last])
         self.windows += len(inputs)
+        self.tokens += inputs.shape[0] * inputs.shape[1]
 
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
         """Merges all processes' sums, over `windows` in total; `add` replaces a tensor by its sum over processes."""
         self._factors.clear()
         add(self._sum)
-        self.windows = windows
+        self.windows, self.tokens = windows, sum_over(self.tokens, add)
+
+    @property
+    def nbytes(self) -> int:
+        return self._sum.nbytes
 
     @property
     def total(self) -> torch.Tensor:

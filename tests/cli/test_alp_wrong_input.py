@@ -10,7 +10,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.command import gradient_path, run_alp, run_gradient
-from tests.families import tiny_model
 from tests.sensitivity.rewritten import rewritten
 
 BOTH = [
@@ -132,16 +131,6 @@ def test_documents_that_are_too_short(refuse, tmp_path):
     refuse(
         "--calibration_dataset", rows, problem=f"dataset {rows}: no document has more than 64 tokens, the longest \\d+;"
     )
-
-
-@pytest.mark.parametrize("family, kind", [("GPT2", "Conv1D"), ("Mixtral", "TopKRouter")])
-def test_models_whose_weights_are_no_linears(refuse, refuse_gradient, family, kind, demo_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("odd") / family
-    tiny_model(family, vocab_size=len(demo_tokenizer), eos_token_id=0, bos_token_id=0).save_pretrained(folder)
-    demo_tokenizer.save_pretrained(folder)
-    problem = f".* does not fit weight pruning: layer 0 keeps weights in .*{kind}.*only nn.Linear can be pruned"
-    refuse("--model", folder, problem=problem)
-    refuse_gradient("--model", folder, problem=problem)
 
 
 # Artefacts ------------------------------------------------------------------------------------------------------------

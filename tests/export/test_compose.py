@@ -14,8 +14,8 @@ from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
 from lib.export.huggingface import save_pruned, save_weights
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
+from lib.models.matrices import find_matrices
 from lib.runtime.batching import Batcher
 from tests import reference
 from tests.command import run, run_alp, run_gradient
@@ -85,7 +85,7 @@ def test_when_only_whole_layers_are_left_the_checkpoint_is_stock_again(tmp_path)
 def test_weights_of_a_pruned_model_are_saved_as_what_they_came_from(tmp_path):
     model, ids = pruned_in(tmp_path / "one", "OPT", FIRST), tiny_windows(1)
     decoder = Decoder(model)
-    for layer in find_linears(decoder):
+    for layer in find_matrices(decoder):
         for linear in layer.values():
             linear.weight.data.mul_(0.5)
     save_weights(decoder, None, tmp_path / "two")
@@ -131,7 +131,7 @@ def test_alp_prunes_on(alp_arguments, tiny_folder, tmp_path, monkeypatch, method
     assert result["sparsity"] == pytest.approx(0.5, abs=0.02)
     saved = load_model(ModelSource(str(tmp_path / "sparse")))
     assert Decoder(saved).given_modes == [Mode(ffn=False), Mode(attention=False), Mode(), Mode()]
-    linears = [linear.weight for layer in find_linears(Decoder(saved)) for linear in layer.values()]
+    linears = [linear.weight for layer in find_matrices(Decoder(saved)) for linear in layer.values()]
     zeros = sum(int((weight == 0).sum()) for weight in linears) / sum(weight.numel() for weight in linears)
     assert zeros == pytest.approx(result["sparsity"])
 

@@ -21,8 +21,8 @@ from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights
 from lib.models import offload
 from lib.models.decoder import Decoder
-from lib.models.linears import input_groups
 from lib.models.loading import load_model
+from lib.models.matrices import input_groups
 from lib.models.offload import OffloadedLayer, fetched_by_forward, follow, offloaded
 from lib.models.weight_deltas import Changes, difference, with_zeros
 from lib.runtime import memory

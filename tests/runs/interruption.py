@@ -44,7 +44,7 @@ WORK = [
     (lib.depth.compensation, "_refit_layer"),
     (lib.sparsity.run, "layer_scores"),
     (lib.sparsity.run, "count_zeros"),
-    (lib.sparsity.layerwise, "_prune_layer"),
+    (lib.sparsity.layerwise, "_prune_part"),
     (lib.sensitivity.gradients, "summarize"),
 ]
 Place = int | tuple[str, int]  # of a step

@@ -339,7 +339,7 @@ def test_a_cell_of_weights_that_was_stopped_goes_on_within_the_cell(alp, flags, 
         assert status == 130 and capsys.readouterr().err.endswith("of 2 cells are kept, and the same command goes on\n")
         status, rest = asked.run(folder)
         assert status == 0 and not litter_of(folder)
-        kinds = ("_prune_layer", "summarize")
+        kinds = ("_prune_part", "summarize")
         done = [sum(one.work.count(kind) for kind in kinds) for one in (stopped, rest, whole)]
         assert done[0] + done[1] == done[2], at
         for one, other in zip(cells_of(folder), cells_of(tmp_path / "whole"), strict=True):

@@ -7,11 +7,11 @@ import torch
 
 from lib.errors import InputError, RunError
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears, input_groups
+from lib.models.matrices import find_matrices, input_groups
 from lib.sensitivity.gradients import LayerSensitivity, Spread, connection_sensitivity, importance, spread
 from lib.sparsity.densities import fit_to_target, spread_densities
 from tests import reference
-from tests.families import LINEAR_FAMILIES, NOT_LINEAR, tiny_model, tiny_windows
+from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 
 
 def check_against_autograd(model, windows, gradient_type="l2", loss="last"):
@@ -75,13 +75,14 @@ def test_spread_of_equal_values_has_no_redundancy():
     assert spread([torch.full((3, 4), 0.5)]) == Spread(12, 0.5, 0.0, 0.0)
 
 
-# Linears --------------------------------------------------------------------------------------------------------------
+# Matrices -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", NOT_LINEAR)
-def test_weights_that_are_no_linears_are_refused_by_name(family):
-    with pytest.raises(InputError, match=f"layer 0 keeps weights in .*{NOT_LINEAR[family]}"):
-        find_linears(Decoder(tiny_model(family)))
+def test_weights_of_another_kind_are_refused_by_name():
+    model = tiny_model("Llama")
+    model.model.layers[2].mlp.table = torch.nn.Embedding(4, 4)
+    with pytest.raises(InputError, match=r"layer 2 keeps weights in mlp.table.weight \(of a Embedding\)"):
+        find_matrices(Decoder(model))
 
 
 def test_linears_that_share_an_input_are_found():

@@ -14,8 +14,8 @@ from lib.data.sampling import sampled_windows
 from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.models.decoder import Decoder
-from lib.models.linears import input_groups
 from lib.models.loading import load_model
+from lib.models.matrices import input_groups
 from lib.runtime.batching import Batcher
 from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
 from lib.sparsity.pruners import Admm, InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
@@ -51,7 +51,11 @@ def check_same(found: nn.Module, expected: nn.Module, bits: float = 1.0) -> None
 
     A bit that differs while a mask grows leaves a trace in the weights, even if the bits of the final masks are equal.
     """
-    found, expected = weights(found), weights(expected)
+    check_same_weights(weights(found), weights(expected), bits)
+
+
+def check_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bits: float = 1.0) -> None:
+    """`check_same` for weights by name."""
     assert found.keys() == expected.keys()
     same = {name: (weight == 0) == (expected[name] == 0) for name, weight in found.items()}
     assert sum(s.sum() for s in same.values()) >= bits * sum(s.numel() for s in same.values())

@@ -11,8 +11,8 @@ from lib.config.methods import parse_pattern
 from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears
 from lib.models.loading import load_model
+from lib.models.matrices import find_matrices
 from lib.sparsity import semi_structured_kernels
 from lib.sparsity.pruners import Magnitude
 from tests.command import run_alp
@@ -42,10 +42,10 @@ def test_it_is_for_2_4_only(alp_arguments, monkeypatch, capsys, flags):
 
 def test_dtypes_and_shapes_that_the_kernels_do_not_take_are_refused():
     with pytest.raises(InputError, match="layer 0 self_attn.q_proj is in float32.*--dtype bfloat16"):
-        semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE))))
+        semi_structured_kernels.check_matrices(find_matrices(Decoder(tiny_model("Llama", **WIDE))))
     with pytest.raises(InputError, match="layer 0 self_attn.q_proj is 32 x 32, no multiple of 32 x 64"):
-        semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama").bfloat16())))
-    semi_structured_kernels.check_linears(find_linears(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
+        semi_structured_kernels.check_matrices(find_matrices(Decoder(tiny_model("Llama").bfloat16())))
+    semi_structured_kernels.check_matrices(find_matrices(Decoder(tiny_model("Llama", **WIDE).bfloat16())))
 
 
 def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypatch, capsys):
@@ -63,7 +63,7 @@ def test_kernels_that_do_not_run_are_refused():
 
 def test_the_weights_come_back_even_from_an_error(monkeypatch):
     monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", lambda weight: weight * 2)
-    linears = list(find_linears(Decoder(tiny_model("Llama")))[0].values())
+    linears = list(find_matrices(Decoder(tiny_model("Llama")))[0].values())
     before = [linear.weight.clone() for linear in linears]
     with pytest.raises(RuntimeError), semi_structured_kernels.compressed(linears):
         assert all(torch.equal(linear.weight, 2 * weight) for linear, weight in zip(linears, before, strict=True))
@@ -80,7 +80,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
         return torch.zeros_like(weight)
 
     monkeypatch.setattr(semi_structured_kernels, "check_device", lambda device: None)
-    monkeypatch.setattr(semi_structured_kernels, "check_linears", lambda linears, has_dtype: None)
+    monkeypatch.setattr(semi_structured_kernels, "check_matrices", lambda linears, has_dtype: None)
     monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", stand_in)
     assert run_alp(*alp_arguments, *FLAGS, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     assert compressed and all((w.reshape(-1, 4) == 0).sum(dim=1).eq(2).all() for w in compressed)
@@ -89,7 +89,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
     assert min(result["tokens_per_second"].values()) > 0 and result["sparsity"] == 0.5
     (found,) = result["perplexity"].values()
     assert found["pruned"] != pytest.approx(found["dense"], rel=0.01)
-    saved = find_linears(Decoder(load_model(ModelSource(str(tmp_path / "out")))))
+    saved = find_matrices(Decoder(load_model(ModelSource(str(tmp_path / "out")))))
     assert all(linear.weight.any() for layer in saved for linear in layer.values())  # the pruned weights, not these
     assert "times" in (tmp_path / "run/log.txt").read_text()
 
@@ -99,7 +99,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
 def test_the_kernels_give_what_the_dense_weights_give():
     model = tiny_model("Llama", **WIDE).bfloat16().cuda()
     decoder, ids = Decoder(model), tiny_windows(4).cuda()
-    linears = [linear for layer in find_linears(decoder) for linear in layer.values()]
+    linears = [linear for layer in find_matrices(decoder) for linear in layer.values()]
     pruner = Magnitude(parse_pattern("2:4"))
     for linear in linears:
         linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])

@@ -1,0 +1,172 @@
+"""Mixtures of experts, and `Conv1D`, are pruned as if each matrix were a linear that sees its own tokens."""
+
+import copy
+import re
+
+import pytest
+import torch
+
+from lib.config.methods import Pattern
+from lib.config.quantization import Quantization
+from lib.models.decoder import Decoder
+from lib.models.matrices import find_matrices, input_groups
+from lib.models.weight_deltas import Changes
+from lib.runtime.batching import Batcher
+from lib.sensitivity.gradients import connection_sensitivity
+from lib.sparsity import layerwise
+from lib.sparsity.layerwise import _FEW_TOKENS, Monitor, count_zeros, prune_layers
+from lib.sparsity.pruners import Rounded, SparseGpt, Wanda
+from tests import reference
+from tests.families import MOE_FAMILIES, OTHER_FAMILIES, tiny_model, tiny_windows
+from tests.sparsity.test_prune import METHODS, REFITS, SPARSITIES, check_same_weights, pruned
+
+MOE = ["Mixtral", *MOE_FAMILIES]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    layers = enumerate(find_matrices(Decoder(model)))
+    return {f"{index}.{name}": matrix.weight for index, layer in layers for name, matrix in layer.items()}
+
+
+def obvious(model: torch.nn.Module, prune, sparsities=SPARSITIES) -> dict[str, torch.Tensor]:
+    """The weights after pruning the model with a linear for each matrix, whole forwards, one window at a time."""
+    model = reference.unfused(model)
+    found = {}
+    for index, (layer, sparsity) in enumerate(zip(reference.decoder_layers(model), sparsities, strict=True)):
+        linears, inputs = reference.layer_linears(model)[index], {}
+        experts = {n: m for n, m in layer.named_modules() if isinstance(m, reference.UnfusedExperts)}
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, seen=inputs.setdefault(name, []): seen.append(args[0]))
+            for name, linear in linears.items()
+        ]
+        for one in experts.values():
+            one.seen.clear()
+        for window in tiny_windows():
+            model(input_ids=window[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for path, one in experts.items():
+            inputs |= {f"{path}.{name}": [torch.stack(seen)] for name, seen in one.seen.items()}
+        for name, linear in linears.items():
+            seen = torch.stack([x.reshape(-1, x.shape[-1]) for x in inputs.get(name, [])] or [torch.zeros(0)])
+            is_expert = any(name.startswith(f"{path}.") for path in experts)
+            by = reference.magnitude if is_expert and seen.shape[1:2].numel() < _FEW_TOKENS else prune
+            linear.weight.copy_(by(linear.weight.clone(), seen, sparsity))
+            found[f"{index}.{name}"] = linear.weight
+    return found
+
+
+def test_an_unfused_model_is_the_same_function():
+    for family in OTHER_FAMILIES:
+        model = tiny_model(family)
+        logits = [one(input_ids=tiny_windows(2)).logits for one in (model, reference.unfused(model))]
+        assert torch.allclose(*logits, atol=1e-4), family
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_is_that_of_a_linear_for_each_matrix(family, method):
+    model = tiny_model(family)
+    pruner, prune = METHODS[method]
+    after = pruned(model, pruner)
+    check_same_weights(weights(after), obvious(model, prune), bits=0.99 if method in REFITS else 0.999)
+    touched = {matrix.whole.data_ptr() for layer in find_matrices(Decoder(after)) for matrix in layer.values()}
+    before = dict(model.named_parameters())
+    for name, parameter in after.named_parameters():
+        assert parameter.data_ptr() in touched or torch.equal(parameter, before[name]), f"{name} was changed"
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_routers_and_gates_are_left_and_all_other_matrices_are_pruned(family):
+    decoder = Decoder(tiny_model(family))
+    for layer, matrices in zip(decoder.layers, find_matrices(decoder), strict=True):
+        pruned_paths = {matrix.whole.data_ptr() for matrix in matrices.values()}
+        left = [n for n, one in layer.named_parameters() if one.dim() > 1 and one.data_ptr() not in pruned_paths]
+        assert all(re.search(r"(gate|router)\.weight$", name) for name in left), left
+        assert bool(left) == any(matrix.expert is not None for matrix in matrices.values())
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_sensitivity_is_that_of_autograd_through_the_unfused_model(family):
+    model = tiny_model(family)
+    found = connection_sensitivity(Decoder(copy.deepcopy(model)), tiny_windows(3))
+    expected = reference.sensitivities(reference.unfused(model), tiny_windows(3), "l2", "last")
+    for layer, wanted in zip(found, expected, strict=True):
+        assert set(layer.linears) == set(wanted)
+        assert layer.layer.redundancy == pytest.approx(reference.redundancy(wanted), rel=1e-4)
+
+
+def test_an_expert_that_got_no_tokens_is_pruned_by_magnitude_and_named():
+    model, told = tiny_model("Qwen3Moe"), []
+    model.model.layers[1].mlp.gate.weight[2] = -1e4 * model.model.layers[1].mlp.gate.weight[0].sign()
+    windows = tiny_windows(1, 4)
+    for pruner in (Wanda(), SparseGpt()):
+        told.clear()
+        found = weights(pruned(model, pruner, windows=windows, monitor=Monitor(print=told.append)))
+        few = [re.match(r"layer (\d) (\S+): (\d+) tokens came to it", line) for line in told]
+        assert few and all(int(one[3]) < _FEW_TOKENS for one in few if one)
+        for one in filter(None, few):
+            layer, name = one[1], one[2]
+            before = weights(model)[f"{layer}.{name}"]
+            assert torch.equal(found[f"{layer}.{name}"], reference.magnitude(before, None, SPARSITIES[int(layer)]))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "GPT2"])
+def test_a_restored_layer_has_the_weights_that_were_written(family, tmp_path):
+    model = tiny_model(family)
+    for pruner in (Wanda(), SparseGpt()):
+        folder = tmp_path / type(pruner).__name__
+        once = pruned(model, pruner, changes=Changes(folder))
+        again = pruned(model, pruner, changes=Changes(folder))  # all layers are taken from the files
+        assert all(torch.equal(one, other) for one, other in zip(once.parameters(), again.parameters(), strict=True))
+        decoder = Decoder(copy.deepcopy(model))
+        for index, layer in enumerate(decoder.layers):
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(Changes(folder).apply(index, name, parameter))
+        assert all(torch.equal(p, q) for p, q in zip(once.parameters(), decoder.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8)], ids=str)
+def test_n_of_m_holds_in_every_expert(pattern):
+    for family in ("Mixtral", "GraniteMoe"):
+        found = weights(pruned(tiny_model(family), SparseGpt(pattern)))
+        for name, weight in found.items():
+            zeros = (weight == 0).reshape(len(weight), -1, pattern.m).sum(dim=-1)
+            assert (zeros == pattern.n).all(), name
+
+
+def test_experts_are_rounded():
+    model = tiny_model("Mixtral")
+    for quantization in (Quantization(4), Quantization(4, is_compensated=True)):
+        for name, weight in weights(pruned(model, Rounded(quantization))).items():
+            assert max(len(row.unique()) for row in weight) <= 16, name
+
+
+def test_experts_are_counted():
+    decoder = Decoder(pruned(tiny_model("Mixtral"), Wanda(), [0.5] * 4))
+    for zeros, total in count_zeros(decoder, input_groups(decoder)):
+        attention, experts = 32 * 32 * 2 + 16 * 32 * 2, 3 * (96 * 32 + 32 * 48)
+        assert total == attention + experts and zeros == total / 2
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_experts_whose_statistics_do_not_fit_together_are_pruned_in_parts_alike(family, method, monkeypatch):
+    model, pruner = tiny_model(family), METHODS[method][0]
+    whole, parts = weights(pruned(model, pruner)), []
+    monkeypatch.setattr(layerwise, "free_bytes", lambda device: 0)
+    observe = layerwise.observe
+    monkeypatch.setattr(layerwise, "observe", lambda a, groups, p: parts.append(len(groups)) or observe(a, groups, p))
+    in_parts = weights(pruned(model, pruner))
+    assert max(parts) < 8 and len(parts) > 4 * 4, "one expert's matrix at a time"
+    assert all(torch.equal(weight, in_parts[name]) for name, weight in whole.items())
+
+
+def test_the_model_runs_its_experts_as_before_afterwards():
+    model = tiny_model("Mixtral")
+    before = model.config._experts_implementation
+    decoder = Decoder(model)
+    prune_layers(decoder, input_groups(decoder), Wanda(), SPARSITIES, tiny_windows(), Batcher(2))
+    connection_sensitivity(decoder, tiny_windows(2))
+    assert model.config._experts_implementation == before
+    assert not any(parameter.requires_grad for parameter in model.parameters())
