@@ -1,5 +1,6 @@
 """The weight matrices that are pruned, those of linears and of experts, grouped by their input."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ class InputGroup:
         return self.matrices[0].weight.device
 
     @property
+    def expert(self) -> int | None:
+        """The number of the expert that it is of, which gets only the tokens that the router sends there."""
+        return self.matrices[0].expert
+
+    @property
     def is_routed(self) -> bool:
-        """True for an expert's, which gets only the tokens that the router sends there."""
-        return self.matrices[0].expert is not None
+        return self.expert is not None
 
 
 Matrices = dict[str, Matrix]  # of a layer, by the path of the parameter, without `.weight` and with an expert's number
@@ -129,20 +134,25 @@ def _is_transposed(module: nn.Module, hidden_size: int) -> bool:
     return len(stacks) > 1 and stacks[0].shape[1] == hidden_size != stacks[0].shape[2]
 
 
+_ROUTER_CLASS, _ROUTER_NAME = re.compile("Router|Gating"), re.compile("router|gate|wg|.*_gate")
+
+
 def _is_of_routing(layer: nn.Module, path: str, parameter: torch.Tensor, stacks: dict) -> bool:
-    """True for weights that route tokens to experts, weigh shared experts, or are biases of a stack."""
+    """True for the weights of a module that route tokens to experts or weigh shared experts, and biases of a stack.
+
+    A router has a row for each expert, and the gate of a shared expert has one; so may other matrices, and it takes the
+    name too.
+    """
     if not stacks:
         return False
-    parents = [layer.get_submodule(path[:end]) for end, letter in enumerate(path) if letter == "."]
-    module = layer.get_submodule(path)
-    if any("Router" in type(one).__name__ or "Gating" in type(one).__name__ for one in (*parents, module)):
+    names = path.split(".")
+    within = [layer.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
+    if any(_ROUTER_CLASS.search(type(module).__name__) for module in within):
         return True
-    beside = [len(getattr(one, name)) for stack, (one, name) in stacks.items() if _top(stack) == _top(path)]
-    return bool(beside) and len(parameter) in (1, *beside)
-
-
-def _top(path: str) -> str:
-    return path.split(".")[0]
+    if any(module is within[-1] for module, _ in stacks.values()):
+        return True
+    beside = {len(getattr(module, name)) for whole, (module, name) in stacks.items() if whole.split(".")[0] == names[0]}
+    return bool(beside) and len(parameter) in {1, *beside} and bool(_ROUTER_NAME.fullmatch(names[-1]))
 
 
 def check_columns(matrices: Sequence[Matrices], size: int, what: str) -> None:
@@ -275,7 +285,9 @@ class _Calls(TorchFunctionMode):
     def __init__(self, experts: Matrices):
         super().__init__()
         self._names = {(id(one.whole), one.expert): name for name, one in experts.items()}
-        self._stacks = {stack for stack, _ in self._names}
+        modules = {id(one.module): one.module for one in experts.values()}.values()
+        self._stacks = {id(stack) for module in modules for stack in module.parameters(recurse=False)}
+        self._transposed = {id(one.whole) for one in experts.values() if one.is_transposed}
         self._calls: list[_Call] = []
         self._scales: dict[int, torch.Tensor] = {}  # of an expert's outputs in the layer's output, by its number
         self._parts: dict[int, tuple[int, int]] = {}  # of a stack, by the id of the tensor
@@ -289,10 +301,10 @@ class _Calls(TorchFunctionMode):
             self._remember(self._parts, result, (id(args[0]), int(args[1])))
         elif kind in _PRODUCTS and len(args) > 1:
             if part := self._parts.get(id(args[1])):
-                self._add(*part, args[0], result)
+                self._add(*part, kind, args[0], result)
             elif kind == "bmm" and id(args[1]) in self._stacks:
                 for number, inputs in enumerate(args[0]):
-                    self._add(id(args[1]), number, inputs[inputs.any(dim=-1)], None)
+                    self._add(id(args[1]), number, kind, inputs[inputs.any(dim=-1)], None)
         elif kind in _SUMS and id(args[0]) in self._outputs:
             self._remember(self._outputs, result, self._outputs[id(args[0])])
         elif kind in _SCALINGS and (expert := self._outputs.get(id(args[0]))) is not None:
@@ -305,8 +317,11 @@ class _Calls(TorchFunctionMode):
         where[id(tensor)] = value
         self._alive.append(tensor)
 
-    def _add(self, stack: int, expert: int, inputs: torch.Tensor, output: torch.Tensor | None) -> None:
-        self._calls.append(_Call(self._names[stack, expert], expert, inputs))
+    def _add(self, stack: int, expert: int, kind: str, inputs: torch.Tensor, output: torch.Tensor | None) -> None:
+        if name := self._names.get((stack, expert)):
+            if (kind == "linear") == (stack in self._transposed):
+                raise InputError(f"does not fit weight pruning: {name} is multiplied from the other side than expected")
+            self._calls.append(_Call(name, expert, inputs))
         if output is not None:
             self._remember(self._outputs, output, expert)
 

@@ -102,27 +102,30 @@ def _restore_layer(layer: int, groups: Sequence[InputGroup], changes: Changes) -
 def parts_of(groups: Sequence[InputGroup], pruner: Pruner, ranks: Ranks) -> list[list[InputGroup]]:
     """The groups of a layer in parts, whose statistics fit the memory together: each is observed, and then pruned.
 
-    Experts come first, as many at a time as fit; the other groups, with the last of them. No expert changes the inputs
-    of another, or of what comes before them, so the results are those of a single part.
+    Whole experts come first, as many at a time as fit; the other groups, with the last of them. No expert changes the
+    inputs of another, or of what is beside or before them, so the results are those of a single part.
     """
-    shared = [group for group in groups if not group.is_routed]
-    room = ranks.agree(lambda: int(_ROOM * free_bytes(groups[0].device))) - sum(_statistic_bytes(shared, pruner))
+    experts: dict[int | None, list[InputGroup]] = {}
+    for group in groups:
+        experts.setdefault(group.expert, []).append(group)
+    shared = experts.pop(None, [])
+    room = ranks.agree(lambda: int(_ROOM * free_bytes(groups[0].device))) - _statistic_bytes(shared, pruner)
     parts: list[list[InputGroup]] = [[]]
     taken = 0
-    routed = [group for group in groups if group.is_routed]
-    for group, size in zip(routed, _statistic_bytes(routed, pruner), strict=True):
+    for of_expert in experts.values():
+        size = _statistic_bytes(of_expert, pruner)
         if parts[-1] and taken + size > room:
             parts.append([])
             taken = 0
-        parts[-1].append(group)
+        parts[-1] += of_expert
         taken += size
     return [*parts[:-1], [*shared, *parts[-1]]]
 
 
-def _statistic_bytes(groups: Sequence[InputGroup], pruner: Pruner) -> list[int]:
-    """What the statistic of each group takes."""
+def _statistic_bytes(groups: Sequence[InputGroup], pruner: Pruner) -> int:
+    """What the statistics of some groups take."""
     empty = (pruner.statistic(group.in_features, torch.device("meta")) for group in groups)
-    return [statistic.nbytes if statistic else 0 for statistic in empty]
+    return sum(statistic.nbytes for statistic in empty if statistic)
 
 
 def _prune_part(
