@@ -31,8 +31,8 @@ from lib.depth.budget import choose_counts
 from lib.depth.prepare import budget_of
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears
 from lib.models.loading import load_model
+from lib.models.matrices import find_matrices
 from lib.runtime.setup import quiet_libraries
 from lib.sparsity.pruners import Magnitude
 from lib.sparsity.semi_structured_kernels import compressed
@@ -94,9 +94,9 @@ def plan_for(decoder: Decoder, rate: float) -> Plan:
 def with_zeros(model: torch.nn.Module, pattern: Pattern = UNSTRUCTURED) -> torch.nn.Module:
     """The model with half of its weights set to zero, by magnitude."""
     pruner = Magnitude(pattern)
-    for layer in find_linears(Decoder(model)):
-        for linear in layer.values():
-            linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])
+    for layer in find_matrices(Decoder(model)):
+        for matrix in layer.values():
+            matrix.weight.copy_(pruner.prune([matrix.weight], None, 0.5)[0])
     return model
 
 
@@ -129,7 +129,7 @@ class InTransformers:
     def __init__(self, path: Path, prompt: int, decoded: int):
         self.model = load_model(ModelSource(str(path)))
         if path.name == KERNELS:
-            linears = [linear for layer in find_linears(Decoder(self.model)) for linear in layer.values()]
+            linears = [one.module for layer in find_matrices(Decoder(self.model)) for one in layer.values()]
             self.kernels = ExitStack()  # in use as long as this runner exists
             self.kernels.enter_context(compressed(linears))
         self.ids = torch.randint(3, 100, (1, prompt), device=device())

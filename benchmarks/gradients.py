@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common import device, machine, peak_memory, random_llama, side_by_side, spread
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears
+from lib.models.matrices import find_matrices
 from lib.sensitivity.gradients import connection_sensitivity, summarize
 
 WINDOWS, SEQLEN = 10, 64
@@ -26,16 +26,16 @@ WINDOWS, SEQLEN = 10, 64
 def whole_model(model: torch.nn.Module, windows: torch.Tensor) -> list[float]:
     """The method of the reference code: sums squared gradients over backward passes, one window at a time."""
     model.requires_grad_(True)
-    linears = find_linears(Decoder(model))
-    totals = [{name: torch.zeros_like(linear.weight) for name, linear in layer.items()} for layer in linears]
+    matrices = find_matrices(Decoder(model))
+    totals = [{name: torch.zeros_like(matrix.weight) for name, matrix in layer.items()} for layer in matrices]
     for window in windows:
         labels = window[None].clone()
         labels[:, :-1] = -100
         model.zero_grad()
         model(input_ids=window[None], labels=labels, use_cache=False).loss.backward()
-        for layer, total in zip(linears, totals, strict=True):
-            for name, linear in layer.items():
-                total[name] += linear.weight.grad**2
+        for layer, total in zip(matrices, totals, strict=True):
+            for name, matrix in layer.items():
+                total[name] += matrix.whole.grad**2
     model.zero_grad()
     model.requires_grad_(False)
     return [summarize({name: values.detach() for name, values in layer.items()}).layer.redundancy for layer in totals]

@@ -26,7 +26,7 @@ from lib.depth.trial_losses import Modes, Sweep
 from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
-from lib.models.linears import input_groups
+from lib.models.matrices import input_groups
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
 from lib.sensitivity.gradients import connection_sensitivity

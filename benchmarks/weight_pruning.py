@@ -29,8 +29,8 @@ from benchmarks.peers import Masks, Peer, give
 from lib.config.sources import ModelSource
 from lib.engine.activations import Activations
 from lib.models.decoder import Decoder
-from lib.models.linears import find_linears, input_groups
 from lib.models.loading import load_tokenizer
+from lib.models.matrices import find_matrices, input_groups
 from lib.reporting.console import timed
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
@@ -47,14 +47,14 @@ class Engine:
     def __init__(self, model: torch.nn.Module, windows: torch.Tensor, batch_size: int | None):
         self._model, self._windows, decoder = model, windows, Decoder(model)
         self.batch_size = batch_size or automatic_batch_size(decoder.device, windows.shape[1], decoder.token_bytes)
-        layers = enumerate(find_linears(decoder))
-        self._linears = {f"{i}.{name}": linear for i, layer in layers for name, linear in layer.items()}
-        self._dense = {name: linear.weight.cpu().clone() for name, linear in self._linears.items()}
+        layers = enumerate(find_matrices(decoder))
+        self._matrices = {f"{i}.{name}": matrix for i, layer in layers for name, matrix in layer.items()}
+        self._dense = {name: matrix.weight.cpu().clone() for name, matrix in self._matrices.items()}
 
     def prune(self, pruner: Pruner, sparsity: float, parts: dict[str, float]) -> tuple[float, float]:
         """Seconds and MiB beyond the model of one run; adds the seconds of each part to `parts`."""
-        for name, linear in self._linears.items():
-            linear.weight.copy_(self._dense[name])
+        for name, matrix in self._matrices.items():
+            matrix.weight.copy_(self._dense[name])
 
         def run() -> None:
             decoder, batcher = Decoder(self._model), Batcher(self.batch_size)
@@ -78,7 +78,7 @@ class Engine:
         return measure(run)
 
     def masks(self) -> Masks:
-        return {name: linear.weight == 0 for name, linear in self._linears.items()}
+        return {name: matrix.weight == 0 for name, matrix in self._matrices.items()}
 
 
 def compare(method: str, engine: Engine, peers: dict[str, Peer], floor: float, args: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def test_kernels_that_do_not_run_are_refused():
 
 def test_the_weights_come_back_even_from_an_error(monkeypatch):
     monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", lambda weight: weight * 2)
-    linears = list(find_matrices(Decoder(tiny_model("Llama")))[0].values())
+    linears = [matrix.module for matrix in find_matrices(Decoder(tiny_model("Llama")))[0].values()]
     before = [linear.weight.clone() for linear in linears]
     with pytest.raises(RuntimeError), semi_structured_kernels.compressed(linears):
         assert all(torch.equal(linear.weight, 2 * weight) for linear, weight in zip(linears, before, strict=True))
@@ -90,7 +90,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
     (found,) = result["perplexity"].values()
     assert found["pruned"] != pytest.approx(found["dense"], rel=0.01)
     saved = find_matrices(Decoder(load_model(ModelSource(str(tmp_path / "out")))))
-    assert all(linear.weight.any() for layer in saved for linear in layer.values())  # the pruned weights, not these
+    assert all(matrix.weight.any() for layer in saved for matrix in layer.values())  # the pruned weights, not these
     assert "times" in (tmp_path / "run/log.txt").read_text()
 
 
@@ -99,7 +99,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
 def test_the_kernels_give_what_the_dense_weights_give():
     model = tiny_model("Llama", **WIDE).bfloat16().cuda()
     decoder, ids = Decoder(model), tiny_windows(4).cuda()
-    linears = [linear for layer in find_matrices(decoder) for linear in layer.values()]
+    linears = [matrix.module for layer in find_matrices(decoder) for matrix in layer.values()]
     pruner = Magnitude(parse_pattern("2:4"))
     for linear in linears:
         linear.weight.copy_(pruner.prune([linear.weight], None, 0.5)[0])
