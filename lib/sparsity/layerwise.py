@@ -109,6 +109,8 @@ def parts_of(groups: Sequence[InputGroup], pruner: Pruner, ranks: Ranks) -> list
     for group in groups:
         experts.setdefault(group.expert, []).append(group)
     shared = experts.pop(None, [])
+    if not experts:
+        return [shared]
     room = ranks.agree(lambda: int(_ROOM * free_bytes(groups[0].device))) - _statistic_bytes(shared, pruner)
     parts: list[list[InputGroup]] = [[]]
     taken = 0

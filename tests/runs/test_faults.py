@@ -32,7 +32,7 @@ KILLED = {
     "alp_prune": [*ALP, "--calibration_dataset", "{}/text.jsonl", "--dataset", "{}/eval.txt"],
     "save_gradient": ["--ngrad", 250, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
 }
-OF_A_RUN = ["--output_dir", "run", "--save_model", "out"]
+OF_A_RUN = ["--output_dir", "run", "--save_model", "out", "--prompts", "{}/prompt.txt"]
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Killed:
         """The texts that the commands name, beside the folders in which they run."""
         rows = [" ".join(str(i * j % 97) for j in range(120)) for i in range(64)]
         (self.folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        (self.folder / "prompt.txt").write_text("Layer 3 of")
         (self.folder / "eval.txt").write_text("".join(f"Layer {i} of {i * 7 % 31} was removed. " for i in range(200)))
 
     def state(self, folder: Path) -> Path:

@@ -60,15 +60,22 @@ def result_in(folder: Path) -> dict:
 
 
 @pytest.fixture
-def depth(tiny_folder, text_file) -> list:
-    text = ["--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 7, "--seqlen", 16, "--batch_size", 2]
-    return ["--model_name", tiny_folder, *text]
+def evaluation(tmp_path) -> list:
+    """Little of it: 9 windows of each text, and a single prompt."""
+    (tmp_path / "prompt.txt").write_text("The layer 3")
+    return ["--eval_windows", 9, "--prompts", tmp_path / "prompt.txt"]
 
 
 @pytest.fixture
-def sparsity(tiny_folder, text_file) -> list:
+def depth(tiny_folder, text_file, evaluation) -> list:
+    text = ["--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 7, "--seqlen", 16, "--batch_size", 2]
+    return ["--model_name", tiny_folder, *text, *evaluation]
+
+
+@pytest.fixture
+def sparsity(tiny_folder, text_file, evaluation) -> list:
     text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 7, "--seqlen", 16]
-    return ["--model", tiny_folder, *text, "--batch_size", 2, "--grad_seqlen", 16]
+    return ["--model", tiny_folder, *text, "--batch_size", 2, "--grad_seqlen", 16, *evaluation]
 
 
 def test_depth_pruning_is_that_of_one_process_to_the_bit(one, two, depth, tmp_path):

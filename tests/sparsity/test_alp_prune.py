@@ -288,7 +288,7 @@ def _append(folder: Path, result: dict, count: int, start, process: int) -> None
 
 
 def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_path):
-    result, count = prune(), 200
+    result, count = prune(), 50
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(4)
     processes = [context.Process(target=_append, args=(tmp_path / "log", result, count, start, i)) for i in range(4)]
@@ -388,7 +388,7 @@ def test_without_matplotlib_there_is_a_result_and_a_word_about_it(prune, gradien
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
 def test_a_run_that_is_stopped_leaves_no_half_result(alp_arguments, tmp_path, kind):
-    flags = [*alp_arguments, "--nsamples", 100000, "--seqlen", 4, "--batch_size", 1, "--save_model", tmp_path / "out"]
+    flags = [*alp_arguments, "--nsamples", 20000, "--seqlen", 4, "--batch_size", 1, "--save_model", tmp_path / "out"]
     status, told = stopped("alp_prune.py", *flags, "--save_log", at=b"Importance", kind=kind)
     assert status == (130 if kind == signal.SIGINT else -signal.SIGKILL)
     advice = f"alp_prune.py: stopped; what is finished is kept: {GOES_ON}".encode()

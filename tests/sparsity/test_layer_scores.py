@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lib.models.decoder import Decoder
-from lib.models.matrices import find_matrices, input_groups
+from lib.models.matrices import input_groups
 from lib.sparsity.densities import spread_densities
 from lib.sparsity.outlier_scores import layer_scores, median, median_share, outlier_share
+from tests import reference
 from tests.command import run_alp
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 
@@ -17,7 +18,7 @@ from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
 def metrics_of(family: str, windows: torch.Tensor) -> list[np.ndarray]:
     """Every layer's |W| * sqrt(mean over windows of the sum over tokens of x^2), from hooks on whole forwards."""
     model = tiny_model(family)
-    layers = find_matrices(Decoder(model))
+    layers = reference.layer_linears(model)
     squares = {id(linear): 0 for layer in layers for linear in layer.values()}
 
     def hook(linear, args):
