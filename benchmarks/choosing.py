@@ -69,8 +69,8 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def plans(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """The plans of the part `depth` that are compensated: a name for each, and its file."""
-    for result in results(args.output / "depth"):
+    """The plans of the part `depth` that are compensated, as far as it is there: a name for each, and its file."""
+    for result in results(args.output / "depth") if (args.output / "depth").exists() else ():
         name = f"{result['method']}-{result['parameters']['target_rate']:g}"
         if result["method"] in (args.refit or args.depth):
             path = args.output / "plans" / f"{name}.json"

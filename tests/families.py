@@ -17,6 +17,7 @@ _COMMON = dict(
 _GQA = dict(num_key_value_heads=2)
 _EXPERTS = dict(moe_intermediate_size=24, num_experts_per_tok=2)
 _LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+_DEEPSEEK = dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
 _SLIDING = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
 
 FAMILIES = {
@@ -47,7 +48,7 @@ MOE_FAMILIES = {
     "Qwen3Moe": ("Qwen3MoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4, "head_dim": 8, "norm_topk_prob": True}),
     "Olmoe": ("OlmoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4}),
     "GraniteMoe": ("GraniteMoeConfig", {**_GQA, **_EXPERTS, "num_local_experts": 4}),
-    "DeepseekV3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}),
+    "DeepseekV3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT, **_DEEPSEEK}),
 }
 
 

@@ -149,9 +149,9 @@ def _is_of_routing(layer: nn.Module, path: str, parameter: torch.Tensor, stacks:
     within = [layer.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
     if any(_ROUTER_CLASS.search(type(module).__name__) for module in within):
         return True
-    if any(module is within[-1] for module, _ in stacks.values()):
-        return True
     beside = {len(getattr(module, name)) for whole, (module, name) in stacks.items() if whole.split(".")[0] == names[0]}
+    if any(module is within[-1] for module, _ in stacks.values()):
+        return len(parameter) in beside  # a bias for each expert
     return bool(beside) and len(parameter) in {1, *beside} and bool(_ROUTER_NAME.fullmatch(names[-1]))
 
 
@@ -184,7 +184,7 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
     """The matrices of each layer, grouped by input tensor, in the order in which the layer's forward uses them.
 
     Found by running two tokens. Each matrix of an expert is a group of its own, after all others. Raises `InputError`
-    for a linear that the forward does not call exactly once.
+    for a linear that the forward does not call exactly once, and for experts whose products are not seen.
     """
     hidden_states, inputs = decoder.embed(torch.zeros(1, 2, dtype=torch.long))
     groups = []
@@ -198,19 +198,31 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
                     return
             seen.append((tensor, [name]))
 
-        shared = {name: matrix for name, matrix in matrices.items() if matrix.expert is None}
-        with decoder.at(index), inputs_seen(decoder.layers[index], shared, record):
+        with decoder.at(index), inputs_seen(decoder.layers[index], matrices, record):
             hidden_states = decoder.run_layer(index, hidden_states, inputs, _ON)
+        experts = [name for name, matrix in matrices.items() if matrix.expert is not None]
         called = [name for _, names in seen for name in names]
-        if sorted(called) != sorted(shared):
-            odd = sorted(set(shared) - set(called)) or [name for name in called if called.count(name) > 1]
+        if unseen := {_stack_of(name) for name in experts} - set(map(_stack_of, called)):
+            raise InputError(
+                f"{decoder.family} does not fit weight pruning: the forward of layer {index} multiplies with "
+                f"{min(unseen)} in a way that is not known"
+            )
+        once = [name for name in called if name not in experts]
+        if sorted([*once, *experts]) != sorted(matrices):
+            odd = sorted(set(matrices) - {*once, *experts}) or [name for name in once if once.count(name) > 1]
             raise InputError(
                 f"{decoder.family} does not fit weight pruning: the forward of layer {index} does not call {odd[0]} "
                 "once for all tokens"
             )
-        of_experts = [InputGroup((name,), (matrices[name],)) for name in matrices if name not in shared]
-        groups.append([InputGroup(tuple(names), tuple(matrices[n] for n in names)) for _, names in seen] + of_experts)
+        shared = [[name for name in names if name not in experts] for _, names in seen]
+        of_each = [*filter(None, shared), *([name] for name in experts)]
+        groups.append([InputGroup(tuple(names), tuple(matrices[name] for name in names)) for names in of_each])
     return groups
+
+
+def _stack_of(name: str) -> str:
+    """The path of the stack that an expert's matrix of this name is in."""
+    return name.rpartition(".")[0]
 
 
 def dense_copies(weights: Sequence[torch.Tensor], cause: str) -> list[torch.Tensor]:
@@ -267,11 +279,14 @@ def one_by_one(experts: Iterable[Matrix]) -> Iterator[None]:
                 config._experts_implementation = before[key]
 
 
+_Expert = tuple[int, int]  # the id of its module, and its number there
+
+
 class _Call(NamedTuple):
     """A product of an expert's inputs (tokens, in) and one of its matrices."""
 
     name: str
-    expert: int
+    expert: _Expert
     inputs: torch.Tensor
 
 
@@ -286,12 +301,12 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._names = {(id(one.whole), one.expert): name for name, one in experts.items()}
         modules = {id(one.module): one.module for one in experts.values()}.values()
-        self._stacks = {id(stack) for module in modules for stack in module.parameters(recurse=False)}
+        self._stacks = {id(stack): id(module) for module in modules for stack in module.parameters(recurse=False)}
         self._transposed = {id(one.whole) for one in experts.values() if one.is_transposed}
         self._calls: list[_Call] = []
-        self._scales: dict[int, torch.Tensor] = {}  # of an expert's outputs in the layer's output, by its number
-        self._parts: dict[int, tuple[int, int]] = {}  # of a stack, by the id of the tensor
-        self._outputs: dict[int, int] = {}  # expert of a product, by the id of the tensor
+        self._scales: dict[_Expert, torch.Tensor] = {}  # of an expert's outputs in the layer's output
+        self._parts: dict[int, tuple[int, int]] = {}  # stack and number, by the id of the tensor
+        self._outputs: dict[int, _Expert] = {}  # the expert of a product, by the id of the tensor
         self._alive: list[torch.Tensor] = []  # so that no id is reused
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -317,10 +332,13 @@ class _Calls(TorchFunctionMode):
         where[id(tensor)] = value
         self._alive.append(tensor)
 
-    def _add(self, stack: int, expert: int, kind: str, inputs: torch.Tensor, output: torch.Tensor | None) -> None:
-        if name := self._names.get((stack, expert)):
+    def _add(self, stack: int, number: int, kind: str, inputs: torch.Tensor, output: torch.Tensor | None) -> None:
+        expert = self._stacks[stack], number
+        if name := self._names.get((stack, number)):
             if (kind == "linear") == (stack in self._transposed):
-                raise InputError(f"does not fit weight pruning: {name} is multiplied from the other side than expected")
+                raise InputError(
+                    f"{name} does not fit weight pruning: it is multiplied from the other side than expected"
+                )
             self._calls.append(_Call(name, expert, inputs))
         if output is not None:
             self._remember(self._outputs, output, expert)

@@ -23,7 +23,7 @@ from lib.sparsity.pruners import Pruner
 Timed = Callable[[str], AbstractContextManager]
 _ROOM = 0.25  # share of the free memory, for the statistics of a layer's experts
 _FEW_TOKENS = 16  # an expert that saw fewer is pruned without looking at them
-_UNSEEN = "too few for a statistic, so its weights are taken by their size"
+_UNSEEN = "too few for a statistic, so only the weights themselves are looked at"
 
 
 @dataclass(frozen=True)

@@ -90,18 +90,24 @@ class Magnitude(Pruner):
 
 
 @dataclass(frozen=True)
-class Wanda(Pruner):
-    """Prunes the smallest |W| times input-feature norm of every row (arXiv:2306.11695, equation 1)."""
+class InputPruner(Pruner):
+    """The base class of pruners that go by the inputs; where too little is known of these, by magnitude."""
 
     pattern: Pattern = UNSTRUCTURED
-    use_variant: bool = False
     needs_inputs = True
-
-    def statistic(self, in_features: int, device: torch.device) -> InputNorms:
-        return InputNorms(in_features, device)
 
     def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
         return Magnitude(self.pattern).prune(weights, None, sparsity)
+
+
+@dataclass(frozen=True)
+class Wanda(InputPruner):
+    """Prunes the smallest |W| times input-feature norm of every row (arXiv:2306.11695, equation 1)."""
+
+    use_variant: bool = False
+
+    def statistic(self, in_features: int, device: torch.device) -> InputNorms:
+        return InputNorms(in_features, device)
 
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         norms = statistic.norms
@@ -115,21 +121,16 @@ def wanda_score(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Ria(Pruner):
+class Ria(InputPruner):
     """Prunes by relative importance and activations, RIA (ICLR 2024, OpenReview Tr0PEHxcM8).
 
     The smallest (|W| / column sum + |W| / row sum) * norm^power of every row are pruned.
     """
 
-    pattern: Pattern = UNSTRUCTURED
     power: float = 0.5
-    needs_inputs = True
 
     def statistic(self, in_features: int, device: torch.device) -> InputNorms:
         return InputNorms(in_features, device)
-
-    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
-        return Magnitude(self.pattern).prune(weights, None, sparsity)
 
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         scale = statistic.norms**self.power
@@ -155,23 +156,21 @@ def selection(pattern: Pattern, unstructured: Callable) -> Callable[[torch.Tenso
 
 
 @dataclass(frozen=True)
-class SparseGpt(Pruner):
+class SparseGpt(InputPruner):
     """SparseGPT: prunes column by column and updates the remaining weights to compensate for those removed.
 
     Weights that share an input are stacked into one matrix, but each keeps its own threshold. With `quantization`, the
     same pass also rounds them.
     """
 
-    pattern: Pattern = UNSTRUCTURED
     damping: float = 0.01
     quantization: Quantization | None = None
-    needs_inputs = True
 
     def statistic(self, in_features: int, device: torch.device) -> Hessian:
         return Hessian(in_features, device)
 
     def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
-        pruned = Magnitude(self.pattern).prune(weights, None, sparsity)
+        pruned = super().prune_unseen(weights, sparsity)
         return Rounded(self.quantization).prune_unseen(pruned, sparsity) if self.quantization else pruned
 
     def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
@@ -193,20 +192,14 @@ class SparseGpt(Pruner):
 
 
 @dataclass(frozen=True)
-class Admm(Pruner):
+class Admm(InputPruner):
     """ADMM (arXiv:2401.02938): prunes the smallest |W| times input norm of the matrix, in steps, and refits the others.
 
     Weights that share an input are stacked into one matrix, but each keeps its own threshold.
     """
 
-    pattern: Pattern = UNSTRUCTURED
-    needs_inputs = True
-
     def statistic(self, in_features: int, device: torch.device) -> Hessian:
         return Hessian(in_features, device)
-
-    def prune_unseen(self, weights: Weights, sparsity: float) -> list[torch.Tensor]:
-        return Magnitude(self.pattern).prune(weights, None, sparsity)
 
     def prune(self, weights: Weights, statistic: Hessian, sparsity: float) -> list[torch.Tensor]:
         rows, is_dead, hessian = [len(weight) for weight in weights], statistic.diagonal == 0, statistic.total

@@ -10,6 +10,7 @@ import torch
 
 from lib.config.methods import Pattern
 from lib.config.quantization import Quantization
+from lib.errors import InputError
 from lib.models.decoder import Decoder
 from lib.models.matrices import find_matrices, input_groups
 from lib.models.weight_deltas import Changes
@@ -17,7 +18,8 @@ from lib.runtime.batching import Batcher
 from lib.sensitivity.gradients import connection_sensitivity
 from lib.sparsity import layerwise
 from lib.sparsity.layerwise import _FEW_TOKENS, Monitor, count_zeros, prune_layers
-from lib.sparsity.pruners import Rounded, SparseGpt, Wanda
+from lib.sparsity.pruners import Admm, Ria, Rounded, SparseGpt, Wanda
+from lib.sparsity.quantization_grid import round_to_nearest
 from tests import reference
 from tests.families import MOE_FAMILIES, OTHER_FAMILIES, tiny_model, tiny_windows
 from tests.sparsity.test_prune import METHODS, REFITS, SPARSITIES, check_same_weights, pruned
@@ -103,19 +105,56 @@ def test_sensitivity_is_that_of_autograd_through_the_unfused_model(family):
         assert layer.layer.redundancy == pytest.approx(reference.redundancy(wanted), rel=1e-4)
 
 
-def test_an_expert_that_got_no_tokens_is_pruned_by_magnitude_and_named():
-    model, told = tiny_model("Qwen3Moe"), []
-    model.model.layers[1].mlp.gate.weight[2] = -1e4 * model.model.layers[1].mlp.gate.weight[0].sign()
-    windows = tiny_windows(1, 4)
-    for pruner in (Wanda(), SparseGpt()):
-        told.clear()
+def test_experts_that_got_next_to_no_tokens_are_pruned_by_magnitude_and_named():
+    model, windows = tiny_model("Qwen3Moe"), tiny_windows(1, 4)  # eight calls of experts in all, too few for any
+    for pruner in (Wanda(), Ria(), SparseGpt(), Admm()):
+        told: list[str] = []
         found = weights(pruned(model, pruner, windows=windows, monitor=Monitor(print=told.append)))
-        few = [re.match(r"layer (\d) (\S+): (\d+) tokens came to it", line) for line in told]
-        assert few and all(int(one[3]) < _FEW_TOKENS for one in few if one)
-        for one in filter(None, few):
-            layer, name = one[1], one[2]
-            before = weights(model)[f"{layer}.{name}"]
-            assert torch.equal(found[f"{layer}.{name}"], reference.magnitude(before, None, SPARSITIES[int(layer)]))
+        counts = {
+            f"{one[1]}.{one[2]}": int(one[3])
+            for line in told
+            if (one := re.match(r"layer (\d) (\S+): (\d+) tokens came to it", line))
+        }
+        assert counts.keys() == {name for name in found if ".experts." in name}
+        assert sum(counts.values()) == 4 * 2 * 8, "of four layers, two matrices each"
+        for name in counts:
+            expected = reference.magnitude(weights(model)[name], None, SPARSITIES[int(name[0])])
+            assert torch.equal(found[name], expected), name
+
+
+def test_an_expert_without_tokens_is_rounded_to_nearest():
+    model, windows = tiny_model("Qwen3Moe"), tiny_windows(1, 4)
+    quantization = Quantization(4, is_compensated=True)
+    rounded = weights(pruned(model, Rounded(quantization), windows=windows))
+    both = weights(pruned(model, SparseGpt(quantization=quantization), windows=windows))
+    for name, before in weights(model).items():
+        if ".experts." in name:
+            assert torch.equal(rounded[name], round_to_nearest(before, quantization)), name
+            zeros = reference.magnitude(before, None, SPARSITIES[int(name[0])])
+            assert torch.equal(both[name], round_to_nearest(zeros, quantization)), name
+
+
+def test_experts_that_multiply_in_another_way_are_refused(monkeypatch):
+    """Or all of them would seem to get no tokens."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        inner = self._apply_gate(torch.einsum("td,eid->tei", hidden_states, self.gate_up_proj))
+        return torch.einsum("tei,edi->td", inner, self.down_proj)
+
+    model = tiny_model("Mixtral")
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "forward", forward)
+    told = "layer 0 multiplies with mlp.experts.down_proj in a way that is not known"
+    with pytest.raises(InputError, match=told):
+        input_groups(Decoder(model))
+
+
+def test_a_stack_that_is_multiplied_from_the_other_side_is_refused():
+    model = tiny_model("Mixtral")
+    model.set_experts_implementation("eager")  # the fused kernels go by the mark
+    for layer in model.model.layers:
+        layer.mlp.experts.is_transposed = True  # which it is not
+    with pytest.raises(InputError, match="is multiplied from the other side"):
+        input_groups(Decoder(model))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "GPT2"])
