@@ -69,8 +69,8 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def plans(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """The plans of the part `depth` that are compensated, as far as it is there: a name for each, and its file."""
-    for result in results(args.output / "depth") if (args.output / "depth").exists() else ():
+    """The plans of the part `depth` that are compensated: a name for each, and its file."""
+    for result in results(args.output / "depth"):
         name = f"{result['method']}-{result['parameters']['target_rate']:g}"
         if result["method"] in (args.refit or args.depth):
             path = args.output / "plans" / f"{name}.json"
@@ -89,12 +89,12 @@ def run(command: Sequence[str], folder: Path, args: argparse.Namespace) -> None:
 
 
 def results(folder: Path) -> Iterator[dict]:
-    """The results of a part: of one run, or of a grid."""
+    """The results of a part, as far as they are there: of one run, or of a table."""
     if (folder / RESULT).exists():
         yield json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return
-    for line in (folder / RESULTS).read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)["result"]
+    elif (folder / RESULTS).exists():
+        for line in (folder / RESULTS).read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)["result"]
 
 
 def speed(decoder: Decoder, plan: Plan, window: torch.Tensor, runs: int) -> float:
@@ -164,8 +164,9 @@ def main() -> None:
     for place, command in commands(args):
         if place.split("/")[0] in (args.parts or [place.split("/")[0]]):
             run(command, args.output / place, args)
-        if (args.output / place).exists():
-            found[place] = [{"method": place, **result} for result in results(args.output / place)]
+        if of_part := [{"method": place, "seed": 0, **result} for result in results(args.output / place)]:
+            found[place] = of_part
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "choosing.md").write_text("\n".join(report(found, args)), encoding="utf-8")
 
 
