@@ -51,10 +51,44 @@ MOE_FAMILIES = {
     "DeepseekV3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT, **_DEEPSEEK}),
 }
 
+_MAMBA = dict(mamba_d_state=8, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_chunk_size=8)
+_DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+_STATE = dict(state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8)
+
+# Whose layers differ, mix tokens in other ways than attention, have one sublayer only, or return more than others.
+HYBRID_FAMILIES = {
+    "GptOss": ("GptOssConfig", {**_GQA, **_SLIDING, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3Next": (
+        "Qwen3NextConfig",
+        {**_GQA, **_EXPERTS, **_DELTA, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 40}
+        | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+    "Jamba": (
+        "JambaConfig",
+        {**_GQA, "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2}
+        | {"attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    "FalconH1": ("FalconH1Config", {**_GQA, **_MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+    "Lfm2": ("Lfm2Config", {**_GQA, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
+    "Mamba2": ("Mamba2Config", {**_STATE}),
+    "NemotronH": (
+        "NemotronHConfig",
+        {**_GQA, **_EXPERTS, "head_dim": 8, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 24}
+        | {"ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8}
+        | {"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention"]},
+    ),
+    "Bloom": ("BloomConfig", {}),
+    "Gemma4": (
+        "Gemma4TextConfig",
+        {**_GQA, **_SLIDING, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+        | {"vocab_size_per_layer_input": 96},
+    ),
+}
+
 
 def tiny_model(family: str, **changes) -> torch.nn.Module:
     """The family's tiny model in fp32, its weights large enough that every layer matters, biases and norms included."""
-    name, options = (FAMILIES | MOE_FAMILIES)[family]
+    name, options = (FAMILIES | MOE_FAMILIES | HYBRID_FAMILIES)[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**_COMMON, **options, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

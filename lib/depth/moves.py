@@ -37,8 +37,9 @@ OnStep = Callable[[int, "Round[Move]"], object]
 
 
 def whole_layers(decoder: Decoder) -> list[Move]:
-    """A move for each layer that has both sublayers."""
-    return [Move(layer, attention=True, ffn=True) for layer in decoder.whole_layers]
+    """A move for each layer that has lost nothing."""
+    made = decoder.made_modes
+    return [Move(layer, made[layer].attention, made[layer].ffn) for layer in decoder.whole_layers]
 
 
 def sublayers(decoder: Decoder) -> list[Move]:

@@ -257,7 +257,7 @@ def budget_of(decoder: Decoder) -> Budget:
 
     Raises `InputError` when no layer is whole.
     """
-    sizes = [decoder.sublayer_parameters(layer) for layer in decoder.whole_layers]
+    sizes = [decoder.sublayer_parameters(layer) for layer in decoder.paired_layers]
     if not sizes:
         raise InputError(f"{decoder.family}: no layer has both attention and FFN; pruning by counts needs such layers")
     mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))

@@ -17,7 +17,7 @@ from lib.reporting.console import Report, columns
 
 
 def show_model(report: Report, name: str, decoder: Decoder) -> None:
-    layers = decoder.whole_layers
+    layers = decoder.paired_layers
     report.print(f"Model       {name} ({decoder.family}, {dtype_name(decoder.model)}, {decoder.device})")
     parameters = f"Parameters  {decoder.total_parameters:,} in {decoder.num_layers} layers"
     if len(layers) < decoder.num_layers:

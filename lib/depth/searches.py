@@ -31,7 +31,7 @@ def search_ppllms(run: DepthRun) -> tuple[Plan, dict]:
     report, settings = run.report, run.settings
     bi_scores = rank_layers(run)
     counts = find_counts(settings, run.decoder)
-    candidates = choose_candidates(bi_scores, counts.ffn, run.decoder.whole_layers)
+    candidates = choose_candidates(bi_scores, counts.ffn, run.decoder.paired_layers)
     depth_report.show_counts(report, settings, budget_of(run.decoder), counts, candidates)
     sweep = run.workspace.sweep(settings.seed)
     windows = len(sweep.windows)

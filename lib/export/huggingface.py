@@ -10,10 +10,9 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +28,20 @@ from lib.models.decoder import Decoder
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
     PREFIX,
+    RETURNS,
+    SKIP,
     SKIP_ATTENTION,
     SKIP_FFN,
     TYPE_PREFIX,
-    SkippedAttention,
-    SkippedFFN,
+    Skipped,
     cache_types,
+    empty,
+    find_decoder,
     find_name,
+    lost_sublayers,
     number_layers,
     skip_sublayers,
+    unusual_returns,
 )
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.residual_writers import OUTPUT_PROJECTIONS
@@ -197,55 +201,79 @@ def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None)
 
 
 def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, torch.Tensor]:
-    """{path within the layer: parameter} of a sublayer's output projection, or of all of it if none is known."""
-    parameters = {
-        f"{name}.{inner}": parameter
-        for name in decoder.sublayers[index][kind]
-        for inner, parameter in getattr(decoder.layers[index], name).named_parameters()
-    }
-    outputs = {path: one for path, one in parameters.items() if OUTPUT_PROJECTIONS & set(path.split("."))}
-    return outputs or parameters
+    """{path within the layer: parameter} of the output projections of a sublayer's modules, or of all of such a module.
+
+    All of it if no projection of a known name is in it.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name in decoder.sublayers[index][kind]:
+        parameters = {f"{name}.{inner}": one for inner, one in getattr(decoder.layers[index], name).named_parameters()}
+        parts = {path: {part.removesuffix("_bias") for part in path.split(".")} for path in parameters}
+        found |= {path: one for path, one in parameters.items() if OUTPUT_PROJECTIONS & parts[path]} or parameters
+    return found
 
 
 def compact(decoder: Decoder, plan: Plan) -> None:
     """Deletes removed sublayers and layers from the model and rewrites its config, in place.
 
+    Where a layer's number decides how it is built, layers that lose everything stay as empty ones, under their numbers.
     Raises `SaveError` when a model built from the new config differs from the model in memory.
     """
     plan = decoder.complete(plan)
-    model, kept = decoder.model, plan.kept_layers
     decoder.apply(plan)
-    parent = model.get_decoder()
+    model, config, given = decoder.model, decoder.config, copy.deepcopy(vars(decoder.config))
+    forms = [(plan.kept_layers, True), (plan.kept_layers, False), (list(range(plan.num_layers)), False)]
+    for form, (kept, adapts_types) in enumerate(forms, 1):
+        for index in set(kept) & set(plan.removed_layers):
+            empty(decoder.layers[index])
+        _keep(decoder, kept, adapts_types)
+        try:
+            _check_rebuilt(model)
+            return
+        except SaveError:
+            if form == len(forms):
+                raise
+        vars(config).clear()
+        vars(config).update(copy.deepcopy(given))
+
+
+def _keep(decoder: Decoder, kept: list[int], adapts_types: bool) -> None:
+    """Deletes all other layers from the model and from its config."""
+    parent = find_decoder(decoder.model)
     layers = nn.ModuleList(decoder.layers[index] for index in kept)
     setattr(parent, find_name(parent, LAYERS_NAMES), layers)
-    modes = [plan.mode(index) for index in kept]
-    _rewrite_config(decoder.config, kept, modes)
+    _rewrite_config(decoder.config, kept, layers, adapts_types)
     number_layers(layers, getattr(decoder.config, "layer_types", None))
-    _check_rebuilt(model)
 
 
-def _rewrite_config(config: PreTrainedConfig, kept: list[int], modes: list[Mode]) -> None:
-    """Makes the config describe the kept layers in their modes."""
+def _rewrite_config(config: PreTrainedConfig, kept: list[int], layers: nn.ModuleList, adapts_types: bool) -> None:
+    """Makes the config describe the layers that are kept, and what they have lost."""
     num_layers, given = config.num_hidden_layers, config.to_dict()
     for name, value in given.items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        config.layer_types = cache_types(layer_types, [mode.attention for mode in modes])
-    # A family may have entries of its own under this key, besides `skip`.
-    own = {int(index): entry for index, entry in (given.get("per_layer_config") or {}).items()}
-    entries: dict[int | str, dict[str, Any]] = {}
-    for index, (old, mode) in enumerate(zip(kept, modes, strict=True)):
-        entry = {key: value for key, value in own.get(old, {}).items() if key != "skip"}
-        if not mode.is_whole:
-            switches = ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn))
-            entry["skip"] = [kind for kind, is_on in switches if not is_on]
-        if entry:
-            entries[index] = entry
-    if own or entries:
+    if adapts_types and (layer_types := getattr(config, "layer_types", None)):
+        with suppress(AttributeError):  # where they are computed from other entries
+            config.layer_types = cache_types(layer_types, layers)
+    # What a family itself keeps for single layers does not go with `skip`: it expects some layers to be alike.
+    own = {
+        int(index): entry
+        for index, given_entry in (given.get("per_layer_config") or {}).items()
+        if (entry := {key: value for key, value in given_entry.items() if key != "skip"})
+    }
+    lost = {index: kinds for index, layer in enumerate(layers) if (kinds := lost_sublayers(layer))}
+    entries = {index: own[old] for index, old in enumerate(kept) if old in own}
+    if not own:
+        entries = {index: {"skip": kinds} for index, kinds in lost.items()}
+    if entries or given.get("per_layer_config"):
         config.per_layer_config = entries or None
+    returns = {index: values for index, layer in enumerate(layers) if (values := unusual_returns(layer))}
+    for name, value in ((SKIP, lost if own else {}), (RETURNS, returns)):
+        if value:
+            setattr(config, name, {str(index): one for index, one in value.items()})
+        elif hasattr(config, name):
+            delattr(config, name)
 
 
 def _check_rebuilt(model: PreTrainedModel) -> None:
@@ -254,7 +282,9 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
     Raises `SaveError` when they differ.
     """
     try:
-        config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+        with TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            config = type(model.config).from_pretrained(folder)
         with torch.device("meta"):
             rebuilt = type(model)(config)
     except Exception as error:  # what a family raises for a config that it does not understand
@@ -279,7 +309,7 @@ def _describe(model: PreTrainedModel) -> dict[str, object]:
 
 
 def _lacks_sublayers(model: PreTrainedModel) -> bool:
-    return any(isinstance(module, SkippedAttention | SkippedFFN) for module in layers_of(model).modules())
+    return any(isinstance(module, Skipped) for module in layers_of(model).modules())
 
 
 def _finish_folder(model: PreTrainedModel, folder: Path) -> None:

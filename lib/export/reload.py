@@ -12,9 +12,11 @@ from lib.config.plan import Plan
 from lib.errors import RunError, first_line, is_out_of_memory
 from lib.models.decoder import Decoder
 from lib.models.offload import disk_map
+from lib.runtime.memory import free_bytes
 
 _LONGEST = 128  # tokens of the window
 _LEAST_TOLERANCE = 1e-5
+_FITS = 0.8  # share of a device's free memory that a second model may take
 
 
 class SaveError(RunError):
@@ -45,8 +47,8 @@ def check_reload(
 ) -> None:
     """Loads a saved model and compares its logits with the expected ones (1, T, V).
 
-    `model` is the saved model in memory, with the names of its modules. Layers are read from the folder one at a time.
-    Raises `SaveError`.
+    `model` is the saved model in memory, with the names of its modules. Where there is no room for a second one, layers
+    are read from the folder one at a time. Raises `SaveError`.
     """
     try:
         with _loaded(folder, model, device) as reloaded:
@@ -88,16 +90,18 @@ def has_code(folder: Path) -> bool:
 
 @contextmanager
 def _loaded(folder: Path, model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """The model of a folder, with its layers on disk.
+    """The model of a folder, with its layers on disk where the device has no room for them.
 
     Its path is one that does not change from run to run, because transformers keeps a copy of the code for each name.
     """
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    fits = size < _FITS * free_bytes(device)
     with TemporaryDirectory(prefix=".reloaded-", dir=folder) as place:
         path = Path(place) / "saved_model"
         path.symlink_to(folder.absolute())
         yield AutoModelForCausalLM.from_pretrained(
             path,
             trust_remote_code=has_code(folder),
-            device_map=disk_map(model, device),
+            device_map={"": device} if fits else disk_map(model, device),
             offload_folder=Path(place) / "offloaded",
         ).eval()

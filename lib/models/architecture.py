@@ -8,14 +8,13 @@ from torch import nn
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError
 from lib.models.modeling_pruned import (
-    ATTENTION_NAMES,
-    FFN_NAMES,
     LAYERS_NAMES,
     SKIP_ATTENTION,
     SKIP_FFN,
-    SkippedAttention,
-    SkippedFFN,
+    Skipped,
+    find_decoder,
     find_name,
+    find_sublayers,
 )
 
 if TYPE_CHECKING:
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Architecture:
-    """A causal language model as a list of decoder layers, each with one attention and one FFN.
+    """A causal language model as a list of decoder layers, each with an attention and an FFN, or one of the two.
 
-    Works on the meta device too. `given_modes` says which sublayers each layer has before this run prunes any; a
-    model pruned earlier lacks some. Raises `InputError` for other structures.
+    Works on the meta device too. `made_modes` says which sublayers each layer was made with, `given_modes` which it has
+    before this run prunes any; a model pruned earlier lacks some. Raises `InputError` for other structures.
     """
 
     def __init__(self, model: "PreTrainedModel"):
@@ -39,10 +38,17 @@ class Architecture:
             {name: getattr(layer, name) for names in self.sublayers[index].values() for name in names}
             for index, layer in enumerate(self.layers)
         ]
+        self.made_modes = [Mode(*(bool(names) for names in found.values())) for found in self.sublayers]
         self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
 
     def _find_layers(self) -> nn.ModuleList:
-        decoder = self.model.get_decoder()
+        decoder = find_decoder(self.model)
+        if hasattr(decoder, "encoder"):
+            raise InputError(f"{self.family} does not fit: it is an encoder, without decoder layers")
+        if any(hasattr(self.config, name) for name in ("encoder_layers", "num_encoder_layers")):
+            raise InputError(f"{self.family} does not fit: it is one half of an encoder-decoder model")
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            raise InputError(f"{self.family} does not fit: its last layers read keys and values of layers before them")
         name = find_name(decoder, LAYERS_NAMES)
         layers = getattr(decoder, name) if name else None
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -53,11 +59,10 @@ class Architecture:
 
     def _find_sublayers(self, index: int, layer: nn.Module) -> dict[str, list[str]]:
         """{attention, mlp} -> names of the layer's attributes that form that sublayer."""
-        attention, ffn = find_name(layer, ATTENTION_NAMES), find_name(layer, FFN_NAMES)
-        if attention is None or ffn is None:
-            missing = "attention" if attention is None else "FFN"
-            raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has no {missing} of a known name")
-        return {SKIP_ATTENTION: [attention], SKIP_FFN: ffn.split("+")}
+        found = find_sublayers(layer)
+        if not any(found.values()):
+            raise InputError(f"{self.family}: layer {index} ({type(layer).__name__}) has neither attention nor FFN")
+        return found
 
     def sublayer_modules(self, index: int, kind: str) -> dict[str, nn.Module]:
         """{attribute of the layer: module} of a sublayer as the model was given, on or off."""
@@ -65,11 +70,8 @@ class Architecture:
 
     def _find_mode(self, index: int) -> Mode:
         """The sublayers that a layer has before this run prunes any."""
-        modules = self._originals[index].values()
-        return Mode(
-            attention=not any(isinstance(module, SkippedAttention) for module in modules),
-            ffn=not any(isinstance(module, SkippedFFN) for module in modules),
-        )
+        given = [self.sublayer_modules(index, kind).values() for kind in (SKIP_ATTENTION, SKIP_FFN)]
+        return Mode(*(any(not isinstance(module, Skipped) for module in modules) for modules in given))
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +79,11 @@ class Architecture:
 
     @property
     def whole_layers(self) -> list[int]:
+        """The layers that have lost nothing."""
+        return [index for index, mode in enumerate(self.given_modes) if mode == self.made_modes[index]]
+
+    @property
+    def paired_layers(self) -> list[int]:
         """The layers that have both attention and FFN."""
         return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
 
@@ -101,6 +108,7 @@ class Architecture:
             )
             skipped = {id(module) for module in originals.values()}
             rest = sum(_count(child) for child in layer.children() if id(child) not in skipped)
+            rest += sum(parameter.numel() for parameter in layer.parameters(recurse=False))
             counts.append((attention, ffn, rest))
         return counts
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lib.config.model_files import weight_files
 from lib.config.sources import locate_model
 from lib.errors import InputError
-from lib.models.modeling_pruned import LAYERS_NAMES, find_name
+from lib.models.modeling_pruned import LAYERS_NAMES, find_decoder, find_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ def surplus_weights(model: "PreTrainedModel", unexpected: Iterable[str]) -> list
     checkpoints, layers that predict further tokens, and parts that a decoder works without, as vision towers and
     value heads.
     """
-    decoder, modules = model.get_decoder(), dict(model.named_modules())
+    decoder, modules = find_decoder(model), dict(model.named_modules())
     path = next((name for name, module in modules.items() if module is decoder), "")
     number = getattr(model.config.get_text_config(decoder=True), "num_nextn_predict_layers", None) or 0
     layers = find_name(decoder, LAYERS_NAMES) or "layers"

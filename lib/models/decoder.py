@@ -5,8 +5,9 @@ attention and one FFN, and checks this by running the model. It rejects all othe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,14 +56,18 @@ class Decoder(Architecture):
         super().__init__(model)
         self.has_weights = has_weights
         self._modes = [Mode()] * len(self.layers)
+        self._returns: list[dict[str, int]] = [{}] * len(self.layers)  # numbers of values, by module of a sublayer
         self._offloaded: list[OffloadedLayer | None] = [offloaded(layer) for layer in self.layers]
-        self._returns_tuple = has_weights and self._layers_return_tuples()
+        self._num_values = self._values_of_layers() if has_weights else None
         if has_weights:
             self._check_residual()
 
     @torch.no_grad()
-    def _layers_return_tuples(self) -> bool:
-        """Found in a forward pass of two tokens that stops after the first layer."""
+    def _values_of_layers(self) -> int | None:
+        """How many values a layer returns, None for a tensor that is not in a tuple.
+
+        Found in a forward pass of two tokens that stops after the first layer.
+        """
         forward, outputs = self.layers[0].forward, []
 
         def look(*args, **kwargs):
@@ -71,21 +76,25 @@ class Decoder(Architecture):
 
         with suppress(StopForward), self.at(0), self._layers_do([look] * len(self.layers)):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
-        return bool(outputs) and isinstance(outputs[0], tuple)
+        return len(outputs[0]) if outputs and isinstance(outputs[0], tuple) else None
 
     @torch.no_grad()
     def _check_residual(self) -> None:
         """Checks that a layer with both sublayers off returns its input; else removing them would mean something else.
 
-        Runs two tokens, once for every class of layer. Raises `InputError` for a class that fails.
+        Runs two tokens, once for every kind of layer. Raises `InputError` for a kind that fails.
         """
         hidden_states, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
-        first_of_class = {type(layer): index for index, layer in reversed(list(enumerate(self.layers)))}
-        for kind, index in first_of_class.items():
-            reason = None
+        alike: dict[tuple, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            alike.setdefault((type(layer), *map(type, layer.children())), []).append(index)
+        for (kind, *_), indices in alike.items():
+            index, reason = indices[0], None
             try:
-                self.set_mode(index, Mode(attention=False, ffn=False))
                 with self.at(index):
+                    returns = self._numbers_of_values(index, hidden_states, inputs)
+                    self._returns = [returns if i in indices else one for i, one in enumerate(self._returns)]
+                    self.set_mode(index, Mode(attention=False, ffn=False))
                     output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
                 output = output[0] if isinstance(output, tuple) else output
                 if not torch.equal(output, hidden_states.to(output.device)):
@@ -98,6 +107,21 @@ class Decoder(Architecture):
                 self.set_mode(index, Mode())
             if reason:
                 raise InputError(f"{self.family} does not fit: its layer ({kind.__name__}) {reason}")
+
+    def _numbers_of_values(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs) -> dict[str, int]:
+        """How many values the modules of a layer's sublayers return, by their names."""
+        found: dict[str, int] = {}
+
+        def look(module, args, output, name: str) -> None:
+            found[name] = len(output) if isinstance(output, tuple) else 1
+
+        with ExitStack() as hooks:
+            for kind in (SKIP_ATTENTION, SKIP_FFN):
+                for name, module in self.sublayer_modules(index, kind).items():
+                    hook = module.register_forward_hook(partial(look, name=name))
+                    hooks.callback(hook.remove)
+            self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +170,7 @@ class Decoder(Architecture):
             return
         layer = self.layers[index]
         for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
-            modules = self.sublayer_modules(index, kind) if is_on else skip_modules(layer, kind)
+            modules = self.sublayer_modules(index, kind) if is_on else skip_modules(layer, kind, self._returns[index])
             for name, module in modules.items():
                 setattr(layer, name, module)
         self._modes[index] = mode
@@ -166,13 +190,15 @@ class Decoder(Architecture):
         try:
             self.apply(plan)
             if layer_types:
-                self.config.layer_types = cache_types(layer_types, [m.attention for m in self.complete(plan).modes])
+                with suppress(AttributeError):  # where they are computed from other entries
+                    self.config.layer_types = cache_types(layer_types, self.layers)
             number_layers(self.layers, getattr(self.config, "layer_types", None))
             yield
         finally:
             self.apply(Plan(self.num_layers))
             if layer_types:
-                self.config.layer_types = layer_types
+                with suppress(AttributeError):
+                    self.config.layer_types = layer_types
             number_layers(self.layers, layer_types)
 
     # Running
@@ -193,7 +219,7 @@ class Decoder(Architecture):
                     vars(layer)["forward"] = forward
 
     def _as_layer_output(self, hidden_states: torch.Tensor):
-        return (hidden_states, None) if self._returns_tuple else hidden_states
+        return hidden_states if self._num_values is None else (hidden_states, *[None] * (self._num_values - 1))
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 from transformers.pytorch_utils import Conv1D
 
 from lib.config.plan import Mode
@@ -17,6 +18,7 @@ from lib.models.decoder import Decoder
 from lib.runtime.memory import free_host_memory
 
 _ON = Mode()
+_TIME_STEPS = "dt_proj"  # small, and multiplied with in other ways than by its forward
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ Matrices = dict[str, Matrix]  # of a layer, by the path of the parameter, withou
 def find_matrices(decoder: Decoder) -> list[Matrices]:
     """All matrices of each decoder layer that are pruned: of linears (also transposed ones, `Conv1D`) and of experts.
 
-    Routers, and gates of shared experts, are left as they are. Raises `InputError` if a layer has other weight
-    matrices, because they would silently stay dense. Works on the meta device too.
+    Routers, gates of shared experts, depthwise convolutions, and projections of a state space's time steps are left as
+    they are. Raises `InputError` if a layer
+    has other weight matrices, because they would silently stay dense; those that are parameters of another module are
+    found by `input_groups`. Works on the meta device too.
     """
     return [_matrices_of(decoder, index, layer) for index, layer in enumerate(decoder.layers)]
 
@@ -98,19 +102,23 @@ def _matrices_of(decoder: Decoder, index: int, layer: nn.Module) -> Matrices:
             if whole in stacks:
                 is_transposed = _is_transposed(module, decoder.config.hidden_size)
                 found |= {f"{whole}.{i}": Matrix(module, name, i, is_transposed) for i in range(len(parameter))}
-            elif parameter.dim() < 2 or _is_of_routing(layer, path, parameter, stacks):
+            elif parameter.dim() < 2 or path.endswith(_TIME_STEPS) or _is_of_routing(layer, path, parameter, stacks):
                 continue
             elif name == "weight" and isinstance(module, nn.Linear | Conv1D) and parameter.is_floating_point():
                 found[path] = Matrix(module, is_transposed=isinstance(module, Conv1D))
-            else:
+            elif isinstance(module, nn.Linear) or isinstance(module, nn.Conv1d) and module.groups == 1:
                 kind = "quantized" if isinstance(module, nn.Linear) else f"of a {type(module).__name__}"
-                raise InputError(
-                    f"{decoder.family} does not fit weight pruning: layer {index} keeps weights in {whole} ({kind}), "
-                    "and only linears and experts can be pruned"
-                )
+                raise _no_linear(decoder, index, f"{whole} ({kind})")
     if not found:
         raise InputError(f"{decoder.family} does not fit weight pruning: layer {index} has no linear")
     return found
+
+
+def _no_linear(decoder: Decoder, index: int, what: str) -> InputError:
+    return InputError(
+        f"{decoder.family} does not fit weight pruning: layer {index} keeps weights in {what}, and only linears and "
+        "experts can be pruned"
+    )
 
 
 def _stacks(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -198,8 +206,11 @@ def input_groups(decoder: Decoder) -> list[list[InputGroup]]:
                     return
             seen.append((tensor, [name]))
 
-        with decoder.at(index), inputs_seen(decoder.layers[index], matrices, record):
+        layer = decoder.layers[index]
+        with decoder.at(index), inputs_seen(layer, matrices, record), _OtherProducts(layer, matrices) as others:
             hidden_states = decoder.run_layer(index, hidden_states, inputs, _ON)
+        if others.found:
+            raise _no_linear(decoder, index, min(others.found))
         experts = [name for name, matrix in matrices.items() if matrix.expert is not None]
         called = [name for _, names in seen for name in names]
         if unseen := {_stack_of(name) for name in experts} - set(map(_stack_of, called)):
@@ -290,7 +301,8 @@ class _Call(NamedTuple):
     inputs: torch.Tensor
 
 
-_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm", "baddbmm")
+_BATCHED = {"bmm": 1, "baddbmm": 2}  # which argument is the stack; the one before are the inputs of all its matrices
 _SUMS, _SCALINGS = ("add", "__add__"), ("mul", "__mul__", "mul_", "__imul__")
 
 
@@ -312,14 +324,15 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "")
-        if kind == "__getitem__" and id(args[0]) in self._stacks:
+        if kind == "__getitem__" and id(args[0]) in self._stacks and not isinstance(args[1], tuple | slice):
             self._remember(self._parts, result, (id(args[0]), int(args[1])))
         elif kind in _PRODUCTS and len(args) > 1:
             if part := self._parts.get(id(args[1])):
                 self._add(*part, kind, args[0], result)
-            elif kind == "bmm" and id(args[1]) in self._stacks:
-                for number, inputs in enumerate(args[0]):
-                    self._add(id(args[1]), number, kind, inputs[inputs.any(dim=-1)], None)
+            elif kind in _BATCHED and id(args[_BATCHED[kind]]) in self._stacks:
+                at = _BATCHED[kind]
+                for number, inputs in enumerate(args[at - 1]):
+                    self._add(id(args[at]), number, kind, inputs[inputs.any(dim=-1)], None)
         elif kind in _SUMS and id(args[0]) in self._outputs:
             self._remember(self._outputs, result, self._outputs[id(args[0])])
         elif kind in _SCALINGS and (expert := self._outputs.get(id(args[0]))) is not None:
@@ -350,6 +363,31 @@ class _Calls(TorchFunctionMode):
         for name, expert, inputs in calls:
             scale = scales.get(expert)
             function(name, inputs if scale is None else inputs * scale.abs().to(inputs.dtype))
+
+
+class _OtherProducts(TorchFunctionMode):
+    """Finds the parameters of a layer that its forward multiplies with as matrices, though none is to be pruned."""
+
+    def __init__(self, layer: nn.Module, matrices: Matrices):
+        super().__init__()
+        stacks, pruned = _stacks(layer), {id(matrix.whole) for matrix in matrices.values()}
+        self._names = {
+            parameter.untyped_storage().data_ptr(): name
+            for name, parameter in layer.named_parameters()
+            if parameter.dim() > 1
+            and id(parameter) not in pruned
+            and not name.endswith(f"{_TIME_STEPS}.weight")
+            and not _is_of_routing(layer, name.rpartition(".")[0], parameter, stacks)
+        }
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in (*_PRODUCTS, "einsum", "addmm"):
+            tensors = (one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor))
+            self.found |= {
+                self._names[at] for one in tensors if (at := one.untyped_storage().data_ptr()) in self._names
+            }
+        return func(*args, **(kwargs or {}))
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from lib.models.modeling_pruned import LAYERS_NAMES, find_name
+from lib.models.modeling_pruned import LAYERS_NAMES, find_decoder, find_name
 from lib.models.weight_deltas import Changes
 from lib.runtime.memory import free_host_memory
 
@@ -146,7 +146,7 @@ def choose(asked: str, outline: "PreTrainedModel | None", dtype: torch.dtype, de
 
 def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers of a model."""
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     return getattr(decoder, find_name(decoder, LAYERS_NAMES))
 
 
@@ -170,7 +170,7 @@ def disk_map(outline: "PreTrainedModel", device: torch.device) -> dict[str, str]
 
 def offload_to_host(model: "PreTrainedModel", device: torch.device) -> None:
     """Offloads the decoder layers of a model in host memory, and moves everything else to the device."""
-    layers, parent = layers_of(model), model.get_decoder()
+    layers, parent = layers_of(model), find_decoder(model)
     name = find_name(parent, LAYERS_NAMES)
     setattr(parent, name, nn.ModuleList())  # set aside while the rest moves
     model.to(device)  # type: ignore[arg-type]  # the decorator of `PreTrainedModel.to` loses its signature

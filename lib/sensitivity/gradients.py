@@ -210,8 +210,14 @@ def _backward(
     experts = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None}
     stacks = {id(one.whole): one.whole for one in experts.values()}
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def record(module, args, output, name: str) -> None:
+        # What only chooses, such as the tokens that an attention looks at, runs without gradients: they are zero.
+        output = output if output.requires_grad else torch.zeros_like(output, requires_grad=True)
+        calls.append((name, args[0], output))
+
     hooks = [
-        matrix.module.register_forward_hook(lambda module, args, out, name=name: calls.append((name, args[0], out)))
+        matrix.module.register_forward_hook(partial(record, name=name))
         for name, matrix in matrices.items()
         if name not in experts
     ]

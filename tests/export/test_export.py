@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+from transformers import LlamaForCausalLM as Llama
 
-from lib.config.plan import Plan
+from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
 from lib.export.huggingface import check_format, save_pruned, save_weights
 from lib.export.reload import SaveError
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model
-from tests.families import FAMILIES, tiny_model, tiny_windows
+from tests.families import FAMILIES, HYBRID_FAMILIES, tiny_model, tiny_windows
 
 MIXED = Plan(4, mha_removed=(0, 2), ffn_removed=(1, 2))  # layer 0 without attention, 1 without FFN, 2 gone
 WHOLE = Plan(4, mha_removed=(2,), ffn_removed=(2,))
@@ -32,7 +33,7 @@ def _generate(model, ids, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("plan", [MIXED, WHOLE], ids=["mixed", "whole"])
 @pytest.mark.parametrize("save_format", ["hf", "masked"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRID_FAMILIES])
 def test_reloaded_models_are_the_pruned_one_and_generate_with_a_cache(family, save_format, plan, tmp_path):
     model, ids = tiny_model(family), tiny_windows(3)
     decoder = Decoder(model)
@@ -160,10 +161,35 @@ def test_offloaded_weights_are_saved_pruned_or_refused(tmp_path):
         save_pruned(Decoder(offloaded()), plan, None, tmp_path / "masked", "masked")
 
 
-def test_a_model_that_a_reload_would_change_is_refused(tmp_path):
-    """GPT-2 can scale attention by the layer's number, which renumbering the layers would change."""
-    decoder = Decoder(tiny_model("GPT2", scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(SaveError, match="scaling"):
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("GPT2", dict(scale_attn_by_inverse_layer_idx=True)), ("DeepseekV3", dict(first_k_dense_replace=1))],
+)
+def test_layers_that_are_built_by_their_number_keep_it_and_removed_ones_are_empty(family, fields, tmp_path):
+    """GPT-2 can scale attention by the layer's number, and the first layers of a mixture of experts may be dense."""
+    decoder, ids, plan = Decoder(tiny_model(family, **fields)), tiny_windows(1), Plan(4, (0, 2), (0, 2, 3))
+    with decoder.under(plan):
+        expected = decoder.model(input_ids=ids, use_cache=False).logits
+    left = decoder.total_parameters - decoder.removed_parameters(plan)
+    save_pruned(decoder, plan, None, tmp_path / "out")
+    saved = _reload(tmp_path / "out")
+    assert torch.equal(saved(input_ids=ids, use_cache=False).logits, expected)
+    assert saved.num_parameters() == left and saved.config.num_hidden_layers == 4
+    again = Decoder(load_model(ModelSource(str(tmp_path / "out"))))
+    assert again.given_modes == [Mode(False, False), Mode(), Mode(False, False), Mode(ffn=False)]
+    save_pruned(again, Plan(4, ffn_removed=(1,)), None, tmp_path / "again")
+    assert Decoder(load_model(ModelSource(str(tmp_path / "again")))).given_modes[1] == Mode(ffn=False)
+
+
+def test_a_model_that_a_reload_would_change_is_refused(tmp_path, monkeypatch):
+    decoder, rebuilt = Decoder(tiny_model("Llama")), Llama.__init__
+
+    def other(self, config):
+        rebuilt(self, config)
+        self.model.layers[0].self_attn.scaling = 2.0
+
+    monkeypatch.setattr(Llama, "__init__", other)
+    with pytest.raises(SaveError, match="a reload would have 0.self_attn.scaling = 2.0 in place of"):
         save_pruned(decoder, WHOLE, None, tmp_path / "out")
 
 

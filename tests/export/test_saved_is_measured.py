@@ -14,11 +14,15 @@ from transformers import AutoModelForCausalLM
 import lib.export.huggingface
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
+from lib.data.corpora import load_corpus
+from lib.data.sampling import evaluation_windows
 from lib.errors import InputError
+from lib.evaluation.perplexity import perplexity
 from lib.export.huggingface import save_pruned, save_weights
 from lib.export.reload import SaveError, check_window, distance, tolerance
 from lib.models.decoder import Decoder
-from lib.models.loading import load_config, load_model
+from lib.models.loading import load_config, load_model, load_tokenizer
+from tests import reference
 from tests.command import run, run_alp
 from tests.families import tiny_model, tiny_windows
 
@@ -206,37 +210,46 @@ BY_INDEX = dict(n_inner=48, scale_attn_by_inverse_layer_idx=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "reason"),
-    [
-        ("Gemma4TextConfig", GEMMA4, "a reload would (fail|have) .*"),
-        ("DeepseekV2Config", DENSE_FIRST, "a reload would have .*mlp.*, if layer 0 loses attention and FFN"),
-        ("GPT2Config", BY_INDEX, "a reload would have .*scaling .*"),
-    ],
+    ("name", "fields"), [("Gemma4TextConfig", GEMMA4), ("DeepseekV2Config", DENSE_FIRST), ("GPT2Config", BY_INDEX)]
 )
-def test_what_a_search_could_not_save_is_refused_before_it(
-    name, fields, reason, checkpoint, arguments, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("save_format", ["hf", "masked"])
+def test_families_whose_layers_are_not_alike_are_saved_whatever_the_search_finds(
+    name, fields, save_format, checkpoint, arguments, text_file, tmp_path, monkeypatch
 ):
     flags = [*arguments, "--model_name", checkpoint(name, **fields), "--save_model", tmp_path / "out"]
+    assert run(*flags, "--save_format", save_format, monkeypatch=monkeypatch) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokenizer = load_tokenizer(ModelSource(str(tmp_path / "out")))
+    windows = evaluation_windows(load_corpus(str(text_file), "test"), tokenizer, 64)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    found = perplexity(reference.model_window_losses(saved), windows).value
+    assert found == pytest.approx(result["perplexity"][str(text_file)]["pruned"], rel=1e-5)
+
+
+def test_what_a_search_could_not_save_is_refused_before_it(checkpoint, arguments, tmp_path, monkeypatch, capsys):
+    def refuse(model) -> None:
+        raise SaveError("a reload would fail (because)")
+
+    flags = [*arguments, "--model_name", checkpoint("LlamaConfig"), "--save_model", tmp_path / "out"]
+    monkeypatch.setattr(lib.export.huggingface, "_check_rebuilt", refuse)
     assert run(*flags, monkeypatch=monkeypatch) == 2
     told = capsys.readouterr().err
-    assert re.fullmatch(rf"ppllms.py: error: --save_format hf: {reason}; use --save_format masked, or .*\n", told), told
+    reason = r"a reload would fail \(because\), if layer 0 loses attention and FFN; use --save_format masked, or .*"
+    assert re.fullmatch(rf"ppllms.py: error: --save_format hf: {reason}\n", told), told
     assert not (tmp_path / "run").exists()
-    assert run(*flags, "--save_format", "masked", monkeypatch=monkeypatch) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
 
 
-def test_a_plan_that_the_format_holds_is_applied_to_such_a_model(checkpoint, tmp_path, monkeypatch, capsys):
+def test_what_a_family_keeps_for_single_layers_goes_with_them(checkpoint, tmp_path, monkeypatch, capsys):
     folder = checkpoint("Gemma4TextConfig", **GEMMA4)
     total = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     parts = {"tool": "ppllms", "num_layers": 4, "model": str(folder), "parameters": {"total": total}}
     flags = ["--apply_plan", tmp_path / "result.json", "--eval_ppl", "no", "--output_dir", tmp_path / "run"]
     flags += ["--save_model", tmp_path / "out"]
-    for gone, status in ([3], 2), ([2], 0):
-        (tmp_path / "result.json").write_text(json.dumps(parts | {"mha_removed": gone, "ffn_removed": gone}))
-        assert run(*flags, monkeypatch=monkeypatch) == status
-    assert capsys.readouterr().err.endswith("; use --save_format masked\n")
+    (tmp_path / "result.json").write_text(json.dumps(parts | {"mha_removed": [2], "ffn_removed": [2, 3]}))
+    assert run(*flags, monkeypatch=monkeypatch) == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["per_layer_config"] == {"1": {"head_dim": 16}, "2": {"head_dim": 16}}
+    assert config["skip_sublayers"] == {"2": ["mlp"]}
     assert run(*flags, "--save_format", "nemotron-nas", "--overwrite", monkeypatch=monkeypatch) == 2
     assert "all layers must be alike, and the config has head_dim for single ones" in capsys.readouterr().err
 
