@@ -104,4 +104,4 @@ def tiny_windows(count: int = 5, seqlen: int = 16) -> torch.Tensor:
 
 # All of their weights are those of nn.Linear.
 LINEAR_FAMILIES = [family for family in FAMILIES if family not in ("GPT2", "Mixtral")]
-OTHER_FAMILIES = ["GPT2", "Mixtral", *MOE_FAMILIES]
+OTHER_FAMILIES = ["GPT2", "Mixtral", *MOE_FAMILIES, *(family for family in HYBRID_FAMILIES if family != "Bloom")]

@@ -117,20 +117,23 @@ class UnfusedExperts(nn.Module):
 
     def __init__(self, fused: nn.Module):
         super().__init__()
-        for name in ("gate_up_proj", "down_proj"):
-            stack = getattr(fused, name)
-            self.add_module(name, nn.ModuleList(linear_of(one.T if fused.is_transposed else one) for one in stack))
-        self.gate = fused._apply_gate
+        self.names = ("gate_up_proj" if hasattr(fused, "gate_up_proj") else "up_proj", "down_proj")
+        for name in self.names:
+            stack, biases = getattr(fused, name), getattr(fused, f"{name}_bias", None)
+            stack = stack.mT if fused.is_transposed else stack
+            pairs = zip(stack, [None] * len(stack) if biases is None else biases, strict=True)
+            self.add_module(name, nn.ModuleList(linear_of(*pair) for pair in pairs))
+        self.gate = fused._apply_gate if self.names[0] == "gate_up_proj" else fused.act_fn
         self.seen: dict[str, list[torch.Tensor]] = {}
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         output = torch.zeros_like(hidden_states)
-        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+        for expert, (gate_up, down) in enumerate(zip(*map(self.get_submodule, self.names), strict=True)):
             for token, place in (top_k_index == expert).nonzero().tolist():
                 state, weight = hidden_states[token], top_k_weights[token, place]
                 inner = self.gate(gate_up(state))
                 output[token] = output[token] + weight * down(inner)
-                for name, inputs in (("gate_up_proj", state), ("down_proj", inner)):
+                for name, inputs in zip(self.names, (state, inner), strict=True):
                     self.seen.setdefault(f"{name}.{expert}", []).append((weight * inputs).detach())
         return output
 
@@ -138,7 +141,8 @@ class UnfusedExperts(nn.Module):
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     """A linear of this weight (out, in)."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    linear.weight.data, linear.bias = weight.detach().clone(), bias
+    linear.weight.data = weight.detach().clone()
+    linear.bias = bias if bias is None else nn.Parameter(bias.detach().clone())
     return linear.requires_grad_(False)
 
 
@@ -158,9 +162,13 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def layer_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
-    """The linears of each layer that are pruned: all but the gate of a shared expert."""
+    """The linears of each layer that are pruned: all but the gate of a shared expert, and time steps."""
     return [
-        {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear) and m.out_features > 1}
+        {
+            name: module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features > 1 and not name.endswith("dt_proj")
+        }
         for layer in decoder_layers(model)
     ]
 

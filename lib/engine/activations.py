@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 
 from lib.config.plan import Mode
 from lib.engine.tail import tail_losses, tail_scores
-from lib.errors import InputError, RunError
+from lib.errors import RunError
 from lib.models.decoder import Decoder, LayerInputs, StopForward
 from lib.runtime.batching import Batcher
 
@@ -19,9 +20,7 @@ See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # layer input and ou
 class Activations:
     """Hidden states (N, T, D) of windows (N, T) at the input of one decoder layer, moved up layer by layer.
 
-    They have the model's dtype and are on the embedding's device, or in host memory if the model is offloaded. The
-    layers' other inputs (masks, positions, rotary tables) are the same for all windows, so they are computed once per
-    batch size. Raises `InputError` for a model where they depend on the tokens.
+    They have the model's dtype and are on the embedding's device, or in host memory if the model is offloaded.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Activations:
     def some(self, rows: slice, places: list[int]) -> "Activations":
         """A walk over some of the windows `rows`, from the same hidden states."""
         windows, states = self.windows[rows][places], self.hidden_states[rows][places]
-        return Activations(self.decoder, windows, self.batcher, self.layer, states, self.inputs)
+        return Activations(self.decoder, windows, self.batcher, self.layer, states, self.inputs.some(windows))
 
     @torch.no_grad()
     def look(self) -> None:
@@ -163,27 +162,36 @@ class Activations:
 
 
 class SharedInputs:
-    """The layers' inputs besides hidden states, cached by the number of windows in a batch."""
+    """The layers' inputs besides hidden states.
+
+    Masks, positions and rotary tables are the same for all windows, so they are computed once per batch size. Where
+    they depend on the tokens, as in Gemma 4 of few parameters, they are computed for each batch.
+    """
 
     def __init__(self, decoder: Decoder, windows: torch.Tensor):
         self._decoder, self._windows = decoder, windows
         self._found: dict[int, tuple[slice, LayerInputs]] = {}
-        self._are_checked = False
 
     def keep(self, rows: slice, inputs: LayerInputs) -> None:
         self._found[rows.stop - rows.start] = rows, inputs
 
     def of(self, rows: slice) -> LayerInputs:
-        """The inputs for a batch. Raises `InputError` if they depend on the tokens, so batches cannot share them."""
-        count = rows.stop - rows.start
-        if count not in self._found:
-            self.keep(rows, self._decoder.embed(self._windows[rows])[1])
-        found_for, inputs = self._found[count]
-        if found_for != rows and not self._are_checked:
-            one, other = (self._decoder.embed(self._windows[ends])[1] for ends in (slice(1), slice(-1, None)))
-            _check_same(self._decoder, one, other)
-            self._are_checked = True
+        """The inputs for a batch."""
+        found_for, inputs = self._found.get(rows.stop - rows.start, (None, None))
+        if inputs is None or found_for != rows and self._depend_on_tokens:
+            inputs = self._decoder.embed(self._windows[rows])[1]
+            self.keep(rows, inputs)
         return inputs
+
+    def some(self, windows: torch.Tensor) -> "SharedInputs":
+        """Those for some of the windows."""
+        return SharedInputs(self._decoder, windows) if self._depend_on_tokens else self
+
+    @cached_property
+    def _depend_on_tokens(self) -> bool:
+        one, other = (self._decoder.embed(self._windows[ends])[1] for ends in (slice(1), slice(-1, None)))
+        pairs = zip(_tensors([one.args, one.kwargs]), _tensors([other.args, other.kwargs]), strict=True)
+        return not all(torch.equal(left, right) for left, right in pairs)
 
 
 def _are_finite(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -192,13 +200,6 @@ def _are_finite(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     if not is_finite.all():  # or the sum overflowed
         is_finite = after.isfinite().flatten(1).all(dim=1)
     return is_finite
-
-
-def _check_same(decoder: Decoder, one: LayerInputs, other: LayerInputs) -> None:
-    """Raises `InputError` if the layers' inputs differ between two windows, so depend on the tokens."""
-    for left, right in zip(_tensors([one.args, one.kwargs]), _tensors([other.args, other.kwargs]), strict=True):
-        if not torch.equal(left, right):
-            raise InputError(f"{decoder.family} does not fit: what its layers are given depends on the tokens")
 
 
 def _tensors(value) -> list[torch.Tensor]:
