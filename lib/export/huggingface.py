@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,15 +202,19 @@ def zero_sublayers(decoder: Decoder, plan: Plan, changes: Changes | None = None)
 
 
 def _output_parameters(decoder: Decoder, index: int, kind: str) -> dict[str, torch.Tensor]:
-    """{path within the layer: parameter} of the output projections of a sublayer's modules, or of all of such a module.
+    """{path within the layer: parameter} of what writes to the residual stream at the end of a sublayer's modules.
 
-    All of it if no projection of a known name is in it.
+    Of a module without a projection of a known name it is the whole module, unless that is a linear of another width.
     """
     found: dict[str, torch.Tensor] = {}
     for name in decoder.sublayers[index][kind]:
-        parameters = {f"{name}.{inner}": one for inner, one in getattr(decoder.layers[index], name).named_parameters()}
+        module = getattr(decoder.layers[index], name)
+        parameters = {f"{name}.{inner}": parameter for inner, parameter in module.named_parameters()}
         parts = {path: {part.removesuffix("_bias") for part in path.split(".")} for path in parameters}
-        found |= {path: one for path, one in parameters.items() if OUTPUT_PROJECTIONS & parts[path]} or parameters
+        if known := {path: one for path, one in parameters.items() if OUTPUT_PROJECTIONS & parts[path]}:
+            found |= known
+        elif getattr(module, "out_features", decoder.config.hidden_size) == decoder.config.hidden_size:
+            found |= parameters
     return found
 
 
@@ -256,20 +261,21 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], layers: nn.Module
     if adapts_types and (layer_types := getattr(config, "layer_types", None)):
         with suppress(AttributeError):  # where they are computed from other entries
             config.layer_types = cache_types(layer_types, layers)
-    # What a family itself keeps for single layers does not go with `skip`: it expects some layers to be alike.
-    own = {
-        int(index): entry
-        for index, given_entry in (given.get("per_layer_config") or {}).items()
-        if (entry := {key: value for key, value in given_entry.items() if key != "skip"})
-    }
+    _list_lost(config, given.get("per_layer_config") or {}, kept, layers)
+
+
+def _list_lost(config: PreTrainedConfig, given: dict[Any, dict], kept: list[int], layers: nn.ModuleList) -> None:
+    """Writes down what each layer has lost, see `lib.models.modeling_pruned`; `given` is the old `per_layer_config`."""
     lost = {index: kinds for index, layer in enumerate(layers) if (kinds := lost_sublayers(layer))}
-    entries = {index: own[old] for index, old in enumerate(kept) if old in own}
-    if not own:
-        entries = {index: {"skip": kinds} for index, kinds in lost.items()}
-    if entries or given.get("per_layer_config"):
-        config.per_layer_config = entries or None
     returns = {index: values for index, layer in enumerate(layers) if (values := unusual_returns(layer))}
-    for name, value in ((SKIP, lost if own else {}), (RETURNS, returns)):
+    # A family that has entries of its own expects layers of one type to have the same, so `skip` is kept apart.
+    own = {int(i): {key: value for key, value in entry.items() if key != "skip"} for i, entry in given.items()}
+    is_own = any(own.values())
+    entries: dict[int | str, dict[str, Any]] = {i: own[old] for i, old in enumerate(kept) if own.get(old)}
+    entries |= {} if is_own else {index: {"skip": kinds} for index, kinds in lost.items()}
+    if entries or given:
+        config.per_layer_config = entries or None
+    for name, value in ((SKIP, lost if is_own else {}), (RETURNS, returns)):
         if value:
             setattr(config, name, {str(index): one for index, one in value.items()})
         elif hasattr(config, name):

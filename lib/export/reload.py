@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -99,9 +100,14 @@ def _loaded(folder: Path, model: PreTrainedModel, device: torch.device) -> Itera
     with TemporaryDirectory(prefix=".reloaded-", dir=folder) as place:
         path = Path(place) / "saved_model"
         path.symlink_to(folder.absolute())
-        yield AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             trust_remote_code=has_code(folder),
             device_map={"": device} if fits else disk_map(model, device),
             offload_folder=Path(place) / "offloaded",
-        ).eval()
+            output_loading_info=True,
+        )
+        reloaded, found = loaded
+        if missing := found["missing_keys"]:
+            raise ValueError(f"no weights for {min(missing)}")
+        yield reloaded.eval()

@@ -98,7 +98,7 @@ class Decoder(Architecture):
                     output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
                 output = output[0] if isinstance(output, tuple) else output
                 if not torch.equal(output, hidden_states.to(output.device)):
-                    reason = "normalizes the sum of input and sublayer (post-norm), or adds the input inside a sublayer"
+                    reason = "scales or normalizes the residual stream, so that no layer can be left out"
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
                 if is_out_of_memory(error):
                     raise

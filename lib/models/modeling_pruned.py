@@ -19,7 +19,10 @@ TYPE_PREFIX = "pruned_"  # before the `model_type` of a stock config
 SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # values of `skip` in transformers' per_layer_config
 SKIP = "skip_sublayers"  # in the config: {layer: [attention, mlp]}, where per_layer_config has other entries
 RETURNS = "skip_returns"  # in the config: {layer: {name of a skipped module: how many values it returned, if unusual}}
-OF_OTHER_TOKENS = {"attention_mask", "mask", "past_key_values", "past_key_value", "layer_past", "cache_params", "alibi"}
+OF_OTHER_TOKENS = frozenset(  # arguments of what mixes tokens: masks, caches, positions
+    "attention_mask mask past_key_values past_key_value layer_past cache_params state alibi position_embeddings "
+    "position_ids freqs_cis".split()
+)
 
 
 class Skipped(nn.Module):
@@ -69,7 +72,7 @@ def find_decoder(model):
 
 def find_sublayers(layer):
     """{attention, mlp} -> names of the layer's attributes that form that sublayer; there may be none."""
-    found = {SKIP_ATTENTION: [], SKIP_FFN: []}
+    found: dict[str, list[str]] = {SKIP_ATTENTION: [], SKIP_FFN: []}
     for name, module in layer.named_children():
         if isinstance(module, SkippedAttention) or _has_matrices(module) and _mixes_tokens(module):
             found[SKIP_ATTENTION].append(name)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lib.export.huggingface
+import lib.export.reload
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.data.corpora import load_corpus
@@ -113,12 +114,14 @@ def test_what_is_compared_is_the_model_under_its_plan(monkeypatch, tmp_path):
         save_pruned(Decoder(tiny_model("Llama")), MIXED, None, tmp_path / "out")
 
 
-def test_the_layers_of_a_saved_model_come_one_at_a_time(tmp_path, monkeypatch):
+def test_without_room_for_two_models_the_layers_of_the_saved_one_come_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.export.reload, "free_bytes", lambda device: 0)
     reloaded, held, load, forward = [], [], AutoModelForCausalLM.from_pretrained, torch.nn.Linear.forward
 
     def loaded(*args, **options):
-        reloaded.append(load(*args, **options))
-        return reloaded[0]
+        model, information = load(*args, **options)
+        reloaded.append(model)
+        return model, information
 
     def watched(linear, hidden_states):
         for model in reloaded:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from lib.config.plan import Plan
+from lib.config.plan import Mode, Plan
 from lib.engine.finite import final_hidden_states
 from lib.errors import InputError
 from lib.models.decoder import Decoder
@@ -114,14 +114,24 @@ _SIZE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_h
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), "adds the input inside"),
+        (transformers.DogeConfig(**_SIZE, intermediate_size=48), "scales or normalizes the residual stream"),
         (
             transformers.OPTConfig(**_SIZE, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=False),
-            "post-norm",
+            "scales or normalizes the residual stream",
         ),
-        (transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2), "no attention"),
+        (transformers.BertConfig(**_SIZE, intermediate_size=48, is_decoder=True), "is an encoder"),
+        (
+            transformers.MBartConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2),
+            "one half of an encoder-decoder",
+        ),
+        (
+            transformers.Gemma3nTextConfig(
+                **_SIZE, intermediate_size=48, num_kv_shared_layers=1, layer_types=["full_attention"] * 2
+            ),
+            "read keys and values of layers before them",
+        ),
     ],
-    ids=["bloom", "opt-post-norm", "mamba"],
+    ids=["doge", "opt-post-norm", "bert", "mbart", "gemma3n"],
 )
 def test_what_does_not_fit_is_refused_by_name_with_the_reason(config, reason):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -130,6 +140,25 @@ def test_what_does_not_fit_is_refused_by_name_with_the_reason(config, reason):
     with pytest.raises(InputError, match=reason) as error:
         Decoder(model)
     assert type(model).__name__ in str(error.value)
+
+
+def test_what_a_skipped_module_returns_is_what_it_returned():
+    """GPT-OSS's experts return router scores too, the state space of Falcon-H1 no attention weights."""
+    for family, kind, number in (("GptOss", "mlp", 2), ("FalconH1", "attention", None), ("Llama", "attention", 2)):
+        decoder = Decoder(tiny_model(family))
+        decoder.set_mode(1, Mode(attention=kind != "attention", ffn=kind != "mlp"))
+        found = {name: getattr(decoder.layers[1], name).num_values for name in decoder.sublayers[1][kind]}
+        assert found == ({"mamba": 1, "self_attn": 2} if number is None else dict.fromkeys(found, number))
+
+
+def test_a_layer_with_one_sublayer_is_removed_with_it():
+    decoder = Decoder(tiny_model("NemotronH"))
+    assert decoder.made_modes == [Mode(ffn=False), Mode(ffn=False), Mode(attention=False), Mode(ffn=False)]
+    assert decoder.whole_layers == [0, 1, 2, 3] and not decoder.paired_layers
+    plan = decoder.complete(Plan(4, (0,), (2,)))
+    assert plan.kept_layers == [1, 3]
+    whole = sum(parameter.numel() for index in (0, 2) for parameter in decoder.layers[index].parameters())
+    assert decoder.removed_parameters(plan) == whole
 
 
 def test_a_plan_names_layers_that_exist_once():

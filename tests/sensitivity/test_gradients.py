@@ -80,9 +80,14 @@ def test_spread_of_equal_values_has_no_redundancy():
 
 def test_weights_of_another_kind_are_refused_by_name():
     model = tiny_model("Llama")
-    model.model.layers[2].mlp.table = torch.nn.Embedding(4, 4)
-    with pytest.raises(InputError, match=r"layer 2 keeps weights in mlp.table.weight \(of a Embedding\)"):
-        find_matrices(Decoder(model))
+    decoder, mlp = Decoder(model), model.model.layers[2].mlp
+    mlp.table = torch.nn.Parameter(torch.eye(32))
+    mlp.register_forward_hook(lambda mlp, args, output: output @ mlp.table)
+    with pytest.raises(InputError, match="layer 2 keeps weights in mlp.table, and only linears and experts can be "):
+        input_groups(decoder)
+    mlp.mixer = torch.nn.Conv1d(32, 32, 1)
+    with pytest.raises(InputError, match=r"layer 2 keeps weights in mlp.mixer.weight \(of a Conv1d\)"):
+        find_matrices(decoder)
 
 
 def test_linears_that_share_an_input_are_found():
