@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ import save_gradient
 from lib.models.decoder import Decoder
 from lib.storage import resume_state
 from lib.storage.atomic import write_json
-from tests.command import GOES_ON, ROOT
+from tests.command import GOES_ON, Started
 from tests.runs.interruption import Command, artefact_of, files_of, litter_of, result_of
 
 # Kills ----------------------------------------------------------------------------------------------------------------
@@ -44,10 +43,9 @@ class Killed:
     start_seconds: float = 0.0  # until it is at work
     work_seconds: float = 0.0
 
-    def start(self, folder: Path, *more) -> subprocess.Popen:
+    def start(self, folder: Path, *more) -> Started:
         flags = [*KILLED[self.name], *(OF_A_RUN if self.name != "save_gradient" else []), *more]
-        command = [str(word).format(self.folder) for word in (sys.executable, ROOT / f"{self.name}.py", *flags)]
-        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return Started(f"{self.name}.py", *(str(word).format(self.folder) for word in flags), folder=folder)
 
     def found(self, folder: Path) -> tuple[dict, dict[str, bytes]]:
         """The result in a folder, and the files of the saved model."""
@@ -71,12 +69,12 @@ class Killed:
         return folder / ("gradient.state" if self.name == "save_gradient" else "run/state")
 
 
-def is_at_work(process: subprocess.Popen) -> bool:
+def is_at_work(process: Started) -> bool:
     """Waits for the first line of a run that is at work; false for one that ends without."""
     return any(line.startswith(b"Model") for line in process.stdout)
 
 
-def kill(process: subprocess.Popen, seconds: float) -> None:
+def kill(process: Started, seconds: float) -> None:
     """Kills a process after some seconds, if it has not ended by then."""
     try:
         process.communicate(timeout=seconds)

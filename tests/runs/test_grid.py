@@ -3,11 +3,10 @@
 import gc
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +26,7 @@ from lib.reporting.plots import has_matplotlib
 from lib.sparsity.run import SparsityRun
 from lib.storage.output_folder import RESULTS as FILE
 from lib.storage.results_jsonl import ResultsFile
-from tests.command import run, run_alp
+from tests.command import Started, run, run_alp
 
 TABLES = ("table.md", "table.csv")
 
@@ -188,11 +187,11 @@ def test_a_killed_grid_goes_on_to_the_same_tables(script, tiny_folder, text_file
     monkeypatch.chdir(tmp_path / "killed")
     killed, results = tmp_path / "killed/out", tmp_path / "killed/out" / FILE
     for lines in (1, 3):
-        process = subprocess.Popen([sys.executable, script.__file__, *flags], stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(lines_of(killed)) < lines:
+        process = Started(Path(script.__file__).name, *flags)
+        while process.returncode is None and len(lines_of(killed)) < lines:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
     assert 3 <= len(lines_of(killed)) < 6
     with results.open("a") as file:
         file.write('{"key": {"cut off')  # as power may leave it

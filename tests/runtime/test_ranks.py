@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +17,10 @@ import alp_prune
 import ppllms
 import save_gradient
 from lib.runtime.distributed import ALONE, Ranks
-from tests.command import run
+from tests.command import Started, run
 
 DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved"}  # from run to run
-ALIKE = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
+ALIKE = {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
 
 pytestmark = pytest.mark.samples  # those of other processes have their whole length
 
@@ -42,16 +43,35 @@ def one(tmp_path, monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def two(tmp_path) -> Callable[..., str]:
-    """Runs a script as two processes; gives what they say."""
+    """Runs a script as two processes, as `torchrun` would start them; gives what they say."""
 
-    def run_both(*arguments, script: ModuleType = ppllms, status: int = 0) -> str:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script.__file__]
-        command = [sys.executable, *map(str, [*launcher, *arguments])]
-        found = subprocess.run(command, cwd=tmp_path, env=ALIKE, capture_output=True, text=True, timeout=180)
-        assert found.returncode == status, found.stdout + found.stderr
-        return found.stdout + found.stderr
+    def run_both(*arguments, script: ModuleType = ppllms) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        name = Path(script.__file__).name
+        ranks = [{**ALIKE, **alike, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        processes = [Started(name, *arguments, folder=tmp_path, environment=rank) for rank in ranks]
+        try:
+            said = [b"".join(process.communicate(timeout=180)) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], said
+        return b"".join(said).decode()
 
     return run_both
+
+
+def torchrun(folder: Path, *arguments, script: ModuleType = ppllms, status: int = 0) -> str:
+    """Runs a script as two processes by `torchrun` itself; gives what they say."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script.__file__]
+    command = [sys.executable, *map(str, [*launcher, *arguments])]
+    environment = {**os.environ, **ALIKE}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    assert found.returncode == status, found.stdout + found.stderr
+    return found.stdout + found.stderr
 
 
 def result_in(folder: Path) -> dict:
@@ -156,12 +176,20 @@ def test_a_grid_and_offloading_work_with_several_processes(one, two, depth, tmp_
 
 def test_a_wrong_input_is_told_once_and_a_stopped_run_goes_on(one, two, depth, tmp_path):
     flags = [*depth, "--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--output_dir", "run"]
-    assert two(*depth, "--mha_remove_layers", 9, status=1).count("ppllms.py: error: --mha") == 1
-    assert "several processes have a device each" in two(*flags, "--device_map", "auto", status=1)
+    assert torchrun(tmp_path, *depth, "--mha_remove_layers", 9, status=1).count("ppllms.py: error: --mha") == 1
     one(*flags)
     before = result_in(tmp_path / "run")
-    assert two(*flags, "--resume").count("Finished before") == 1
+    assert torchrun(tmp_path, *flags, "--resume").count("Finished before") == 1
     assert result_in(tmp_path / "run") == before
+
+
+def test_several_processes_take_no_device_map(depth, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert run(*depth, "--device_map", "auto", monkeypatch=monkeypatch) == 2
+    assert "several processes have a device each" in capsys.readouterr().err
 
 
 # Shares

@@ -289,7 +289,7 @@ def _append(folder: Path, result: dict, count: int, start, process: int) -> None
 
 def test_runs_that_append_at_once_write_one_header_and_lose_no_row(prune, tmp_path):
     result, count = prune(), 50
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     start = context.Barrier(4)
     processes = [context.Process(target=_append, args=(tmp_path / "log", result, count, start, i)) for i in range(4)]
     for process in processes:
