@@ -125,6 +125,7 @@ class UnfusedExperts(nn.Module):
             self.add_module(name, nn.ModuleList(linear_of(*pair) for pair in pairs))
         self.gate = fused._apply_gate if self.names[0] == "gate_up_proj" else fused.act_fn
         self.seen: dict[str, list[torch.Tensor]] = {}
+        self.norms: dict[int, list[float]] = {}  # of the weighed outputs, by expert
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         output = torch.zeros_like(hidden_states)
@@ -133,6 +134,7 @@ class UnfusedExperts(nn.Module):
                 state, weight = hidden_states[token], top_k_weights[token, place]
                 inner = self.gate(gate_up(state))
                 output[token] = output[token] + weight * down(inner)
+                self.norms.setdefault(expert, []).append(float(weight * down(inner).norm()))
                 for name, inputs in zip(self.names, (state, inner), strict=True):
                     self.seen.setdefault(f"{name}.{expert}", []).append((weight * inputs).detach())
         return output

@@ -58,10 +58,11 @@ _TEXT = {"dataset": None, "nsamples": 128}
 class DepthMethod(Entry):
     """A depth method. `implementation` is a search: `DepthRun` -> (plan, what result.json says of the search).
 
-    `removes`: sublayers by counts of attentions and FFNs, or step by step whole `layers` or single `sublayers`.
+    `removes`: sublayers by counts of attentions and FFNs, or step by step whole `layers` or single `sublayers`; or
+    whole `experts`.
     """
 
-    removes: Literal["counts", "layers", "sublayers"]
+    removes: Literal["counts", "layers", "sublayers", "experts"]
 
     @property
     def needs_windows(self) -> bool:
@@ -122,6 +123,14 @@ DEPTH_METHODS = _registry(
         paper="this project",
         flags={**_TEXT, "bi_windows": None, "mha_ffn_ratio": 2.0, "beam_width": 1},
         removes="sublayers",
+    ),
+    DepthMethod(
+        name="reap",
+        implementation="lib.depth.searches:search_reap",
+        help="of a mixture of experts: in each layer the experts that add least to its output",
+        paper="arXiv:2510.13999",
+        flags=_TEXT,
+        removes="experts",
     ),
 )
 

@@ -12,10 +12,11 @@ MOST_LAYERS = 10_000  # the largest models have some hundreds
 
 @dataclass(frozen=True)
 class Mode:
-    """Which sublayers of one decoder layer are on."""
+    """Which sublayers of one decoder layer are on, and which of its experts are not."""
 
     attention: bool = True
     ffn: bool = True
+    experts_removed: tuple[int, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -24,23 +25,30 @@ class Mode:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sublayers of a model are removed; a layer in both lists is removed whole.
+    """Which sublayers of a model are removed, or which experts; a layer in both lists is removed whole.
 
-    `mha_removed` keeps the order in which the layers were chosen.
+    `mha_removed` keeps the order in which the layers were chosen. `experts_removed` is empty, or has the numbers of the
+    removed experts for every layer.
     """
 
     num_layers: int
     mha_removed: tuple[int, ...] = ()
     ffn_removed: tuple[int, ...] = ()
+    experts_removed: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         for name in ("mha_removed", "ffn_removed"):
             layers = getattr(self, name)
             if len(set(layers)) < len(layers) or not all(0 <= layer < self.num_layers for layer in layers):
                 raise ValueError(f"{name} {list(layers)} must name different layers below {self.num_layers}")
+        if self.experts_removed and len(self.experts_removed) != self.num_layers:
+            raise ValueError(f"experts_removed must have an entry for each of {self.num_layers} layers")
+        if any(len(set(experts)) < len(experts) or min(experts, default=0) < 0 for experts in self.experts_removed):
+            raise ValueError("experts_removed must name different experts")
 
     def mode(self, layer: int) -> Mode:
-        return Mode(attention=layer not in self.mha_removed, ffn=layer not in self.ffn_removed)
+        experts = self.experts_removed[layer] if self.experts_removed else ()
+        return Mode(layer not in self.mha_removed, layer not in self.ffn_removed, experts)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -111,11 +119,17 @@ def _saved_plan(path: Path, content: Any) -> SavedPlan:
     if not isinstance(parameters, dict) or not all(isinstance(value, list) for value in removed.values()):
         raise ValueError("the fields of a result have other types")
     total = parameters["total"]
-    if not all(type(number) is int for number in (layers, total, *removed["mha_removed"], *removed["ffn_removed"])):
+    experts = content.get("experts_removed", [])
+    if not isinstance(experts, list) or not all(isinstance(of_layer, list) for of_layer in experts):
+        raise ValueError("experts_removed has another type")
+    numbers = (layers, total, *removed["mha_removed"], *removed["ffn_removed"], *(n for one in experts for n in one))
+    if not all(type(number) is int for number in numbers):
         raise ValueError("numbers of layers and parameters must be whole")
     if not 0 < layers <= MOST_LAYERS or total < 1:
         raise ValueError(f"no model has {layers:,} layers and {total:,} parameters")
-    plan = Plan(layers, **{name: tuple(value) for name, value in removed.items()})
+    plan = Plan(
+        layers, **{name: tuple(value) for name, value in removed.items()}, experts_removed=tuple(map(tuple, experts))
+    )
     return SavedPlan(path, path_of_model, plan, total, _refitted(path, content, layers))
 
 

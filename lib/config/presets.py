@@ -50,10 +50,12 @@ ALP_PRESETS = {
     },
 }
 
+_OF_BLOCKS = [name for name, method in DEPTH_METHODS.items() if method.removes != "experts"]
+
 DEPTH_PRESETS = {
     "ppllms-25": {
         "model_name": ["meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"],
-        "method": list(DEPTH_METHODS),
+        "method": _OF_BLOCKS,
         "prune_rate": [0.2, 0.22, 0.25],
         "seqlen": 2048,
         "nsamples": 128,
@@ -63,7 +65,7 @@ DEPTH_PRESETS = {
     "demo": {
         "model_name": ["demo"],
         "nsamples": 32,
-        "method": list(DEPTH_METHODS),
+        "method": _OF_BLOCKS,
         "prune_rate": [0.15, 0.25, 0.35],
         "compensate": "all",
     },

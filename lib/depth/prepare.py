@@ -14,6 +14,7 @@ from lib.data.inspection import describe_texts
 from lib.data.sampling import calibration_windows, draw_parts, evaluation_windows
 from lib.depth.budget import Budget, Counts, choose_counts
 from lib.depth.moves import check_reachable, moves_of
+from lib.depth.reap import check_experts
 from lib.depth.trial_losses import Sweep
 from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
@@ -21,6 +22,7 @@ from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
+from lib.models.experts import picked_experts
 from lib.models.limits import check_stride, check_tokens, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.matrices import dense_copies
@@ -141,6 +143,11 @@ def check_counts(settings: DepthPruning, layers: int, having: str) -> None:
 
 def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
     """Checks a model, with or without weights, against the plan or budget, and against the save format."""
+    removes_experts = settings.saved_plan.plan.experts_removed if settings.saved_plan else _removes_experts(settings)
+    if removes_experts and settings.compensates:
+        raise InputError("--compensate: has no meaning where experts are removed; leave it out")
+    if removes_experts and settings.save_model and settings.save_format != "hf":
+        raise InputError(f"--save_format {settings.save_format}: cannot hold a model with fewer experts; use hf")
     if settings.saved_plan:
         plan = settings.saved_plan.plan
         for what, layers, absent in (
@@ -154,8 +161,11 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                 )
         if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
             raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
+        check_planned_experts(plan, decoder)
     elif settings.depth_method.removes == "counts":
         find_counts(settings, decoder)
+    elif settings.depth_method.removes == "experts":
+        check_experts(decoder, settings.prune_rate)
     else:
         check_reachable(decoder, moves_of(settings.depth_method, decoder), settings.prune_rate)
     if settings.compensates and decoder.has_weights and not has_writers(decoder):
@@ -169,6 +179,22 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
             check_removals(settings, decoder)
 
 
+def check_planned_experts(plan: Plan, decoder: Decoder) -> None:
+    """Raises `InputError` for a plan that removes experts that the model does not have, or too many."""
+    left = set()
+    for layer, removed in enumerate(plan.experts_removed):
+        experts = decoder.experts[layer]
+        if removed and (experts is None or max(removed) >= experts.count):
+            raise InputError(f"--apply_plan: layer {layer} has no expert {max(removed)}; give the model of the plan")
+        left |= {experts.count - len(removed)} if experts else set()
+    if plan.experts_removed and (len(left) > 1 or min(left, default=0) < (picked_experts(decoder.config) or 1)):
+        raise InputError("--apply_plan: would leave layers with different numbers of experts, or fewer than are picked")
+
+
+def _removes_experts(settings: DepthPruning) -> bool:
+    return settings.depth_method.removes == "experts"
+
+
 def check_removals(settings: DepthPruning, outline: Decoder) -> None:
     """Checks on a model without weights that it can be saved without what a run removes.
 
@@ -177,6 +203,11 @@ def check_removals(settings: DepthPruning, outline: Decoder) -> None:
     """
     if settings.saved_plan:
         check_compact(outline, settings.save_format, settings.saved_plan.plan)
+        return
+    if _removes_experts(settings):
+        first = tuple(range(check_experts(outline, settings.prune_rate)))
+        plan = Plan(outline.num_layers, experts_removed=tuple(first if one else () for one in outline.experts))
+        check_compact(outline, settings.save_format, plan)
         return
     otherwise = ", or search without --save_model, and save with --apply_plan what the search found"
     layers, whole = outline.num_layers, outline.whole_layers

@@ -99,11 +99,21 @@ def show_beam(report: Report, found: Beam, others: dict[str, dict], rate: float)
     report.print(f"  {found.trials:,} models measured in all these searches, {found.at_most:,} at most")
 
 
+def show_experts(report: Report, decoder: Decoder, number: int) -> None:
+    """How many experts are removed, and from how many layers."""
+    sets = [experts for experts in decoder.experts if experts]
+    report.print(f"REAP        {number} of {sets[0].count} experts go in each of {len(sets)} layers")
+
+
 def show_plan(report: Report, plan: Plan, parameters: dict) -> None:
     total, removed = parameters["total"], parameters["removed"]
     report.print()
-    report.print(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
-    report.print(f"FFN removal layers  {list(plan.ffn_removed)}")
+    if plan.experts_removed:
+        for layer, experts in enumerate(plan.experts_removed):
+            report.print(f"Experts removed     layer {layer}: {', '.join(map(str, experts)) or 'none'}")
+    else:
+        report.print(f"MHA removal layers  {list(plan.mha_removed)}  (in order of choice)")
+        report.print(f"FFN removal layers  {list(plan.ffn_removed)}")
     if plan.removed_layers:
         report.print(f"Gone whole          {plan.removed_layers}")
     report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")

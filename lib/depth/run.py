@@ -62,7 +62,12 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         else:
             self.plan, found = self.search()
         parameters = self.count_parameters()
-        removed = {"mha_removed": list(self.plan.mha_removed), "ffn_removed": list(self.plan.ffn_removed)}
+        removed: dict[str, list] = {
+            "mha_removed": list(self.plan.mha_removed),
+            "ffn_removed": list(self.plan.ffn_removed),
+        }
+        if self.plan.experts_removed:
+            removed["experts_removed"] = [list(experts) for experts in self.plan.experts_removed]
         depth_report.show_plan(self.report, self.plan, parameters)
         if not self.is_cell:
             self.report.discard(PLAN)
@@ -105,7 +110,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         return ("pruned", "compensated") if self.settings.compensates else ("pruned",)
 
     def next_step(self, is_far: bool) -> str:
-        if not has_writers(self.decoder):
+        if self.plan.experts_removed or not has_writers(self.decoder):
             return "removing less, or training"
         if self.settings.compensate != "all":
             return "removing less, and --compensate all" if is_far else "--compensate all"

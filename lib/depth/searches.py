@@ -18,6 +18,7 @@ from lib.depth.greedy import Round, choose_candidates, greedy_search
 from lib.depth.moves import greedy, moves_of
 from lib.depth.policies import random_layers, shortgpt
 from lib.depth.prepare import budget_of, check_decoder, find_counts
+from lib.depth.reap import check_experts, expert_saliency, remove_least
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,6 +91,18 @@ def search_beam(run: DepthRun) -> tuple[Plan, dict]:
         "beam": {"width": settings.beam_width, "loss": best.loss, "origin": best.origin, "others": known},
         "trials": {"measured": best.trials, "at_most": best.at_most},
     }
+
+
+def search_reap(run: DepthRun) -> tuple[Plan, dict]:
+    """REAP: in each layer the experts of lowest saliency."""
+    workspace, seed = run.workspace, run.settings.seed
+    windows, number = workspace.windows[seed], check_experts(run.decoder, run.settings.prune_rate)
+    depth_report.show_experts(run.report, run.decoder, number)
+    with run.report.timed("search"), run.report.progress(run.decoder.num_layers, "saliency") as progress:
+        saliencies = run.state.once(
+            f"saliency {seed}", lambda: expert_saliency(run.decoder, windows, workspace.batcher, progress)
+        )
+    return remove_least(saliencies, number), {"expert_saliency": saliencies}
 
 
 def rank_layers(run: DepthRun) -> list[float]:

@@ -26,6 +26,7 @@ from lib.export import nemotron_nas
 from lib.export.reload import SaveError, check_reload, check_window, has_code, logits_of
 from lib.export.templates import PRUNED_CLASS
 from lib.models.decoder import Decoder
+from lib.models.experts import count_names
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
     PREFIX,
@@ -79,7 +80,7 @@ def check_compact(outline: Decoder, save_format: str, plan: Plan, when: str = ""
     try:
         compact(Decoder(copy.deepcopy(outline.model), has_weights=False), plan)
     except SaveError as error:
-        advice = f"use --save_format masked{otherwise}"
+        advice = "leave --save_model out" if plan.experts_removed else f"use --save_format masked{otherwise}"
         raise InputError(f"--save_format {save_format}: {error}{when}; {advice}") from error
 
 
@@ -222,11 +223,16 @@ def compact(decoder: Decoder, plan: Plan) -> None:
     """Deletes removed sublayers and layers from the model and rewrites its config, in place.
 
     Where a layer's number decides how it is built, layers that lose everything stay as empty ones, under their numbers.
+    A plan that removes experts removes nothing else.
     Raises `SaveError` when a model built from the new config differs from the model in memory.
     """
     plan = decoder.complete(plan)
     decoder.apply(plan)
     model, config, given = decoder.model, decoder.config, copy.deepcopy(vars(decoder.config))
+    if plan.experts_removed:
+        _count_experts(decoder, plan)
+        _check_rebuilt(model)
+        return
     forms = [(plan.kept_layers, True), (plan.kept_layers, False), (list(range(plan.num_layers)), False)]
     for form, (kept, adapts_types) in enumerate(forms, 1):
         for index in set(kept) & set(plan.removed_layers):
@@ -240,6 +246,15 @@ def compact(decoder: Decoder, plan: Plan) -> None:
                 raise
         vars(config).clear()
         vars(config).update(copy.deepcopy(given))
+
+
+def _count_experts(decoder: Decoder, plan: Plan) -> None:
+    """Makes the config tell how many experts the plan leaves in each layer."""
+    for experts, removed in zip(decoder.experts, plan.experts_removed, strict=True):
+        if experts and removed:
+            for name in count_names(decoder.config, experts.count):
+                setattr(decoder.config, name, experts.count - len(removed))
+            return
 
 
 def _keep(decoder: Decoder, kept: list[int], adapts_types: bool) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError
+from lib.models.experts import Experts, find_experts
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
     SKIP_ATTENTION,
@@ -38,7 +39,7 @@ class Architecture:
             {name: getattr(layer, name) for names in self.sublayers[index].values() for name in names}
             for index, layer in enumerate(self.layers)
         ]
-        self.made_modes = [Mode(*(bool(names) for names in found.values())) for found in self.sublayers]
+        self.made_modes = [Mode(bool(one[SKIP_ATTENTION]), bool(one[SKIP_FFN])) for one in self.sublayers]
         self.given_modes = [self._find_mode(index) for index in range(len(self.layers))]
 
     def _find_layers(self) -> nn.ModuleList:
@@ -70,8 +71,16 @@ class Architecture:
 
     def _find_mode(self, index: int) -> Mode:
         """The sublayers that a layer has before this run prunes any."""
-        given = [self.sublayer_modules(index, kind).values() for kind in (SKIP_ATTENTION, SKIP_FFN)]
-        return Mode(*(any(not isinstance(module, Skipped) for module in modules) for modules in given))
+        attention, ffn = (self.sublayer_modules(index, kind).values() for kind in (SKIP_ATTENTION, SKIP_FFN))
+        return Mode(
+            attention=any(not isinstance(module, Skipped) for module in attention),
+            ffn=any(not isinstance(module, Skipped) for module in ffn),
+        )
+
+    @cached_property
+    def experts(self) -> list[Experts | None]:
+        """The routed experts of each layer."""
+        return [find_experts(layer, self.sublayers[index][SKIP_FFN]) for index, layer in enumerate(self.layers)]
 
     @property
     def num_layers(self) -> int:
@@ -92,7 +101,8 @@ class Architecture:
         modes = list(enumerate(self.given_modes))
         mha = [index for index, mode in modes if not mode.attention and index not in plan.mha_removed]
         ffn = [index for index, mode in modes if not mode.ffn and index not in plan.ffn_removed]
-        return Plan(plan.num_layers, (*plan.mha_removed, *mha), tuple(sorted((*plan.ffn_removed, *ffn))))
+        ffn_removed = tuple(sorted((*plan.ffn_removed, *ffn)))
+        return Plan(plan.num_layers, (*plan.mha_removed, *mha), ffn_removed, plan.experts_removed)
 
     # Counting parameters
 
@@ -131,6 +141,8 @@ class Architecture:
         for index, (attention, ffn, rest) in enumerate(self._layer_parameters):
             mode = plan.mode(index)
             removed += attention * (not mode.attention) + ffn * (not mode.ffn) + rest * (index in gone)
+            if mode.experts_removed and (experts := self.experts[index]):
+                removed += len(mode.experts_removed) * experts.parameters
         return removed
 
 

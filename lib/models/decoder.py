@@ -173,6 +173,10 @@ class Decoder(Architecture):
             modules = self.sublayer_modules(index, kind) if is_on else skip_modules(layer, kind, self._returns[index])
             for name, module in modules.items():
                 setattr(layer, name, module)
+        if mode.experts_removed != self._modes[index].experts_removed:
+            experts = self.experts[index]
+            assert experts, "a layer that loses experts has some"
+            experts.remove(mode.experts_removed)
         self._modes[index] = mode
 
     def apply(self, plan: Plan) -> None:

@@ -1,6 +1,5 @@
 """The weight matrices that are pruned, those of linears and of experts, grouped by their input."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.config.plan import Mode
 from lib.errors import InputError
 from lib.models.decoder import Decoder
+from lib.models.experts import is_of_routing, stacks_of
 from lib.runtime.memory import free_host_memory
 
 _ON = Mode()
@@ -95,14 +95,14 @@ def find_matrices(decoder: Decoder) -> list[Matrices]:
 
 
 def _matrices_of(decoder: Decoder, index: int, layer: nn.Module) -> Matrices:
-    stacks, found = _stacks(layer), Matrices()
+    stacks, found = stacks_of(layer), Matrices()
     for path, module in layer.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             whole = f"{path}.{name}".lstrip(".")
             if whole in stacks:
                 is_transposed = _is_transposed(module, decoder.config.hidden_size)
                 found |= {f"{whole}.{i}": Matrix(module, name, i, is_transposed) for i in range(len(parameter))}
-            elif parameter.dim() < 2 or path.endswith(_TIME_STEPS) or _is_of_routing(layer, path, parameter, stacks):
+            elif parameter.dim() < 2 or path.endswith(_TIME_STEPS) or is_of_routing(layer, path, parameter, stacks):
                 continue
             elif name == "weight" and isinstance(module, nn.Linear | Conv1D) and parameter.is_floating_point():
                 found[path] = Matrix(module, is_transposed=isinstance(module, Conv1D))
@@ -121,16 +121,6 @@ def _no_linear(decoder: Decoder, index: int, what: str) -> InputError:
     )
 
 
-def _stacks(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The parameters of a layer that stack the matrices of experts, (experts, ., .): {path: (module, its name)}."""
-    return {
-        f"{path}.{name}": (module, name)
-        for path, module in layer.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(module, nn.Conv1d)
-    }
-
-
 def _is_transposed(module: nn.Module, hidden_size: int) -> bool:
     """True if the stacks of an expert module keep their matrices as (in, out), to be multiplied from the right.
 
@@ -140,27 +130,6 @@ def _is_transposed(module: nn.Module, hidden_size: int) -> bool:
         return marked
     stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
     return len(stacks) > 1 and stacks[0].shape[1] == hidden_size != stacks[0].shape[2]
-
-
-_ROUTER_CLASS, _ROUTER_NAME = re.compile("Router|Gating"), re.compile("router|gate|wg|.*_gate")
-
-
-def _is_of_routing(layer: nn.Module, path: str, parameter: torch.Tensor, stacks: dict) -> bool:
-    """True for the weights of a module that route tokens to experts or weigh shared experts, and biases of a stack.
-
-    A router has a row for each expert, and the gate of a shared expert has one; so may other matrices, and it takes the
-    name too.
-    """
-    if not stacks:
-        return False
-    names = path.split(".")
-    within = [layer.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
-    if any(_ROUTER_CLASS.search(type(module).__name__) for module in within):
-        return True
-    beside = {len(getattr(module, name)) for whole, (module, name) in stacks.items() if whole.split(".")[0] == names[0]}
-    if any(module is within[-1] for module, _ in stacks.values()):
-        return len(parameter) in beside  # a bias for each expert
-    return bool(beside) and len(parameter) in {1, *beside} and bool(_ROUTER_NAME.fullmatch(names[-1]))
 
 
 def check_columns(matrices: Sequence[Matrices], size: int, what: str) -> None:
@@ -274,6 +243,20 @@ def inputs_seen(layer: nn.Module, matrices: Matrices, function: Callable[[str, t
             hook.remove()
 
 
+See = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def outputs_seen(matrices: Matrices, function: See) -> Iterator[None]:
+    """Inside the block, `function(expert, outputs, weights)` gets what each expert of a layer gives when it runs.
+
+    That is (tokens, D) for the tokens that are routed to it, and the router's weight (tokens, 1) of each.
+    """
+    experts = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None}
+    with one_by_one(experts.values()), _Calls(experts, function):
+        yield
+
+
 @contextmanager
 def one_by_one(experts: Iterable[Matrix]) -> Iterator[None]:
     """Inside the block, expert modules of transformers run their experts one after the other, not in fused kernels."""
@@ -309,8 +292,9 @@ _SUMS, _SCALINGS = ("add", "__add__"), ("mul", "__mul__", "mul_", "__imul__")
 class _Calls(TorchFunctionMode):
     """Watches products with the experts' matrices, which are parts of a parameter, in the model's own forward."""
 
-    def __init__(self, experts: Matrices):
+    def __init__(self, experts: Matrices, see: "See | None" = None):
         super().__init__()
+        self._see = see
         self._names = {(id(one.whole), one.expert): name for name, one in experts.items()}
         modules = {id(one.module): one.module for one in experts.values()}.values()
         self._stacks = {id(stack): id(module) for module in modules for stack in module.parameters(recurse=False)}
@@ -339,6 +323,8 @@ class _Calls(TorchFunctionMode):
             scale = args[1]
             if isinstance(scale, torch.Tensor) and scale.shape[-1:] == (1,) and scale.dim() == args[0].dim():
                 self._scales[expert] = scale
+                if self._see:
+                    self._see(expert[1], args[0], scale)
         return result
 
     def _remember(self, where: dict, tensor: torch.Tensor, value) -> None:
@@ -370,14 +356,14 @@ class _OtherProducts(TorchFunctionMode):
 
     def __init__(self, layer: nn.Module, matrices: Matrices):
         super().__init__()
-        stacks, pruned = _stacks(layer), {id(matrix.whole) for matrix in matrices.values()}
+        stacks, pruned = stacks_of(layer), {id(matrix.whole) for matrix in matrices.values()}
         self._names = {
             parameter.untyped_storage().data_ptr(): name
             for name, parameter in layer.named_parameters()
             if parameter.dim() > 1
             and id(parameter) not in pruned
             and not name.endswith(f"{_TIME_STEPS}.weight")
-            and not _is_of_routing(layer, name.rpartition(".")[0], parameter, stacks)
+            and not is_of_routing(layer, name.rpartition(".")[0], parameter, stacks)
         }
         self.found: set[str] = set()
 

@@ -66,8 +66,8 @@ def find_name(module, names):
 
 def find_decoder(model):
     """The module that has the list of decoder layers."""
-    decoder = model.get_decoder()
-    return decoder if find_name(decoder, LAYERS_NAMES) else model.base_model
+    places = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    return next((place for place in places if place is not None and find_name(place, LAYERS_NAMES)), places[0])
 
 
 def find_sublayers(layer):
