@@ -310,6 +310,8 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
             rebuilt = type(model)(config)
     except Exception as error:  # what a family raises for a config that it does not understand
         raise SaveError(f"a reload would fail ({first_line(error)})") from error
+    if (count := len(layers_of(rebuilt))) != len(layers_of(model)):
+        raise SaveError(f"a reload would have {count} layers in place of {len(layers_of(model))}")
     skip_sublayers(rebuilt)
     wanted, found = _describe(model), _describe(rebuilt)
     for name in sorted(wanted.keys() | found.keys()):
