@@ -320,8 +320,8 @@ What to know of some of them:
 - **Layers that are built by their number** (mixtures of experts with dense first layers, Jamba, DiffLlama, Gemma 4):
   where a removed layer would change what others are built as, it stays under its number as an empty one, without
   weights. Such a checkpoint is loaded with `trust_remote_code=True`.
-- **Hybrids** (Qwen3-Next, Jamba, Falcon-H1, Nemotron-H, LFM2): a plan that removes all full attention leaves a model
-  that generates without a cache only, because the caches of transformers need one.
+- **Hybrids** (Qwen3-Next, Jamba, Falcon-H1, Nemotron-H, LFM2): one full attention always stays, because caches take the
+  number of tokens from it.
 - **Mamba and Nemotron-H**, whose layers have one sublayer each: `--method ppllms` needs layers with both, the other
   methods do not.
 - **Weight pruning** leaves routers, gates of shared experts, depthwise convolutions and the projections of a state

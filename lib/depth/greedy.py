@@ -46,7 +46,8 @@ def greedy_search(
     """PP-LLMs, second stage: all candidates lose their FFN; which `mha_count` of them lose attention too?
 
     Each round has a trial for every candidate not chosen yet: that layer is removed whole, beside those chosen before.
-    The trial of lowest loss is chosen; ties go to the lower Block Influence. `on_round` gets each round as it ends.
+    The trial of lowest loss is chosen; ties go to the lower Block Influence. `on_round` gets each round as it ends. Of
+    a hybrid the last full attention stays, though it be one of fewer than `mha_count`.
     """
     num_layers = sweep.decoder.num_layers
     chosen: list[int] = []
@@ -54,6 +55,9 @@ def greedy_search(
     for number in range(1, mha_count + 1):
         base = Plan(num_layers, tuple(chosen), tuple(sorted(candidates)))
         left = [layer for layer in candidates if layer not in chosen]
+        left = [layer for layer in left if sweep.decoder.keeps_attention(Plan(num_layers, (*chosen, layer)))]
+        if not left:
+            break
         losses = sweep.losses(base, [Trial(layer, Mode(False, False)) for layer in left], progress)
         rounds.append(Round(dict(zip(left, losses, strict=True)), left[losses.index(min(losses))]))
         chosen.append(rounds[-1].selected)

@@ -60,7 +60,7 @@ def check_reachable(decoder: Decoder, moves: Sequence[Move], target: float) -> N
     rates = [decoder.removed_parameters(move.added_to(none)) / total for move in moves]
     most, everything = 0.0, none
     for move in moves:
-        if any(mode.attention for mode in _modes_left(decoder, move.added_to(everything))):
+        if decoder.keeps_attention(move.added_to(everything)):
             everything = move.added_to(everything)
             most = decoder.removed_parameters(everything) / total
     if not moves or min(rates) >= 2 * target or target - most > max(rates) / 2:
@@ -115,12 +115,6 @@ def nearer(decoder: Decoder, plan: Plan, moves: Sequence[Move], target: float) -
     near = []
     for move in moves:
         after = move.added_to(plan)
-        keeps_attention = any(mode.attention for mode in _modes_left(decoder, after))
-        if keeps_attention and abs(decoder.removed_parameters(after) - wanted) < distance:
+        if decoder.keeps_attention(after) and abs(decoder.removed_parameters(after) - wanted) < distance:
             near.append(move)
     return near
-
-
-def _modes_left(decoder: Decoder, plan: Plan) -> tuple[Mode, ...]:
-    """What every layer has left under a plan, without what the model lacked from the start."""
-    return decoder.complete(plan).modes

@@ -159,8 +159,9 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                     f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
                     "give the model that the plan was made for"
                 )
-        if len(decoder.complete(plan).mha_removed) == decoder.num_layers:
-            raise InputError(f"--apply_plan: would leave {settings.model_name} without any attention; one must stay")
+        if not decoder.keeps_attention(plan):
+            kind = "full " if len(decoder.complete(plan).mha_removed) < decoder.num_layers else "any "
+            raise InputError(f"--apply_plan: would leave {settings.model_name} without {kind}attention; one must stay")
         check_planned_experts(plan, decoder)
     elif settings.depth_method.removes == "counts":
         find_counts(settings, decoder)
@@ -215,7 +216,7 @@ def check_removals(settings: DepthPruning, outline: Decoder) -> None:
     for mode in _modes_left(settings, outline):
         for index in tried:
             plan = Plan(layers, (index,) * (not mode.attention), (index,) * (not mode.ffn))
-            if len(outline.complete(plan).mha_removed) < layers:
+            if outline.keeps_attention(plan):
                 when = f", if layer {index} loses {_LOSSES[mode]}"
                 check_compact(outline, settings.save_format, plan, when, otherwise)
 

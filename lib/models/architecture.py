@@ -21,6 +21,8 @@ from lib.models.modeling_pruned import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_WITHOUT_LENGTH = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}  # types of layers in configs
+
 
 class Architecture:
     """A causal language model as a list of decoder layers, each with an attention and an FFN, or one of the two.
@@ -95,6 +97,20 @@ class Architecture:
     def paired_layers(self) -> list[int]:
         """The layers that have both attention and FFN."""
         return [index for index, mode in enumerate(self.given_modes) if mode.is_whole]
+
+    @cached_property
+    def _kept_for_caches(self) -> list[int]:
+        """The layers of whose attentions one must stay: those that keep all tokens, else all that have attention.
+
+        Caches take the number of tokens from such a layer, not from a state space or a convolution.
+        """
+        types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        having = [index for index, mode in enumerate(self.given_modes) if mode.attention]
+        return [index for index in having if types[index] not in _WITHOUT_LENGTH] or having
+
+    def keeps_attention(self, plan: Plan) -> bool:
+        """True for a plan that leaves an attention from which caches can tell the number of tokens."""
+        return any(index not in plan.mha_removed for index in self._kept_for_caches)
 
     def complete(self, plan: Plan) -> Plan:
         """The plan plus the sublayers that the model lacked from the start."""

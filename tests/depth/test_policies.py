@@ -11,6 +11,7 @@ from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.depth.beam import beam
+from lib.depth.greedy import greedy_search
 from lib.depth.moves import Move, greedy, moves_of, sublayers, whole_layers
 from lib.depth.policies import random_layers, shortgpt
 from lib.depth.trial_losses import Sweep
@@ -99,6 +100,18 @@ def test_the_last_attention_stays(batcher):
 def test_a_rate_out_of_reach_is_refused(target):
     with pytest.raises(InputError, match="cannot be reached by this method"):
         shortgpt(Decoder(tiny_model("Llama")), [1, 2, 3, 4], target)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Next", "Lfm2"])
+def test_the_last_full_attention_of_a_hybrid_stays(family):
+    """Without it, generation with a cache fails in transformers."""
+    decoder = Decoder(tiny_model(family))
+    sweep, moves = Sweep(decoder, tiny_windows(2), Batcher(2)), sublayers(decoder)
+    plan, _ = greedy(sweep, moves, 0.6)
+    assert {1, 3} - set(plan.mha_removed), "layers 1 and 3 have full attention"
+    first, _ = greedy_search(sweep, [1, 3], 2)
+    assert len(first.mha_removed) == 1 and not decoder.keeps_attention(Plan(4, (1, 3)))
+    assert decoder.keeps_attention(Plan(4, (0, 2))) and decoder.keeps_attention(first)
 
 
 def test_a_model_pruned_before_loses_what_it_has(batcher, tmp_path):
