@@ -1,4 +1,4 @@
-"""REAP: removal of whole experts (arXiv:2510.13999, equation 9): those that add least to the layer's output."""
+"""REAP: removal of whole experts (arXiv:2510.13999), of those that add least to the layer's output."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -51,7 +51,7 @@ def _weighted_norms(activations: Activations, matrices: dict, experts: Experts) 
         norms = outputs.float().norm(dim=-1) * weights.float().abs().squeeze(-1)
         totals[:, expert] += torch.tensor([float(norms.sum(dtype=torch.float64)), len(norms)], dtype=torch.float64)
 
-    with outputs_seen(matrices, see):
+    with outputs_seen(activations.decoder.layers[activations.layer], matrices, see):
         activations.look()
     return totals
 
@@ -75,9 +75,7 @@ def check_experts(decoder: Decoder, target: float) -> int:
     most = counts[0] - max(picked, 1)
     best = min(range(most + 1), key=lambda number: abs(number * one - target * total))
     if not best or target * total > (most + 0.5) * one:
-        reach = (
-            f"{one / total:.4f} to {most * one / total:.4f}" if most else "nothing, for the router picks all experts"
-        )
+        reach = f"{one / total:.4f} to {most * one / total:.4f}" if most else "nothing, as all experts are picked"
         raise InputError(f"--prune_rate {target:g} cannot be reached by this method: it removes {reach}")
     if decoder.has_weights:  # two tokens show whether the router's weights are seen
         expert_saliency(decoder, torch.zeros(1, 2, dtype=torch.long), Batcher(1))

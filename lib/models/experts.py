@@ -96,19 +96,14 @@ def find_experts(layer: nn.Module, ffn: Sequence[str]) -> Experts | None:
     for path, module in layer.named_modules():
         if path.split(".")[0] not in ffn:
             continue
-        own = {**module._parameters, **module._buffers}
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        of_each = {name: tensor for name, tensor in own if tensor.dim() and len(tensor) == count}
+        rows = [tensor for tensor in of_each.values() if tensor.dim() == 2]
         is_stack = any(module is one for one, _ in stacks.values())
-        is_router = any(
-            tensor is not None
-            and tensor.dim() == 2
-            and len(tensor) == count
-            and is_of_routing(layer, path, tensor, stacks)
-            for tensor in module._parameters.values()
-        )
-        for name, tensor in own.items():
-            if tensor is None or tensor.dim() == 0 or len(tensor) != count:
-                continue
-            if is_stack or is_router or (tensor.dim() == 1 and "bias" in name and _holds_stack(module, stacks)):
+        is_router = not is_stack and any(is_of_routing(layer, path, tensor, stacks) for tensor in rows)
+        for name, tensor in of_each.items():
+            is_bias = tensor.dim() == 1 and "bias" in name and _holds_stack(module, stacks)
+            if is_stack or is_router or is_bias:
                 tensors.append((module, name))
         for name, value in vars(module).items():
             is_count = "expert" in name and not _OTHER_COUNTS.search(name) or is_router and name == "out_features"

@@ -247,14 +247,18 @@ See = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def outputs_seen(matrices: Matrices, function: See) -> Iterator[None]:
+def outputs_seen(layer: nn.Module, matrices: Matrices, function: See) -> Iterator[None]:
     """Inside the block, `function(expert, outputs, weights)` gets what each expert of a layer gives when it runs.
 
     That is (tokens, D) for the tokens that are routed to it, and the router's weight (tokens, 1) of each.
     """
     experts = {name: matrix for name, matrix in matrices.items() if matrix.expert is not None}
-    with one_by_one(experts.values()), _Calls(experts, function):
-        yield
+    with one_by_one(experts.values()), _Calls(experts, function) as calls:
+        hook = layer.register_forward_hook(lambda *_: calls.hand_over(lambda name, inputs: None))  # frees what it kept
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager
