@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, first_line, is_out_of_memory
@@ -57,6 +58,7 @@ class Decoder(Architecture):
         self.has_weights = has_weights
         self._modes = [Mode()] * len(self.layers)
         self._returns: list[dict[str, int]] = [{}] * len(self.layers)  # numbers of values, by module of a sublayer
+        self._skipped: dict[tuple[int, str], dict[str, nn.Module]] = {}
         self._offloaded: list[OffloadedLayer | None] = [offloaded(layer) for layer in self.layers]
         self._num_values = self._values_of_layers() if has_weights else None
         if has_weights:
@@ -170,7 +172,7 @@ class Decoder(Architecture):
             return
         layer = self.layers[index]
         for kind, is_on in ((SKIP_ATTENTION, mode.attention), (SKIP_FFN, mode.ffn)):
-            modules = self.sublayer_modules(index, kind) if is_on else skip_modules(layer, kind, self._returns[index])
+            modules = self.sublayer_modules(index, kind) if is_on else self._skipped_modules(index, kind)
             for name, module in modules.items():
                 setattr(layer, name, module)
         if mode.experts_removed != self._modes[index].experts_removed:
@@ -178,6 +180,12 @@ class Decoder(Architecture):
             assert experts, "a layer that loses experts has some"
             experts.remove(mode.experts_removed)
         self._modes[index] = mode
+
+    def _skipped_modules(self, index: int, kind: str) -> dict[str, nn.Module]:
+        """What stands for the modules of a sublayer that is off, by their names; made once."""
+        if (index, kind) not in self._skipped:
+            self._skipped[index, kind] = skip_modules(self.layers[index], kind, self._returns[index])
+        return self._skipped[index, kind]
 
     def apply(self, plan: Plan) -> None:
         """Switches the plan's sublayers off, and all others on, in the model itself."""
