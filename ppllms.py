@@ -156,6 +156,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check_together(args, given)
     args.apply_plan = find_plan(args.apply_plan) if args.apply_plan else None
     args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
+    if args.gguf and args.saved_plan.plan.experts_removed:
+        raise InputError("--gguf: the plan removes experts, which is done in folders only; leave --gguf out")
     args.tasks = expand_sets(args.tasks or ())
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args

@@ -291,6 +291,8 @@ def budget_of(decoder: Decoder) -> Budget:
     """
     sizes = [decoder.sublayer_parameters(layer) for layer in decoder.paired_layers]
     if not sizes:
-        raise InputError(f"{decoder.family}: no layer has both attention and FFN; pruning by counts needs such layers")
+        raise InputError(
+            f"{decoder.family}: no layer has both attention and FFN, as --method ppllms needs; use blockpruner or sleb"
+        )
     mha, ffn = (sum(size[part] for size in sizes) / len(sizes) for part in (0, 1))
     return Budget(len(sizes), mha, ffn, decoder.total_parameters)

@@ -160,3 +160,11 @@ def test_a_plan_of_other_experts_is_refused(flags, moe_folder, tmp_path, monkeyp
         assert run(*applying, monkeypatch=monkeypatch) == 2
         told = capsys.readouterr().err
         assert reason in told and told.count("\n") == 1
+
+
+def test_a_plan_of_experts_is_not_applied_to_a_gguf_file(flags, tmp_path, monkeypatch, capsys):
+    assert run(*flags, monkeypatch=monkeypatch) == 0
+    (tmp_path / "in.gguf").touch()
+    gguf = ["--apply_plan", tmp_path / "run", "--gguf", tmp_path / "in.gguf", tmp_path / "out.gguf"]
+    assert run(*gguf, monkeypatch=monkeypatch) == 2
+    assert "--gguf: the plan removes experts" in capsys.readouterr().err and not (tmp_path / "out.gguf").exists()
