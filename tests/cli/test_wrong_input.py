@@ -182,12 +182,12 @@ def test_a_full_disk_while_saving_is_one_line_and_the_result_is_there(arguments,
 
 def test_a_family_that_does_not_fit_is_refused(arguments, tiny_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_folder, tmp_path / "model")
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-    config = transformers.DogeConfig(vocab_size=2048, max_position_embeddings=64, **sizes)
-    transformers.DogeForCausalLM(config).save_pretrained(tmp_path / "model")
+    sizes = dict(hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, num_hidden_layers=4, num_attention_heads=4)
+    config = transformers.OPTConfig(**sizes, vocab_size=2048, max_position_embeddings=64, do_layer_norm_before=False)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "model")
     flags = ["--model_name", tmp_path / "model", "--seqlen", 32]
     assert run(*arguments, *flags, monkeypatch=monkeypatch) == 2
-    assert "DogeForCausalLM does not fit" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "OPTForCausalLM does not fit" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_too_little_text_a_foreign_tokenizer_and_a_full_folder_are_told(
