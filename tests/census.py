@@ -327,8 +327,9 @@ What to know of some of them:
 - **Weight pruning** leaves routers, gates of shared experts, depthwise convolutions and the projections of a state
   space's time steps (`dt_proj`) as they are, and does not count them. See also
   [mixtures of experts](sparsity.md#models).
-- **Models of more than text** (Gemma 3 from 4B, Qwen-VL, Llama 4): the text model is pruned. `ppllms.py` saves them
-  with `--save_format masked`, `alp_prune.py` as they came.
+- **Models of more than text** (Gemma 3 from 4B, Qwen2.5-VL and Qwen3-VL, Mistral Small 3.1, LLaVA): the text model is
+  pruned, the rest is saved as it came, and images still work. Of Qwen3-VL, which adds features of images after its
+  first layers by their number, leave these layers in. Llama 4 is pruned and saved as its text model alone.
 
 ## Decoders
 

@@ -23,10 +23,11 @@ import lib.models.modeling_pruned as modeling_pruned
 from lib.config.plan import Mode, Plan
 from lib.errors import InputError, RunError, first_line
 from lib.export import nemotron_nas
-from lib.export.reload import SaveError, check_reload, check_window, has_code, logits_of
+from lib.export.reload import SaveError, auto_class_of, check_reload, check_window, has_code, logits_of
 from lib.export.templates import PRUNED_CLASS
 from lib.models.decoder import Decoder
 from lib.models.experts import count_names
+from lib.models.loading import auto_class
 from lib.models.modeling_pruned import (
     LAYERS_NAMES,
     PREFIX,
@@ -55,8 +56,6 @@ def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -
     model, name = decoder.model, decoder.family
     if save_format == "hf" and not type(model).__module__.startswith("transformers."):
         raise InputError(f"--save_format hf: {name} is not a class of transformers; use --save_format masked")
-    if save_format == "hf" and decoder.config is not model.config:
-        raise InputError(f"--save_format hf: {name} has parts besides its text model; use --save_format masked")
     is_elsewhere = decoder.has_weights and any(parameter.is_meta for parameter in model.parameters())
     if save_format == "masked" and is_elsewhere and not decoder.is_offloaded:
         advice = "use --offload cpu or disk in place of --device_map"
@@ -158,6 +157,8 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
     max_shard_size = max_shard_size or ("500MB" if is_on_disk else "5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for name, content in getattr(model, "files_beside", {}).items():
+        (folder / name).write_bytes(content)
     if save_format == "nemotron-nas":
         nemotron_nas.save(model, folder, max_shard_size)
         return
@@ -171,7 +172,8 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
 
 def how_to_load(folder: Path) -> str:
     """The transformers call that loads a saved model."""
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
+    name = auto_class_of(folder).__name__
+    return f'{name}.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
 
 
 @torch.no_grad()
@@ -348,6 +350,8 @@ def _finish_folder(model: PreTrainedModel, folder: Path) -> None:
     config["model_type"] = TYPE_PREFIX + config["model_type"]
     config["auto_map"] = {
         "AutoConfig": f"modeling_pruned.{names['config']}",
-        "AutoModelForCausalLM": f"modeling_pruned.{names['pruned']}",
+        auto_class(model.config).__name__: f"modeling_pruned.{names['pruned']}",
     }
+    if model.config.get_text_config(decoder=True) is not model.config:
+        config["auto_map"]["AutoModelForImageTextToText"] = f"modeling_pruned.{names['pruned']}"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

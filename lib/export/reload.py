@@ -1,5 +1,6 @@
 """The check of a save: the folder, loaded as anybody would load it, must give the logits of the measured model."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,11 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from lib.config.plan import Plan
 from lib.errors import RunError, first_line, is_out_of_memory
 from lib.models.decoder import Decoder
+from lib.models.loading import auto_class
 from lib.models.offload import disk_map
 from lib.runtime.memory import free_bytes
 
@@ -89,6 +92,15 @@ def has_code(folder: Path) -> bool:
     return any(folder.glob("*.py"))
 
 
+def auto_class_of(folder: Path) -> Any:
+    """The class of transformers that loads a saved model."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in config.get("auto_map", {}):
+        if name.startswith("AutoModelFor"):
+            return getattr(transformers, name)
+    return auto_class(AutoConfig.from_pretrained(folder))
+
+
 @contextmanager
 def _loaded(folder: Path, model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """The model of a folder, with its layers on disk where the device has no room for them.
@@ -100,7 +112,7 @@ def _loaded(folder: Path, model: PreTrainedModel, device: torch.device) -> Itera
     with TemporaryDirectory(prefix=".reloaded-", dir=folder) as place:
         path = Path(place) / "saved_model"
         path.symlink_to(folder.absolute())
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class_of(folder).from_pretrained(
             path,
             trust_remote_code=has_code(folder),
             device_map={"": device} if fits else disk_map(model, device),

@@ -110,13 +110,27 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     return model.eval().requires_grad_(False)
 
 
+def auto_class(config) -> Any:
+    """The class of transformers that loads a model of this config: for text, or for images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    is_of_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (
+        AutoModelForImageTextToText
+        if is_of_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else (AutoModelForCausalLM)
+    )
+
+
 def _load_checked(source: ModelSource, config, device_map, offload_folder: str | None) -> Any:
     """The model of a checkpoint, with all of its weights and no others. Raises `InputError`."""
-    from transformers import AutoModelForCausalLM
-
     stock = _stock_of_pruned(config)
     with _loading_errors(source.name):
-        loader: Any = pruned_class(stock) if stock else AutoModelForCausalLM  # stubs ignore `output_loading_info`
+        loader: Any = pruned_class(stock) if stock else auto_class(config)  # stubs ignore `output_loading_info`
         model, loaded = loader.from_pretrained(
             locate_model(source.name),
             config=config,
@@ -133,9 +147,27 @@ def _load_checked(source: ModelSource, config, device_map, offload_folder: str |
     check_loaded(source.name, model, loaded, advice)
     if stock:
         model.__class__ = stock
+    model.files_beside = files_beside(source) if config.get_text_config(decoder=True) is not config else {}
     if getattr(config, "quantization_config", None):
         model._weight_conversions = None  # else `save_pretrained` would quantize the weights again
     return model
+
+
+_BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def files_beside(source: ModelSource) -> dict[str, bytes]:
+    """What a model of more than text needs beside its tokenizer, by name: how images and sound become its inputs."""
+    from transformers.utils import cached_file
+
+    found: dict[str, bytes] = {}
+    for name in _BESIDE:
+        path = cached_file(
+            locate_model(source.name), name, cache_dir=source.cache_dir, _raise_exceptions_for_missing_entries=False
+        )
+        if path:
+            found[name] = Path(path).read_bytes()
+    return found
 
 
 def _dtype_of(source: ModelSource, config) -> torch.dtype:
@@ -146,8 +178,6 @@ def _dtype_of(source: ModelSource, config) -> torch.dtype:
 
 def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | None":
     """The model of a config without weights, on the meta device, or None if it cannot be built."""
-    from transformers import AutoModelForCausalLM
-
     stock = _stock_of_pruned(config)
     try:
         with torch.device("meta"):
@@ -155,7 +185,7 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
                 model = pruned_class(stock)(config)
                 model.__class__ = stock
                 return model
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # a model's own code can raise anything; the loaded model is checked in any case
         return None
 
@@ -206,7 +236,7 @@ def _stock_of_pruned(config) -> type | None:
     is_partial = any(skip_lists(config.get_text_config(decoder=True)))
     given = getattr(config, "architectures", None)
     name = str(given[0]) if isinstance(given, list) and given else ""
-    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel)", name) or not is_partial:
+    if not re.fullmatch(rf"{PREFIX}\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)", name) or not is_partial:
         return None
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     return stock if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel) else None

@@ -1,17 +1,24 @@
 """Saved models load in stock transformers and are the pruned model in memory."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    Qwen2_5_VLConfig,
+)
 from transformers import LlamaForCausalLM as Llama
 
 from lib.config.plan import Mode, Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError, RunError
-from lib.export.huggingface import check_format, save_pruned, save_weights
+from lib.export.huggingface import check_format, how_to_load, save_pruned, save_weights
 from lib.export.reload import SaveError
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model
@@ -193,26 +200,60 @@ def test_a_model_that_a_reload_would_change_is_refused(tmp_path, monkeypatch):
         save_pruned(decoder, WHOLE, None, tmp_path / "out")
 
 
-def test_a_model_with_more_than_text_is_masked_or_its_weights_are_saved(tmp_path):
-    """As Gemma 3 of 4B and more, whose text model is one part; without its whole layers it would not be rebuilt."""
+IMAGE, START, END = 90, 91, 92  # special tokens of the model below
+
+
+@pytest.fixture
+def sees_images(tmp_path) -> Callable[[], Decoder]:
+    """Loads a tiny Gemma 3 with a vision tower, as 4B and more have, from a folder with a file of its processor."""
     text = {**FAMILIES["Gemma3"][1], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
     text |= {"vocab_size": 96, "num_attention_heads": 4, "max_position_embeddings": 64}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    tokens = {"image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").write_text('{"image_size": 28}')
+    return lambda: Decoder(load_model(ModelSource(str(tmp_path / "model"))))
 
-    def build():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
-    ids, decoder = tiny_windows(1), Decoder(build())
-    with pytest.raises(InputError, match="parts besides its text model"):
-        check_format(decoder, "hf")
-    check_format(decoder, "masked")
-    decoder.apply(MIXED)
-    expected = decoder.model(input_ids=ids).logits
-    save_pruned(decoder, MIXED, None, tmp_path / "out", "masked")
-    assert torch.allclose(_reload(tmp_path / "out")(input_ids=ids).logits, expected, atol=1e-6)
-    model = build()
-    save_weights(Decoder(model), None, tmp_path / "weights")
-    assert torch.equal(_reload(tmp_path / "weights")(input_ids=ids).logits, model(input_ids=ids).logits)
+@torch.no_grad()
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModelForImageTextToText])
+@pytest.mark.parametrize("plan, save_format", [(MIXED, "hf"), (WHOLE, "hf"), (MIXED, "masked"), (None, "weights")])
+def test_a_saved_model_of_more_than_text_still_sees_images(sees_images, plan, save_format, loader, tmp_path):
+    ids = tiny_windows(1) % 90
+    ids[0, 2:6] = IMAGE
+    image = {"pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == IMAGE).long(), "use_cache": False}
+    decoder = sees_images()
+    with decoder.under(plan or Plan(4)):
+        expected = decoder.model(input_ids=ids, **image).logits
+    if plan:
+        save_pruned(decoder, plan, None, tmp_path / "out", save_format)
+    else:
+        save_weights(decoder, None, tmp_path / "out")
+    saved = loader.from_pretrained(tmp_path / "out", trust_remote_code=plan is MIXED and save_format == "hf").eval()
+    assert torch.allclose(saved(input_ids=ids, **image).logits, expected, atol=1e-6)
+    assert not torch.allclose(saved(input_ids=ids % 90, use_cache=False).logits, expected, atol=1e-2)
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == '{"image_size": 28}'
+
+
+def test_a_model_of_images_alone_in_its_class_is_loaded_and_saved_too(tmp_path, demo_tokenizer):
+    """As Qwen2.5-VL, which transformers does not list among the models for text."""
+    text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    text |= dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "model")
+    decoder = Decoder(load_model(ModelSource(str(tmp_path / "model"))))
+    with decoder.under(MIXED):
+        expected = decoder.model(input_ids=tiny_windows(1), use_cache=False).logits
+    save_pruned(decoder, MIXED, None, tmp_path / "out")
+    assert how_to_load(tmp_path / "out").startswith("AutoModelForImageTextToText")
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert torch.equal(saved(input_ids=tiny_windows(1), use_cache=False).logits, expected)
+    assert Decoder(load_model(ModelSource(str(tmp_path / "out")))).given_modes[0] == Mode(attention=False)
