@@ -49,6 +49,11 @@ MOE_FAMILIES = {
     "Olmoe": ("OlmoeConfig", {**_GQA, **_EXPERTS, "num_experts": 4}),
     "GraniteMoe": ("GraniteMoeConfig", {**_GQA, **_EXPERTS, "num_local_experts": 4}),
     "DeepseekV3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT, **_DEEPSEEK}),
+    "Ernie4_5Moe": (
+        "Ernie4_5_MoeConfig",
+        {**_GQA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+    ),
 }
 
 _MAMBA = dict(mamba_d_state=8, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_chunk_size=8)

@@ -134,7 +134,7 @@ class UnfusedExperts(nn.Module):
                 state, weight = hidden_states[token], top_k_weights[token, place]
                 inner = self.gate(gate_up(state))
                 output[token] = output[token] + weight * down(inner)
-                self.norms.setdefault(expert, []).append(float(weight * down(inner).norm()))
+                self.norms.setdefault(expert, []).append(float((weight * down(inner)).detach().norm()))
                 for name, inputs in zip(self.names, (state, inner), strict=True):
                     self.seen.setdefault(f"{name}.{expert}", []).append((weight * inputs).detach())
         return output

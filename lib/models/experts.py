@@ -22,6 +22,12 @@ def stacks_of(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+def within(layer: nn.Module, path: str) -> list[nn.Module]:
+    """The modules of a layer on the way to a path, with that at its end."""
+    names = path.split(".")
+    return [layer.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
+
+
 _ROUTER_CLASS, _ROUTER_NAME = re.compile("Router|Gating"), re.compile("router|gate|wg|.*_gate")
 
 
@@ -33,12 +39,11 @@ def is_of_routing(layer: nn.Module, path: str, parameter: torch.Tensor, stacks: 
     """
     if not stacks:
         return False
-    names = path.split(".")
-    within = [layer.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
-    if any(_ROUTER_CLASS.search(type(module).__name__) for module in within):
+    names, modules = path.split("."), within(layer, path)
+    if any(_ROUTER_CLASS.search(type(module).__name__) for module in modules):
         return True
     beside = {len(getattr(module, name)) for whole, (module, name) in stacks.items() if whole.split(".")[0] == names[0]}
-    if any(module is within[-1] for module, _ in stacks.values()):
+    if any(module is modules[-1] for module, _ in stacks.values()):
         return len(parameter) in beside  # a bias for each expert
     return bool(beside) and len(parameter) in {1, *beside} and bool(_ROUTER_NAME.fullmatch(names[-1]))
 
@@ -47,25 +52,25 @@ def is_of_routing(layer: nn.Module, path: str, parameter: torch.Tensor, stacks: 
 class Experts:
     """The routed experts of a layer.
 
-    `tensors` are the parameters and buffers whose first dimension has a part for each expert: stacks of matrices, their
-    biases, rows of the router. `counters` are the attributes of modules that hold their number.
+    `tensors` are the parameters and buffers with a part for each expert, and the dimension of these parts: stacks of
+    matrices, their biases, rows of the router. `counters` are the attributes of modules that hold their number.
     """
 
     count: int
-    tensors: list[tuple[nn.Module, str]]
+    tensors: list[tuple[nn.Module, str, int]]
     counters: list[tuple[nn.Module, str]]
     _wholes: list[torch.Tensor] = field(init=False)
     _order: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._wholes = [getattr(module, name).data for module, name in self.tensors]
+        self._wholes = [getattr(module, name).data for module, name, _ in self.tensors]
         self._order = list(range(self.count))
 
     @property
     def parameters(self) -> int:
         """The parameters of one expert, with its row of the router."""
         pairs = zip(self.tensors, self._wholes, strict=True)
-        return sum(whole[0].numel() for (module, name), whole in pairs if name in module._parameters)
+        return sum(whole.numel() // self.count for (module, name, _), whole in pairs if name in module._parameters)
 
     def remove(self, removed: Sequence[int]) -> None:
         """Leaves the layer without these experts, in the others' order; with none, the layer is as it was made.
@@ -76,10 +81,10 @@ class Experts:
         kept = [expert for expert in range(self.count) if expert not in removed]
         order = [*kept, *removed]
         places = [self._order.index(expert) for expert in order]
-        for (module, name), whole in zip(self.tensors, self._wholes, strict=True):
+        for (module, name, dim), whole in zip(self.tensors, self._wholes, strict=True):
             if order != self._order:
-                whole.copy_(whole[places])
-            getattr(module, name).data = whole[: len(kept)]
+                whole.copy_(whole.index_select(dim, torch.tensor(places, device=whole.device)))
+            getattr(module, name).data = whole.narrow(dim, 0, len(kept))
         for module, name in self.counters:
             setattr(module, name, len(kept))
         self._order = order
@@ -98,13 +103,15 @@ def find_experts(layer: nn.Module, ffn: Sequence[str]) -> Experts | None:
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         of_each = {name: tensor for name, tensor in own if tensor.dim() and len(tensor) == count}
+        is_routing = any(_ROUTER_CLASS.search(type(one).__name__) for one in within(layer, path))
+        tensors += [(module, name, 1) for name, tensor in own if is_routing and tensor.shape == (1, count)]
         rows = [tensor for tensor in of_each.values() if tensor.dim() == 2]
         is_stack = any(module is one for one, _ in stacks.values())
         is_router = not is_stack and any(is_of_routing(layer, path, tensor, stacks) for tensor in rows)
         for name, tensor in of_each.items():
             is_bias = tensor.dim() == 1 and "bias" in name and _holds_stack(module, stacks)
             if is_stack or is_router or is_bias:
-                tensors.append((module, name))
+                tensors.append((module, name, 0))
         for name, value in vars(module).items():
             is_count = "expert" in name and not _OTHER_COUNTS.search(name) or is_router and name == "out_features"
             if is_count and type(value) is int and value == count:

@@ -86,7 +86,7 @@ def test_routers_and_gates_are_left_and_all_other_matrices_are_pruned(family):
     for layer, matrices in zip(decoder.layers, find_matrices(decoder), strict=True):
         pruned_paths = {matrix.whole.data_ptr() for matrix in matrices.values()}
         left = [n for n, one in layer.named_parameters() if one.dim() > 1 and one.data_ptr() not in pruned_paths]
-        assert all(re.search(r"(gate|router)\.weight$", name) for name in left), left
+        assert all(re.search(r"((gate|router)\.weight|correction_bias)$", name) for name in left), left
         assert bool(left) == any(matrix.expert is not None for matrix in matrices.values())
 
 
