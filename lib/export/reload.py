@@ -1,6 +1,5 @@
 """The check of a save: the folder, loaded as anybody would load it, must give the logits of the measured model."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lib.config.plan import Plan
 from lib.errors import RunError, first_line, is_out_of_memory
@@ -94,11 +93,10 @@ def has_code(folder: Path) -> bool:
 
 def auto_class_of(folder: Path) -> Any:
     """The class of transformers that loads a saved model."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in config.get("auto_map", {}):
-        if name.startswith("AutoModelFor"):
-            return getattr(transformers, name)
-    return auto_class(AutoConfig.from_pretrained(folder))
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    own = (name for name in config.get("auto_map", {}) if name.startswith("AutoModelFor"))
+    name = next(own, None)
+    return getattr(transformers, name) if name else auto_class(AutoConfig.from_pretrained(folder))
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_a_folder_that_gives_other_logits_is_an_error(save_format, change, damag
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(lose_weights, "down_proj"), (lambda folder: (folder / "config.json").unlink(), "model_type")],
+    [(lose_weights, "down_proj"), (lambda folder: (folder / "config.json").unlink(), "config.json")],
 )
 def test_a_folder_that_does_not_load_is_an_error(change, reason, damaged, tmp_path):
     damaged(change)
