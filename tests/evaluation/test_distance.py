@@ -141,7 +141,9 @@ def test_with_a_stride_the_distance_is_over_the_scored_tokens():
 def test_a_model_has_no_distance_to_itself():
     decoder, windows = Decoder(tiny_model("Llama")), tiny_windows(3)
     dense, same = evaluate(decoder, Plan(4), windows)
-    assert tuple(same.perplexity) == pytest.approx(tuple(dense.perplexity), rel=1e-5)
+    assert same.perplexity.value == pytest.approx(dense.perplexity.value, rel=1e-6)
+    # Of differences between windows, where the rounding of the losses, 5e-7 in fp32, counts for more
+    assert same.perplexity.standard_error == pytest.approx(dense.perplexity.standard_error, rel=1e-5)
     assert same.distance.top1_agreement.value == 1
     assert same.distance.by_window == pytest.approx(Distance.none(3).by_window, abs=1e-6)
 

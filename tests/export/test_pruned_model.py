@@ -148,9 +148,10 @@ def test_lm_eval_takes_it_by_the_name_of_its_folder(tmp_path, text_file):
     task |= {"output_type": "loglikelihood_rolling", "test_split": "test", "doc_to_text": ""}
     task |= {"doc_to_target": "{{page}}", "metric_list": [{"metric": "word_perplexity"}]}
     arguments = f"pretrained={tmp_path / 'out'},trust_remote_code=True"
-    with_folder = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=[task], device="cpu")
+    options = {"tasks": [task], "bootstrap_iters": 0}
+    with_folder = lm_eval.simple_evaluate(model="hf", model_args=arguments, device="cpu", **options)
     model = load_model(ModelSource(str(tmp_path / "out")))
     in_memory = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
-    with_model = lm_eval.simple_evaluate(model=in_memory, tasks=[task])
+    with_model = lm_eval.simple_evaluate(model=in_memory, **options)
     found, expected = (r["results"]["pages"]["word_perplexity,none"] for r in (with_folder, with_model))
     assert found == pytest.approx(expected) and found > 1

@@ -9,10 +9,12 @@ import ppllms
 import save_gradient
 from tests.runs.interruption import RUNS, Command
 
+FEW = ["--eval_windows", 8]  # enough to stop between them
+
 
 @pytest.fixture
 def depth(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
-    model = ["--model_name", tiny_folder, "--eval_datasets", text_file, "--save_model", "out"]
+    model = ["--model_name", tiny_folder, "--eval_datasets", text_file, *FEW, "--save_model", "out"]
     text = ["--dataset", text_file, "--nsamples", 3]
     return lambda *flags: Command(ppllms, [*model, *(text if "random" not in flags else []), *flags], monkeypatch)
 
@@ -20,7 +22,7 @@ def depth(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
 @pytest.fixture
 def alp(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
     text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 4]
-    flags = ["--model", tiny_folder, *text, "--sparsity_ratio", 0.5, "--save_model", "out"]
+    flags = ["--model", tiny_folder, *text, *FEW, "--sparsity_ratio", 0.5, "--save_model", "out"]
     return lambda *more: Command(alp_prune, [*flags, *more], monkeypatch)
 
 

@@ -24,12 +24,12 @@ from tests.runs.interruption import Command, artefact_of, files_of, litter_of, r
 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
-DEPTH = ["--mha_remove_layers", 6, "--ffn_remove_layers", 8, "--nsamples", 8, "--seqlen", 64]
-ALP = ["--prune_method", "sparsegpt_alp", "--wbits", 4, "--nsamples", 16, "--seqlen", 64, "--grad_nsamples", 20]
+DEPTH = ["--mha_remove_layers", 6, "--ffn_remove_layers", 8, "--nsamples", 3, "--seqlen", 64]
+ALP = ["--prune_method", "sparsegpt_alp", "--wbits", 4, "--nsamples", 16, "--seqlen", 64, "--grad_nsamples", 8]
 KILLED = {
     "ppllms": [*DEPTH, "--dataset", "{}/text.jsonl", "--eval_datasets", "{}/eval.txt"],
     "alp_prune": [*ALP, "--calibration_dataset", "{}/text.jsonl", "--dataset", "{}/eval.txt"],
-    "save_gradient": ["--ngrad", 250, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
+    "save_gradient": ["--ngrad", 60, "--grad_seqlen", 64, "--dataset", "{}/text.jsonl", "--output", "gradient.json"],
 }
 OF_A_RUN = ["--output_dir", "run", "--save_model", "out", "--prompts", "{}/prompt.txt"]
 
@@ -63,7 +63,7 @@ class Killed:
         rows = [" ".join(str(i * j % 97) for j in range(120)) for i in range(64)]
         (self.folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
         (self.folder / "prompt.txt").write_text("Layer 3 of")
-        (self.folder / "eval.txt").write_text("".join(f"Layer {i} of {i * 7 % 31} was removed. " for i in range(200)))
+        (self.folder / "eval.txt").write_text("".join(f"Layer {i} of {i * 7 % 31} was removed. " for i in range(100)))
 
     def state(self, folder: Path) -> Path:
         return folder / ("gradient.state" if self.name == "save_gradient" else "run/state")
@@ -187,8 +187,8 @@ def commands(tiny_folder, text_file, monkeypatch) -> dict[str, Command]:
     text = ["--calibration_dataset", text_file, "--dataset", text_file, "--nsamples", 4, "--sparsity_ratio", 0.5]
     gradients = ["--grad_nsamples", 3, "--grad_seqlen", 16]
     depth = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
-    depth += ["--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--save_model", "out"]
-    alp = ["--model", tiny_folder, *text, *gradients, "--save_model", "out"]
+    depth += ["--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--eval_windows", 8, "--save_model", "out"]
+    alp = ["--model", tiny_folder, *text, *gradients, "--eval_windows", 8, "--save_model", "out"]
     ngrad = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
     return {
         "ppllms": Command(ppllms, depth, monkeypatch),

@@ -353,7 +353,7 @@ def test_a_rank_without_a_number_of_processes_skips_no_check(arguments, environm
 
 @pytest.mark.parametrize("encoding, to", [("ascii", "| cat"), ("utf-8", ">&-"), ("utf-8", "| true")])
 def test_a_terminal_that_lacks_characters_or_is_closed_ends_no_run(tiny_folder, text_file, tmp_path, encoding, to):
-    text = ["--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
+    text = ["--dataset", text_file, "--eval_datasets", text_file, "--eval_windows", 3, "--nsamples", 3]
     command = [
         sys.executable,
         ROOT / "ppllms.py",
@@ -370,4 +370,5 @@ def test_a_terminal_that_lacks_characters_or_is_closed_ends_no_run(tiny_folder, 
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert json.loads((tmp_path / "run/result.json").read_text())["perplexity"]
-    assert "±" in (tmp_path / "run/log.txt").read_text() and "±" not in done.stdout
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "±" in log and "MHA removal layers" in log and "±" not in done.stdout

@@ -380,7 +380,7 @@ def test_the_demo_preset_of_weights_in_a_small_form(tmp_path, monkeypatch, text_
 @pytest.mark.draws
 def test_the_demo_preset_of_depth_in_a_small_form(tmp_path, monkeypatch, text_file):
     monkeypatch.chdir(tmp_path)
-    small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--prune_rate", 0.25]
+    small = ["--nsamples", 2, "--seqlen", 64, "--eval_datasets", text_file, "--eval_windows", 3, "--prune_rate", 0.25]
     assert run("--preset", "demo", *small, "--output_dir", "out", monkeypatch=monkeypatch) == 0
     rows = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[0] == "|  | 25% |" and len(rows) == 3 * (1 + 12)

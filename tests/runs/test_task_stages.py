@@ -97,6 +97,7 @@ def test_a_run_of_weights_measures_dense_pruned_and_quantized_and_logs_them(
     monkeypatch.chdir(tmp_path)
     task = write_choices(tmp_path, answers=MIXED)
     flags = ["--prune_method", "magnitude", "--dataset", text_file, "--seqlen", 64, "--output_dir", tmp_path / "run"]
+    flags += ["--eval_windows", 3]
     more = ["--wbits", 2, "--save_log", "--tasks", task, "--save_model", tmp_path / "q"]
     assert run_alp(*flags, *more, monkeypatch=monkeypatch) == 0
     found = tasks_of(tmp_path / "run")
@@ -219,7 +220,7 @@ def test_a_model_too_large_for_a_batch_of_one_is_one_line(arguments, tmp_path, m
 
 
 def test_a_run_that_is_stopped_measures_no_stage_again(arguments, tmp_path, monkeypatch, measured):
-    flags = [*arguments[:-2], *COMPENSATED, "--tasks", write_choices(tmp_path)]
+    flags = [*arguments[:-2], *COMPENSATED, "--eval_windows", 8, "--tasks", write_choices(tmp_path)]
     with monkeypatch.context() as patches:
         whole = Interruption(patches)
         assert run(*flags, "--output_dir", tmp_path / "whole", monkeypatch=patches) == 0

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 import alp_prune
 import ppllms
 import save_gradient
+from lib.cli.exit_status import INTERRUPTED
 from lib.runtime.distributed import ALONE, Ranks
 from tests.command import Started, run
+from tests.runs.interruption import Interruption
 
 DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved"}  # from run to run
 ALIKE = {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
@@ -29,12 +31,12 @@ pytestmark = pytest.mark.samples  # those of other processes have their whole le
 def one(tmp_path, monkeypatch) -> Callable[..., None]:
     """Runs a script as one process, this one."""
 
-    def run_alone(*arguments, script: ModuleType = ppllms) -> None:
+    def run_alone(*arguments, script: ModuleType = ppllms, status: int = 0) -> None:
         monkeypatch.chdir(tmp_path)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in `ALIKE`
         try:
-            assert run(*arguments, monkeypatch=monkeypatch, script=script) == 0
+            assert run(*arguments, monkeypatch=monkeypatch, script=script) == status
         finally:
             torch.set_num_threads(threads)
 
@@ -45,7 +47,7 @@ def one(tmp_path, monkeypatch) -> Callable[..., None]:
 def two(tmp_path) -> Callable[..., str]:
     """Runs a script as two processes, as `torchrun` would start them; gives what they say."""
 
-    def run_both(*arguments, script: ModuleType = ppllms) -> str:
+    def run_both(*arguments, script: ModuleType = ppllms, status: int = 0) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -58,19 +60,19 @@ def two(tmp_path) -> Callable[..., str]:
         finally:
             for process in processes:
                 process.kill()
-        assert [process.returncode for process in processes] == [0, 0], said
+        assert [process.returncode for process in processes] == [status] * 2, said
         return b"".join(said).decode()
 
     return run_both
 
 
-def torchrun(folder: Path, *arguments, script: ModuleType = ppllms, status: int = 0) -> str:
-    """Runs a script as two processes by `torchrun` itself; gives what they say."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script.__file__]
+def torchrun(folder: Path, *arguments) -> str:
+    """Runs ppllms.py as two processes by `torchrun` itself; gives what they say."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ppllms.__file__]
     command = [sys.executable, *map(str, [*launcher, *arguments])]
     environment = {**os.environ, **ALIKE}
     found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
-    assert found.returncode == status, found.stdout + found.stderr
+    assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout + found.stderr
 
 
@@ -175,12 +177,16 @@ def test_a_grid_and_offloading_work_with_several_processes(one, two, depth, tmp_
 
 
 def test_a_wrong_input_is_told_once_and_a_stopped_run_goes_on(one, two, depth, tmp_path):
-    flags = [*depth, "--mha_remove_layers", 2, "--ffn_remove_layers", 3, "--output_dir", "run"]
-    assert torchrun(tmp_path, *depth, "--mha_remove_layers", 9, status=1).count("ppllms.py: error: --mha") == 1
-    one(*flags)
-    before = result_in(tmp_path / "run")
-    assert torchrun(tmp_path, *flags, "--resume").count("Finished before") == 1
-    assert result_in(tmp_path / "run") == before
+    """By `torchrun` itself, which is slow to start, to the same end."""
+    flags = [*depth, "--mha_remove_layers", 2, "--ffn_remove_layers", 3]
+    assert two(*depth, "--mha_remove_layers", 9, status=2).count("ppllms.py: error: --mha") == 1
+    one(*flags, "--output_dir", "one")
+    with pytest.MonkeyPatch.context() as patches:
+        Interruption(patches, at=("put", 2), is_after=True)
+        one(*flags, "--output_dir", "run", status=INTERRUPTED)
+    assert torchrun(tmp_path, *flags, "--output_dir", "run", "--resume").count("MHA removal layers") == 1
+    assert two(*flags, "--output_dir", "run", "--resume").count("Finished before") == 1
+    assert result_in(tmp_path / "run") == result_in(tmp_path / "one")
 
 
 def test_several_processes_take_no_device_map(depth, monkeypatch, capsys):

@@ -41,6 +41,12 @@ def prune(alp_arguments, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def prune_quickly(prune):
+    """As `prune`, and measures the model on little text."""
+    return lambda *flags: prune("--eval_windows", 4, *flags)
+
+
+@pytest.fixture
 def gradient(tiny_folder, text_file, alp_arguments, monkeypatch):
     """Runs save_gradient.py with more flags, in the folder where `prune` runs."""
 
@@ -99,8 +105,8 @@ def test_the_saved_model_is_the_one_that_was_measured(prune, text_file, tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_prunes_to_the_ratio(prune, method):
-    result = prune("--prune_method", method, "--sparsity_ratio", 0.5)
+def test_every_method_prunes_to_the_ratio(prune_quickly, method):
+    result = prune_quickly("--prune_method", method, "--sparsity_ratio", 0.5)
     assert result["prune_method"] == method
     if method == "dense":
         assert result["sparsity"] == result["sparsity_ratio"] == 0 and result["layer_density"] == [1.0] * 4
@@ -145,15 +151,15 @@ def test_magnitude_reads_no_calibration_text(prune, monkeypatch):
     assert read == ["test"]
 
 
-def test_alpha_variant_and_power_change_what_goes(prune):
-    plain = prune("--prune_method", "wanda_alp")
-    assert prune("--alpha", 0)["layer_density"] == pytest.approx([0.3] * 4)
-    assert len(set(prune("--alpha", 0.3)["layer_density"])) == 4 and len(set(plain["layer_density"])) == 4
+def test_alpha_variant_and_power_change_what_goes(prune_quickly):
+    plain = prune_quickly("--prune_method", "wanda_alp")
+    assert prune_quickly("--alpha", 0)["layer_density"] == pytest.approx([0.3] * 4)
+    assert len(set(prune_quickly("--alpha", 0.3)["layer_density"])) == 4 and len(set(plain["layer_density"])) == 4
     perplexities = [
-        prune("--prune_method", *flags)["perplexity"]
+        prune_quickly("--prune_method", *flags)["perplexity"]
         for flags in (["wanda"], ["wanda", "--use_variant"], ["ria"], ["ria", "--a", 2], ["sparsegpt"])
     ]
-    perplexities.append(prune("--prune_method", "sparsegpt", "--percdamp", 5)["perplexity"])
+    perplexities.append(prune_quickly("--prune_method", "sparsegpt", "--percdamp", 5)["perplexity"])
     assert len({str(p) for p in perplexities}) == 6
 
 
@@ -230,7 +236,7 @@ def test_save_gradient_writes_what_alp_prune_finds(prune, gradient, tiny_folder,
     assert prune()["gradients"]["nsamples"] == 3
 
 
-def test_every_gradient_flag_counts(prune, gradient):
+def test_every_gradient_flag_counts(prune_quickly, gradient):
     found = set()
     variants = [
         [],
@@ -242,10 +248,10 @@ def test_every_gradient_flag_counts(prune, gradient):
     variants += [["--grad_seqlen", 20]]
     for flags in variants:
         gradient(*flags)
-        found.add(str(prune(*flags)["layer_density"]))
+        found.add(str(prune_quickly(*flags)["layer_density"]))
     assert len(found) == len(list(Path("gradients").glob("*.json"))) == len(variants)
     gradient("--ngrad", 5, "--output", "other/five.json")
-    assert prune("--gradients", "other/five.json", "--grad_nsamples", 5)["grad_nsamples"] == 5
+    assert prune_quickly("--gradients", "other/five.json", "--grad_nsamples", 5)["grad_nsamples"] == 5
     assert not list(Path("gradients").glob("*5x16*"))
 
 
@@ -337,10 +343,10 @@ def test_rows_that_are_there_are_not_appended_again(prune, tmp_path):
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_quantized_models_keep_their_zeros_and_have_few_values(prune, tmp_path, flags):
+def test_quantized_models_keep_their_zeros_and_have_few_values(prune_quickly, tmp_path, flags):
     ratio = [] if "--sparsity_type" in flags else ["--sparsity_ratio", 0.5]
-    result = prune("--prune_method", *flags, *ratio, "--save_model", tmp_path / "out")
-    plain = prune("--prune_method", flags[0], *ratio, *(flags[3:5] if "--sparsity_type" in flags else []))
+    result = prune_quickly("--prune_method", *flags, *ratio, "--save_model", tmp_path / "out")
+    plain = prune_quickly("--prune_method", flags[0], *ratio, *(flags[3:5] if "--sparsity_type" in flags else []))
     ((found,), (without,)) = (list(r["perplexity"].values()) for r in (result, plain))
     assert list(found) == ["dense", "pruned", "quantized"]
     assert found["pruned"] == pytest.approx(without["pruned"]) and found["quantized"] != found["pruned"]
@@ -356,11 +362,11 @@ def test_quantized_models_keep_their_zeros_and_have_few_values(prune, tmp_path, 
             assert max(len(row.unique()) for row in group) <= 2**bits
 
 
-def test_each_quantization_flag_changes_the_outcome(prune):
+def test_each_quantization_flag_changes_the_outcome(prune_quickly):
     flags = ["--prune_method", "wanda", "--wbits", 3, "--sparsity_ratio", 0.5]
     variants = [[], ["--sym"], ["--gptq"], ["--gptq", "--act-order"], ["--groupsize", 8], ["--gptq", "--groupsize", 8]]
     variants += [["--gptq", "--groupsize", 8, "--static-groups"], ["--gptq", "--percdamp", 1]]
-    found = [prune(*flags, *more)["perplexity"] for more in variants]
+    found = [prune_quickly(*flags, *more)["perplexity"] for more in variants]
     assert len({str(perplexity) for perplexity in found}) == len(variants)
 
 
