@@ -122,6 +122,8 @@ def _two_of_each_kind(config: PreTrainedConfig) -> dict[str, list]:
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 
+_SEQLEN, _EVALUATED = 32, 6  # tokens, and windows, spread over the text; recurrences are slow without their kernels
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -139,7 +141,8 @@ class Census:
 
     def __init__(self, folder: Path, tokenizer):
         self.folder, self.tokenizer = folder, tokenizer
-        self.text = folder / "words.txt"
+        self.text, self.prompt = folder / "words.txt", folder / "prompt.txt"
+        self.prompt.write_text("Layer 3 of")
         self.text.write_text(
             "".join(f"Layer {i} of {i * 7 % 31} was removed, and nothing changed. " for i in range(60))
         )
@@ -175,7 +178,8 @@ class Census:
     def _run(self, script, model: Path, *flags) -> Outcome:
         """Runs a script, and checks what it saved: perplexities before and after, and the number of parameters."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
-        words = [*flags, "--seqlen", 32, "--output_dir", place / "run", "--save_model", place / "out"]
+        words = [*flags, "--seqlen", _SEQLEN, "--eval_windows", _EVALUATED, "--prompts", self.prompt]
+        words += ["--output_dir", place / "run", "--save_model", place / "out"]
         told, given, name = StringIO(), sys.argv, Path(script.__file__).name
         try:
             sys.argv = [name, *map(str, words)]
@@ -201,9 +205,9 @@ class Census:
     @torch.no_grad()
     def _perplexity(self, folder: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        text = load_corpus(str(self.text), "test")
+        text, tokenizer = load_corpus(str(self.text), "test"), load_tokenizer(ModelSource(str(folder)))
         losses = []
-        for window in evaluation_windows(text, load_tokenizer(ModelSource(str(folder))), 32):
+        for window in evaluation_windows(text, tokenizer, _SEQLEN, most=_EVALUATED):
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].double()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
         return math.exp(sum(losses) / len(losses))

@@ -60,7 +60,7 @@ class Started:
     def __init__(self, script: str, *arguments, folder: Path | None = None, environment: Mapping[str, str] = _NOTHING):
         pipes = [_SERVER.Pipe(duplex=False) for _ in range(2)]
         words, ends = list(map(str, arguments)), [theirs for _, theirs in pipes]
-        given = script, words, folder or Path.cwd(), dict(environment)
+        given = script, words, folder or Path.cwd(), {**os.environ, **environment}
         self._process = _SERVER.Process(target=_be_script, args=(*given, *ends))
         self._process.start()
         for end in ends:
@@ -94,6 +94,7 @@ def _be_script(script: str, arguments: list[str], folder: Path, environment: dic
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     os.chdir(folder)
+    os.environ.clear()  # of what the server had as it started
     os.environ |= environment
     sys.argv = [script, *arguments]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

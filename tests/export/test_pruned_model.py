@@ -140,6 +140,8 @@ def test_lora_adapters_train_save_and_load_on_it(pruned, tmp_path):
 
 def test_lm_eval_takes_it_by_the_name_of_its_folder(tmp_path, text_file):
     lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
     source, rows = ModelSource("demo"), tmp_path / "rows.jsonl"
     tokenizer = load_tokenizer(source)
     save_pruned(Decoder(load_model(source)), Plan(12, (6,), (4, 6)), tokenizer, tmp_path / "out")
@@ -148,7 +150,7 @@ def test_lm_eval_takes_it_by_the_name_of_its_folder(tmp_path, text_file):
     task |= {"output_type": "loglikelihood_rolling", "test_split": "test", "doc_to_text": ""}
     task |= {"doc_to_target": "{{page}}", "metric_list": [{"metric": "word_perplexity"}]}
     arguments = f"pretrained={tmp_path / 'out'},trust_remote_code=True"
-    options = {"tasks": [task], "bootstrap_iters": 0}
+    options = {"tasks": [task], "bootstrap_iters": 0, "task_manager": TaskManager(include_defaults=False)}
     with_folder = lm_eval.simple_evaluate(model="hf", model_args=arguments, device="cpu", **options)
     model = load_model(ModelSource(str(tmp_path / "out")))
     in_memory = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
