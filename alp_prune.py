@@ -33,6 +33,7 @@ from lib.config.tasks import ZERO_SHOT_TASKS, expand_sets, flag_of
 from lib.errors import InputError
 from lib.storage import log_tsv
 from lib.storage.atomic import check_writable
+from lib.storage.model_folder import is_gguf_target
 from lib.storage.state_folder import check_state_folder
 
 AXES = ("model", "prune_method", "sparsity_ratio", "sparsity_type", "seed")
@@ -49,7 +50,7 @@ def build_parser() -> flags.Parser:
         type=types.name,
         nargs="+",
         default=["demo"],
-        help="hub id or local folder, or several (default: the bundled demo model)",
+        help="hub id, local folder or GGUF file, or several (default: the bundled demo model)",
     )
     group.add_argument(
         "--model_name", type=types.name, help="its name in output paths and logs (default: from --model)"
@@ -173,6 +174,9 @@ def check(args: argparse.Namespace) -> None:
     """Checks everything that needs no torch, except what each run checks itself. Raises `InputError`."""
     for model in args.model:
         sources.check_model(model)
+    if is_gguf_target(args.save_model):
+        advice = "give a folder, and convert that with convert_hf_to_gguf.py of llama.cpp"
+        raise InputError(f"--save_model {args.save_model}: zeros are not saved as GGUF; {advice}")
     if args.tasks:
         checks.check_lm_eval(flag_of(args.tasks))
     name = args.model_name or "-"

@@ -41,6 +41,7 @@ from lib.config.presets import DEPTH_PRESETS
 from lib.config.tasks import expand_sets
 from lib.errors import InputError, printable
 from lib.export import gguf
+from lib.storage.model_folder import is_gguf_target
 from lib.storage.output_folder import PLAN, RESULT, find_plan
 
 SAVE_FORMATS = ("hf", "masked", "nemotron-nas")
@@ -61,7 +62,9 @@ def build_parser() -> flags.Parser:
     flags.add_shared_flags(parser)
     add_compensation_flags(parser.add_argument_group("compensation"))
     group = parser.add_argument_group("saving")
-    group.add_argument("--save_model", type=types.folder, help="folder for the pruned model")
+    group.add_argument(
+        "--save_model", type=types.folder, help="folder for the pruned model, or FILE.gguf from a GGUF file"
+    )
     group.add_argument(
         "--save_format",
         **flags.one_of(SAVE_FORMATS),
@@ -84,7 +87,7 @@ def add_budget_flags(group) -> None:
         "--model_name",
         type=types.name,
         nargs="+",
-        help="hub id or local folder, or several (default: the bundled demo, or that of the plan)",
+        help="hub id, local folder or GGUF file, or several (default: the bundled demo, or that of the plan)",
     )
     group.add_argument(
         "--method",
@@ -159,6 +162,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.gguf and args.saved_plan.plan.experts_removed:
         raise InputError("--gguf: the plan removes experts, which is done in folders only; leave --gguf out")
     args.tasks = expand_sets(args.tasks or ())
+    if is_gguf_target(args.save_model):
+        args.save_format = "gguf"
     args.model_name = args.model_name or [args.saved_plan.model if args.saved_plan else "demo"]
     return args
 
@@ -190,6 +195,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
         raise InputError("--model_name: a plan is applied to one model; give one")
     if "save_format" in given and not args.save_model:
         raise InputError("--save_format: needs --save_model")
+    if "save_format" in given and is_gguf_target(args.save_model):
+        raise InputError("--save_format: has no meaning for --save_model FILE.gguf; leave it out")
 
 
 def check_plan_stays(plan: Path, targets: dict[str, Path | None]) -> None:
@@ -232,6 +239,11 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(
             f"--mha_remove_layers {mha} is more than --ffn_remove_layers {ffn}: "
             "attention is removed from layers that lose their FFN"
+        )
+    if is_gguf_target(args.save_model) and not sources.is_gguf(args.model_name[0]):
+        what = f"--save_model {args.save_model}: prunes a GGUF file, and {args.model_name[0]} is none; give a folder"
+        raise InputError(
+            f"{what}, and prune a GGUF file of the model by the plan, with --apply_plan RESULT --gguf IN OUT"
         )
     if args.tasks:
         checks.check_lm_eval("--tasks")

@@ -31,7 +31,10 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     group = parser.add_argument_group("model and text")
     group.add_argument(
-        "--model", type=types.name, default="demo", help="hub id or local folder (default: the bundled demo model)"
+        "--model",
+        type=types.name,
+        default="demo",
+        help="hub id, local folder or GGUF file (default: the bundled demo model)",
     )
     group.add_argument("--cache_dir", type=types.folder, help="folder for the hub's files (default: the hub's own)")
     group.add_argument(

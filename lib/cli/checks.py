@@ -18,7 +18,7 @@ from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage import resume_state
 from lib.storage.atomic import check_writable
-from lib.storage.model_folder import check_holds_none_of, check_model_folder
+from lib.storage.model_folder import check_holds_none_of, check_model_target
 from lib.storage.output_folder import RESULT, STATE, check_output_folder, is_of_ours
 from lib.storage.state_folder import check_state_folder
 
@@ -97,7 +97,7 @@ def check_save_model(args: argparse.Namespace, used: Iterable[str | Path]) -> No
     is_own = args.resume and resume_state.was_saved(output_dir / STATE, folder)
     is_finished = args.resume and (output_dir / RESULT).exists() and resume_state.read(output_dir / STATE) is None
     if not is_own and not is_finished:
-        check_model_folder(folder, args.overwrite)
+        check_model_target(folder, args.overwrite)
 
 
 def check_prompts(args: argparse.Namespace) -> list[Path]:

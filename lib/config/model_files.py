@@ -22,10 +22,6 @@ _LARGEST_CONFIG, _LARGEST_TOKENIZER = 2**24, 2**28  # bytes; the largest tokeniz
 _HUB_ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/+(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)?)"
 )
-_GGUF_ADVICE = (
-    "give the model that it was made from, as a hub id or a folder; "
-    "--apply_plan RESULT --gguf IN OUT then prunes the GGUF file by the plan found"
-)
 
 _MOST_LAYERS, _MOST_EXPERTS, _LARGEST_SIZE, _LONGEST_CONTEXT = 2**12, 2**14, 2**24, 2**40
 _LIMITS = (  # (names in a config, least, most); models have up to 126 layers, 512 experts and 262,144 tokens
@@ -45,16 +41,14 @@ def hub_id_of(address: str) -> str | None:
 
 
 def refuse_path(path: Path) -> str:
-    """Why a path that is no folder cannot be a model, and what to give instead."""
+    """Why a path that is no folder and no GGUF file cannot be a model, and what to give instead."""
     if path.is_symlink() and not path.exists():
         return "is a link that leads nowhere; give the folder itself"
     if not path.exists():
-        return "no such folder; give a hub id or a folder with config.json and weights"
-    if path.suffix.lower() == ".gguf":
-        return f"is a GGUF file, for llama.cpp; {_GGUF_ADVICE}"
+        return "no such folder or file; give a hub id, a GGUF file, or a folder with config.json and weights"
     if path.is_file() and any((path.parent / name).is_file() for name in ("config.json", ADAPTER_FILE)):
         return f"is a file of a model; give its folder {path.parent}"
-    return "is not a folder; give a hub id or a folder with config.json and weights"
+    return "is not a folder or GGUF file; give one of these, or a hub id"
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -63,8 +57,8 @@ def check_folder(name: str, folder: Path) -> None:
         raise InputError(f"model {name}: {adapter_advice(name)}")
     others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _OTHER_WEIGHTS)
     weights = weight_files(folder)
-    if not weights and any(file.lower().endswith(".gguf") for file in others):
-        raise InputError(f"model {name}: a folder of GGUF files, for llama.cpp; {_GGUF_ADVICE}")
+    if not weights and (files := [file for file in others if file.lower().endswith(".gguf")]):
+        raise InputError(f"model {name}: a folder of GGUF files; give one of them, as {folder / files[0]}")
     config = folder / "config.json"
     if not config.is_file():
         below = sorted(path.parent for depth in ("*", "snapshots/*") for path in folder.glob(f"{depth}/config.json"))

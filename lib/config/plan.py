@@ -154,4 +154,6 @@ def _refitted(path: Path, content: dict, num_layers: int) -> Refitted | None:
     folder, digest, save_format = (content[name] for name in ("saved_model", "saved", "save_format"))
     if not all(isinstance(text, str) and text for text in (folder, digest, save_format)):
         raise ValueError("the saved model must have a folder, a digest and a format")
+    if save_format == "gguf":
+        return Refitted(path, projections)
     return Refitted(path, projections, Path(folder), digest, save_format == "masked")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib.config.model_files import all_weights, weight_files
-from lib.config.sources import expand, is_demo, locate_model, parse_text, text_files
+from lib.config.sources import expand, is_demo, is_gguf, locate_model, parse_text, text_files
 from lib.errors import InputError, InputsChanged
 from lib.files import read_file
 
@@ -91,7 +91,7 @@ def _files(kind: str, name: str) -> list[Path]:
     path = _place(kind, name)
     try:
         if kind == MODEL:
-            return sorted(set(_model_files(path))) if os.path.isdir(path) else []
+            return sorted(set(_model_files(path))) if os.path.isdir(path) else [path] if is_gguf(name) else []
         if (kind, name) == (TEXT, "demo"):
             return []
         if os.path.isfile(path):

@@ -11,6 +11,7 @@ from lib.config.model_files import check_folder, hub_id_of, refuse_path
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
+GGUF = ".gguf"  # suffix of llama.cpp's files of models
 TEXT_KINDS = {".txt": "txt", ".md": "txt", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 TEXT_KINDS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # of the content, by suffix
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # of any of these but .parquet, by a second suffix
@@ -70,7 +71,7 @@ def is_demo(model: str) -> bool:
 
 
 def locate_model(name: str) -> str:
-    """What a library can load: the folder of `demo`, a path without `~`, or the hub id."""
+    """What a library can load: the folder of `demo`, a path without `~` of a folder or GGUF file, or the hub id."""
     if is_demo(name):
         return str(DEMO_MODEL)
     path = expand(name)
@@ -79,18 +80,25 @@ def locate_model(name: str) -> str:
 
 def is_hub_model(name: str) -> bool:
     """True when a model's name can only be a hub id: nothing of that name exists here, and it looks like one."""
-    return name != "demo" and not expand(name).exists() and bool(_HUB_ID.fullmatch(name))
+    is_here = name == "demo" or expand(name).exists()
+    return not is_here and not name.lower().endswith(GGUF) and bool(_HUB_ID.fullmatch(name))
+
+
+def is_gguf(name: str) -> bool:
+    """True when a model's name is that of a GGUF file."""
+    path = expand(name)
+    return path.suffix.lower() == GGUF and path.is_file()
 
 
 def local_path(name: str) -> str | None:
-    """The absolute path of a model in a local folder; None for hub ids and the bundled model."""
+    """The absolute path of a model in a local folder or GGUF file; None for hub ids and the bundled model."""
     path = expand(name)
-    return str(path.absolute()) if path.is_dir() and not is_demo(name) else None
+    return str(path.absolute()) if path.exists() and not is_demo(name) else None
 
 
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for file names; `demo` for the bundled model."""
-    return "demo" if is_demo(model) else expand(model).absolute().name
+    return "demo" if is_demo(model) else expand(model).absolute().name.removesuffix(GGUF)
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:
@@ -101,7 +109,10 @@ def labels(names: Iterable[str]) -> dict[str, str]:
 
 
 def check_model(name: str) -> None:
-    """Raises `InputError` unless a local name is a folder with a config, weights and a tokenizer; hub ids pass."""
+    """Raises `InputError` unless a local name is a GGUF file, or a folder with a config, weights and a tokenizer.
+
+    Hub ids pass.
+    """
     if is_demo(name):
         return
     if address := hub_id_of(name):
@@ -113,6 +124,8 @@ def check_model(name: str) -> None:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"model {name}: its path is not UTF-8, which libraries cannot read; rename it") from error
+    if is_gguf(name):
+        return
     if not path.is_dir():
         raise InputError(f"model {name}: {refuse_path(path)}")
     check_folder(name, path)

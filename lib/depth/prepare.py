@@ -9,6 +9,7 @@ import torch
 from lib.config.depth import DepthPruning
 from lib.config.mixture import Mixture
 from lib.config.plan import Mode, Plan
+from lib.config.sources import expand
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
 from lib.data.sampling import calibration_windows, draw_parts, evaluation_windows
@@ -20,6 +21,7 @@ from lib.engine.own_text import check_not_on_disk
 from lib.errors import InputError
 from lib.evaluation.samples import make_prompts
 from lib.evaluation.tasks import Tasks
+from lib.export import gguf
 from lib.export.huggingface import check_compact, check_format
 from lib.models.decoder import Decoder
 from lib.models.experts import picked_experts
@@ -174,7 +176,9 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
             f"--compensate: no sublayer of {decoder.family} ends in a projection that writes into the residual stream; "
             "leave it out"
         )
-    if settings.save_model:
+    if settings.save_model and settings.save_format == "gguf":
+        gguf.read(expand(settings.model_name), decoder.num_layers)
+    elif settings.save_model:
         check_format(decoder, settings.save_format, settings.saved_plan.plan if settings.saved_plan else None)
         if settings.save_format != "masked" and not decoder.has_weights:
             check_removals(settings, decoder)

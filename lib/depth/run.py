@@ -12,12 +12,14 @@ import torch
 from lib.config.depth import DepthPruning
 from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
-from lib.config.sources import local_path, short_name
+from lib.config.sources import expand, local_path, short_name
 from lib.depth import report as depth_report
 from lib.depth.compensation import Refit, compensate, token_counts
 from lib.depth.prepare import DepthWorkspace, check_config, prepare
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
+from lib.export import gguf
+from lib.export.gguf_refitted import refitted_in_memory
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
@@ -36,6 +38,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
     x_axis = "share of the parameters removed"
 
     plan: Plan  # what is removed; known once `prune` has searched
+    refits: Sequence[Refit] = ()  # of a compensation
 
     check_config = staticmethod(check_config)
     load = staticmethod(prepare)
@@ -134,7 +137,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         changes = Changes(state.folder / "compensated", f"{state.key} compensated")
         with self.report.timed("compensate"), self.report.progress(decoder.num_layers, "compensation") as progress:
             mode, batcher = settings.compensate, self.workspace.batcher
-            refits = compensate(decoder, self.plan, windows, mode, batcher, changes, progress)
+            self.refits = refits = compensate(decoder, self.plan, windows, mode, batcher, changes, progress)
         depth_report.show_refits(self.report, refits)
         for text, stages in evaluations.items():
             stages["compensated"] = self.texts.measure("compensated", text, self.plan)
@@ -182,10 +185,19 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         windows = next((windows for of_texts in texts for windows in of_texts.values()), None)
         checking = partial(self.report.timed, "check")
         try:
-            save_pruned(self.decoder, self.plan, workspace.tokenizer, folder, save_format, windows, checking)
+            if save_format == "gguf":
+                self.save_gguf(folder)
+            else:
+                save_pruned(self.decoder, self.plan, workspace.tokenizer, folder, save_format, windows, checking)
         except SaveError as error:
             how = f"; the plan is kept, add --apply_plan {self.report.folder / RESULT} --save_format masked"
             raise RunError(f"--save_format {save_format}: {error}{how * (save_format != 'masked')}") from error
+
+    def save_gguf(self, target: Path) -> None:
+        """Writes the GGUF file of the model without what the plan removes, and with the refitted projections."""
+        changed = [(refit.layer, refit.name) for refit in self.refits if refit.is_changed]
+        refitted = refitted_in_memory(self.decoder, changed) if changed else None
+        gguf.prune(expand(self.settings.model_name), self.plan, refitted).write(target)
 
 
 def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits: Sequence[Refit]) -> dict:

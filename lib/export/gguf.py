@@ -26,8 +26,7 @@ from math import prod
 from pathlib import Path
 
 from lib.config.plan import Plan, Refitted
-from lib.errors import InputError, RunError
-from lib.export.gguf_header import ALIGNMENT, MAGIC, Header, Tensor, read_header, refuse
+from lib.errors import RunError
 from lib.export.gguf_model import (
     ARCHITECTURE,
     ATTENTION,
@@ -43,8 +42,10 @@ from lib.export.gguf_model import (
     read_gguf,
     split_name,
 )
-from lib.export.gguf_refitted import RefittedTensor, read_refitted
-from lib.storage.atomic import atomic_file, check_writable
+from lib.export.gguf_refitted import InMemory, RefittedTensor, read_refitted
+from lib.models.gguf_header import ALIGNMENT, Header, Tensor, read_header, refuse
+from lib.storage.atomic import atomic_file
+from lib.storage.model_folder import check_gguf_target
 
 Layout = list[tuple[str, str | tuple[int, ...]]]  # tensors by name: name of the source's tensor, or shape of zeros
 _AnyTensor = Tensor | RefittedTensor
@@ -75,43 +76,45 @@ class GgufPruning:
     refitted: Counter[tuple[str, str]]
 
 
-def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) -> GgufModel:
-    """Reads the file to prune and makes all checks that need no plan; writes nothing.
-
-    Raises `InputError` for a file that cannot be pruned or has another number of layers, and for an existing target
-    unless it is a GGUF file and `overwrite`.
-    """
-    model = read_gguf(source)
-    if len(model.blocks) != num_layers:
-        raise refuse(source, f"has {len(model.blocks)} blocks and the plan {num_layers} layers; give the plan's model")
-    check_writable(target.parent if target.exists() else target, "--gguf")
-    if target.exists():
-        if target.samefile(source):
-            raise refuse(source, "would be written over itself; name another file to write")
-        is_gguf = target.is_file() and _begins_as_gguf(target)
-        if not is_gguf or not overwrite:
-            state, advice = ("exists", " or add --overwrite") if is_gguf else ("exists and is no GGUF file", "")
-            raise InputError(f"--gguf: {target} {state}; name another file{advice}")
-    elif target.is_symlink():
-        raise InputError(f"--gguf: {target} is a link that leads nowhere; name another file")
-    return model
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
 def apply_plan(
     source: Path, target: Path, plan: Plan, overwrite: bool = False, refitted: Refitted | None = None
 ) -> GgufPruning:
-    """Writes the source without the sublayers that the plan removes, atomically; refitted tensors as they were saved.
+    """Writes a file without the sublayers that the plan removes, atomically. Raises as `check` and `prune` do."""
+    check(source, target, plan.num_layers, overwrite)
+    pruned = prune(source, plan, refitted)
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as draft:
+        return pruned.write(draft)
+
+
+def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) -> None:
+    """Makes all checks that need no plan; writes nothing.
+
+    Raises `InputError` as `read` does, and for an existing target unless it is a GGUF file and `overwrite`.
+    """
+    read(source, num_layers)
+    if target.exists() and target.samefile(source):
+        raise refuse(source, "would be written over itself; name another file to write")
+    check_gguf_target(target, overwrite, "--gguf")
+
+
+def read(source: Path, num_layers: int) -> GgufModel:
+    """The file to prune. Raises `InputError` for one that cannot be pruned or has another number of layers."""
+    model = read_gguf(source)
+    if len(model.blocks) != num_layers:
+        raise refuse(source, f"has {len(model.blocks)} blocks and the plan {num_layers} layers; give the plan's model")
+    return model
+
+
+def prune(source: Path, plan: Plan, refitted: Refitted | InMemory | None = None) -> "PrunedGguf":
+    """The source without the sublayers that the plan removes; refitted tensors as they became. Writes nothing.
 
     The layer numbers of the plan are the block numbers of the source. The source may have been pruned before. Raises
-    `InputError` as `check` and `read_refitted` do, and for a plan that leaves no attention or removes a sublayer that
+    `InputError` as `read` and `read_refitted` do, and for a plan that leaves no attention or removes a sublayer that
     is already gone.
     """
-    model = check(source, target, plan.num_layers, overwrite)
+    model = read(source, plan.num_layers)
     for what, removed, sizes in (
         ("attention", plan.mha_removed, [block.heads for block in model.blocks]),
         ("FFN", plan.ffn_removed, [block.width for block in model.blocks]),
@@ -123,24 +126,37 @@ def apply_plan(
         raise refuse(source, "the plan leaves no attention; keep that of one layer")
     layout = arrange(model.tensors, left, model.hidden_size, model.head_size)
     changed = read_refitted(source, model, layout, refitted) if refitted else {}
-    tensors = _new_tensors({**model.tensors, **changed}, layout)
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_file(target) as draft:
-            keys = _new_keys(model, add_stand_ins(left.values()))
-            _write(draft, model.header.is_big_endian, keys, tensors)
-            if not _is_as_meant(read_header(draft), keys, tensors):
-                raise RunError(f"--gguf {target}: what was read back is not what was written; name another disk")
-    except (ValueError, struct.error) as error:
-        raise refuse(source, f"holds what the gguf package cannot write ({error})") from error
-    whole = arrange(model.tensors, dict(enumerate(model.blocks)), model.hidden_size, model.head_size)
-    return GgufPruning(
-        model.architecture,
-        GgufSize(len(model.blocks), _count_parameters(model, whole), source.stat().st_size),
-        GgufSize(len(left), _count_parameters(model, layout), target.stat().st_size),
-        Counter((model.tensors[name].kind.name, tensor.kind.name) for name, tensor in changed.items()),
-    )
+    return PrunedGguf(source, model, left, layout, changed)
+
+
+@dataclass(frozen=True)
+class PrunedGguf:
+    """What a plan leaves of a file, ready to be written."""
+
+    source: Path
+    model: GgufModel
+    left: Mapping[int, Block]
+    layout: Layout
+    changed: Mapping[str, RefittedTensor]
+
+    def write(self, target: Path) -> GgufPruning:
+        """Writes the new file, not atomically, and reads it back. Raises `InputError` and `RunError`."""
+        model, layout = self.model, self.layout
+        tensors = _new_tensors({**model.tensors, **self.changed}, layout)
+        try:
+            keys = _new_keys(model, add_stand_ins(self.left.values()))
+            _write(target, model.header.is_big_endian, keys, tensors)
+            if not _is_as_meant(read_header(target), keys, tensors):
+                raise RunError(f"{target}: what was read back is not what was written; name another disk")
+        except (ValueError, struct.error) as error:
+            raise refuse(self.source, f"holds what the gguf package cannot write ({error})") from error
+        whole = arrange(model.tensors, dict(enumerate(model.blocks)), model.hidden_size, model.head_size)
+        return GgufPruning(
+            model.architecture,
+            GgufSize(len(model.blocks), _count_parameters(model, whole), self.source.stat().st_size),
+            GgufSize(len(self.left), _count_parameters(model, layout), target.stat().st_size),
+            Counter((model.tensors[name].kind.name, tensor.kind.name) for name, tensor in self.changed.items()),
+        )
 
 
 def _count_parameters(model: GgufModel, layout: Layout) -> int:

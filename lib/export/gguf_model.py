@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.export.gguf_header import Header, Tensor, read_header, refuse
+from lib.models.gguf_header import Header, Tensor, read_header, refuse
 
 PRUNABLE, PRUNED = ("llama", "deci"), "deci"
 
@@ -58,8 +58,6 @@ def read_gguf(path: Path) -> GgufModel:
     if architecture not in PRUNABLE:
         reason = "only a llama's layers can lose attention or FFN in llama.cpp: its graphs of other architectures have"
         raise refuse(path, f"architecture {architecture}: {reason} no sizes by layer, or another rotation; {_MASKED}")
-    if _value(path, keys, "split.count", 1) > 1:
-        raise refuse(path, "is one part of a split model; join the parts first with llama-gguf-split --merge")
     if experts := _value(path, keys, f"{architecture}.expert_count", 0):
         reason = f"is a mixture of {experts} experts, which the architecture {PRUNED} of llama.cpp has not"
         raise refuse(path, f"{reason}; {_MASKED}")

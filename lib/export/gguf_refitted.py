@@ -1,77 +1,113 @@
-"""Output projections that a run refitted, read from the model that it saved and quantized for a GGUF file.
+"""Output projections that a run refitted, read from the model that it saved, or has, and quantized for a GGUF file.
 
 Each gets the type of the tensor that it replaces where the package `gguf` can write that well, else Q8_0.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.config.model_files import weight_files
 from lib.config.plan import Refitted
 from lib.errors import InputError
-from lib.export.gguf_header import refuse
 from lib.export.gguf_model import GgufModel, split_name
+from lib.models.gguf_header import refuse
 from lib.storage.model_folder import signature
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.models.decoder import Decoder
 
 _PARTS = {"self_attn.o_proj": "attn_output.weight", "mlp.down_proj": "ffn_down.weight"}
 _WRITTEN = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A refitted projection: its shape with the row length first, and what reads it, as a tensor (rows, columns)."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Refitted projections of a model in memory, by the number of the layer and the path of the module within it."""
+
+    matrices: Mapping[tuple[int, str], Matrix]
+
+
+def refitted_in_memory(decoder: "Decoder", projections: Iterable[tuple[int, str]]) -> InMemory:
+    """Projections of a model, each by the number of its layer and the path of the module within it."""
+
+    def read(index: int, name: str) -> "torch.Tensor":
+        with decoder.at(index):
+            return decoder.layers[index].get_parameter(f"{name}.weight").detach().cpu()
+
+    return InMemory({one: Matrix(tuple(read(*one).shape[::-1]), partial(read, *one)) for one in projections})
+
+
+@dataclass(frozen=True)
 class RefittedTensor:
-    """A matrix in a safetensors file: its shape with the row length first, and the type that it gets."""
+    """A refitted projection in a GGUF file: its shape with the row length first, and the type that it gets."""
 
     shape: tuple[int, ...]
     kind: Any
-    file: Path
-    name: str
+    matrix: Matrix
 
     @property
     def data(self) -> Any:
         """A uint8 array (rows, bytes of a row) of little-endian numbers, as in `gguf_header.Tensor`. Not kept."""
         import numpy
         from gguf import quants
-        from safetensors import safe_open
 
-        with safe_open(self.file, "pt") as weights:
-            matrix = weights.get_tensor(self.name).float().contiguous().numpy()
+        matrix = self.matrix.read().float().contiguous().numpy()
         return quants.quantize(matrix, self.kind).view(numpy.uint8)
 
 
 def read_refitted(
-    source: Path, model: GgufModel, layout: Sequence[tuple[str, object]], refitted: Refitted
+    source: Path, model: GgufModel, layout: Sequence[tuple[str, object]], refitted: Refitted | InMemory
 ) -> dict[str, RefittedTensor]:
     """{name of a tensor in the source: what replaces it}, for a source that is written in a layout of `gguf.arrange`.
 
     Raises `InputError` when the saved model is not there as the run left it, and for a source without these tensors.
     """
+    where = "the model" if isinstance(refitted, InMemory) else _folder_of(refitted)
+    if model.header.is_big_endian:
+        reason = "is big-endian, for which refitted weights cannot be quantized"
+        raise refuse(source, f"{reason}; convert it with gguf-convert-endian FILE little")
+    new_names = {origin: name for name, origin in layout}
+    saved = {} if isinstance(where, str) else _saved_matrices(where)
+    found = {}
+    for layer, projection in refitted.matrices if isinstance(refitted, InMemory) else refitted.projections:
+        old = f"blk.{layer}.{_PARTS.get(projection)}"
+        if old not in new_names:
+            what = f"holds no {projection} of layer {layer}, which the plan's run refitted"
+            raise refuse(source, f"{what}; give the file that the plan was made for")
+        if isinstance(refitted, InMemory):
+            matrix = refitted.matrices[layer, projection]
+        else:
+            number = layer if refitted.is_masked else split_name(new_names[old])[0]
+            matrix = saved[_find(where, saved, f"{number}.{projection}.weight")]
+        tensor = model.tensors[old]
+        if matrix.shape != tensor.shape:
+            what = f"tensor {old} is {list(tensor.shape)}, and {list(matrix.shape)} in {where}"
+            raise refuse(source, f"{what}; give the file that the plan was made for")
+        found[old] = RefittedTensor(matrix.shape, _kind(tensor.kind, matrix.shape[0]), matrix)
+    return found
+
+
+def _folder_of(refitted: Refitted) -> Path:
+    """The model that a run saved. Raises `InputError` when it is not there as the run left it."""
     folder = refitted.folder
     if not folder:
         raise _gone(refitted, "saved no model to take them from")
     if signature(folder) != refitted.signature:
         raise _gone(refitted, f"saved them in {folder}, which is gone or was changed")
-    if model.header.is_big_endian:
-        reason = "is big-endian, for which refitted weights cannot be quantized"
-        raise refuse(source, f"{reason}; convert it with gguf-convert-endian FILE little")
-    new_names = {origin: name for name, origin in layout}
-    shapes = _read_shapes(folder)
-    found = {}
-    for layer, projection in refitted.projections:
-        old = f"blk.{layer}.{_PARTS.get(projection)}"
-        if old not in new_names:
-            what = f"holds no {projection} of layer {layer}, which the plan's run refitted"
-            raise refuse(source, f"{what}; give the file that the plan was made for")
-        number = layer if refitted.is_masked else split_name(new_names[old])[0]
-        name = _find(folder, shapes, f"{number}.{projection}.weight")
-        file, shape = shapes[name]
-        tensor = model.tensors[old]
-        if shape != tensor.shape:
-            what = f"tensor {old} is {list(tensor.shape)}, and {list(shape)} in {folder}"
-            raise refuse(source, f"{what}; give the file that the plan was made for")
-        found[old] = RefittedTensor(shape, _kind(tensor.kind, shape[0]), file, name)
-    return found
+    return folder
 
 
 def _gone(refitted: Refitted, reason: str) -> InputError:
@@ -80,8 +116,8 @@ def _gone(refitted: Refitted, reason: str) -> InputError:
     return InputError(f"{what}; run {advice}, and give the result.json of that run")
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """{name: (file, shape with the row length first)} of the tensors in the safetensors files of a model."""
+def _saved_matrices(folder: Path) -> dict[str, Matrix]:
+    """The tensors in the safetensors files of a model, by name."""
     from safetensors import safe_open
 
     found = {}
@@ -89,11 +125,19 @@ def _read_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():
-                    found[name] = file, tuple(weights.get_slice(name).get_shape()[::-1])
+                    shape = tuple(weights.get_slice(name).get_shape()[::-1])
+                    found[name] = Matrix(shape, partial(_read, file, name))
     return found
 
 
-def _find(folder: Path, names: Iterable[str], end: str) -> str:
+def _read(file: Path, name: str) -> "torch.Tensor":
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(name)
+
+
+def _find(folder: Path | str, names: Iterable[str], end: str) -> str:
     """The name that ends so, whatever stands before its layer number. Raises `InputError` unless there is one."""
     found = [name for name in names if name == end or name.endswith(f".{end}")]
     if len(found) != 1:

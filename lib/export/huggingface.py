@@ -49,6 +49,7 @@ from lib.models.modeling_pruned import (
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.residual_writers import OUTPUT_PROJECTIONS
 from lib.models.weight_deltas import Changes, difference
+from lib.storage.model_folder import is_gguf_target
 
 
 def check_format(decoder: Decoder, save_format: str, plan: Plan | None = None) -> None:
@@ -171,7 +172,9 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
 
 
 def how_to_load(folder: Path) -> str:
-    """The transformers call that loads a saved model."""
+    """The call of transformers that loads a saved model, or what runs a GGUF file."""
+    if is_gguf_target(folder):
+        return f"llama-cli -m {folder}"
     name = auto_class_of(folder).__name__
     return f'{name}.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
 

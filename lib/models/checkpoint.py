@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.config.model_files import weight_files
-from lib.config.sources import locate_model
+from lib.config.sources import is_gguf, locate_model
 from lib.errors import InputError
 from lib.models.modeling_pruned import LAYERS_NAMES, find_decoder, find_name
 
@@ -24,11 +24,12 @@ def check_file_sizes(name: str, outline: "PreTrainedModel") -> None:
 
     Where the difference is small, `check_loaded` tells which weights are at fault.
     """
-    folder = Path(locate_model(name))
-    if not folder.is_dir():
+    path = Path(locate_model(name))
+    if not path.exists():
         return
-    held = sum(file.stat().st_size for file in weight_files(folder) if os.path.isfile(file))
-    per_byte = 8 if getattr(outline.config, "quantization_config", None) else 1
+    files = weight_files(path) if path.is_dir() else [path]
+    held = sum(file.stat().st_size for file in files if os.path.isfile(file))
+    per_byte = 8 if is_gguf(name) or getattr(outline.config, "quantization_config", None) else 1
     parameters = outline.num_parameters()
     if parameters > held * per_byte + _UNNOTICED:
         raise InputError(f"{name}: {held:,} bytes of weights cannot hold the {parameters:,} of its config; {_GIVE}")

@@ -1,11 +1,16 @@
-"""Loads configs, tokenizers and models from a hub id or a local folder, with one-line errors."""
+"""Loads configs, tokenizers and models from a hub id, a local folder or a GGUF file, with one-line errors."""
 
+import io
 import json
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib.config.model_files import adapter_advice, check_config
-from lib.config.sources import ModelSource, locate_model
+from lib.config.sources import ModelSource, is_gguf, locate_model
 from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models import offload
 from lib.models.checkpoint import check_file_sizes, check_loaded
+from lib.models.gguf_header import read_header
 from lib.models.modeling_pruned import PREFIX, TYPE_PREFIX, pruned_class, skip_lists
 from lib.runtime.device import resolve_device
 
@@ -32,14 +38,14 @@ def load_config(source: ModelSource):
     Raises `InputError` if it cannot be loaded, has sizes that cannot be built, has the format nemotron-nas, or comes
     with an adapter.
     """
-    from transformers import PreTrainedConfig
     from transformers.utils import find_adapter_config_file
 
-    located = locate_model(source.name)
-    with _loading_errors(source.name):
+    if is_gguf(source.name):
+        read_header(Path(locate_model(source.name)))
+    with _located(source) as (located, _), _loading_errors(source.name):
         if find_adapter_config_file(located, cache_dir=source.cache_dir):
             raise InputError(f"model {source.name}: {adapter_advice(source.name)}")
-        check_config(source.name, PreTrainedConfig.get_config_dict(located, cache_dir=source.cache_dir)[0])
+        check_config(source.name, _read_config(source))
     config = _load_config(source)
     if getattr(config, "model_type", None) == "nemotron-nas":
         raise InputError(f"{source.name}: is in the format nemotron-nas; give the model saved as hf, or the dense one")
@@ -54,9 +60,10 @@ def load_tokenizer(source: ModelSource):
     from transformers import AutoTokenizer
 
     config = _load_config(source)
-    with _loading_errors(source.name, "its tokenizer"):
+    with _located(source) as (located, file), _loading_errors(source.name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            locate_model(source.name),
+            located,
+            **file,
             config=config,
             trust_remote_code=source.trust_remote_code,
             cache_dir=source.cache_dir,
@@ -95,6 +102,8 @@ def load_model(source: ModelSource) -> "PreTrainedModel":
     if place == "none" and device_map is None and device.type == "cuda":
         device_map = {"": str(device)}  # directly: host memory may not hold the model
     if place == "disk":
+        if is_gguf(source.name):
+            raise InputError(f"--offload disk: {source.name} cannot be read layer by layer; use --offload cpu")
         if outline is None:
             raise InputError(f"--offload disk: {source.name} cannot be built without its weights; use --offload cpu")
         device_map = offload.disk_map(outline, device)
@@ -128,11 +137,16 @@ def auto_class(config) -> Any:
 
 def _load_checked(source: ModelSource, config, device_map, offload_folder: str | None) -> Any:
     """The model of a checkpoint, with all of its weights and no others. Raises `InputError`."""
+    from transformers import GgufConfig
+
     stock = _stock_of_pruned(config)
-    with _loading_errors(source.name):
+    with _located(source) as (located, file), _loading_errors(source.name), _quiet(bool(file)):
         loader: Any = pruned_class(stock) if stock else auto_class(config)  # stubs ignore `output_loading_info`
+        dense = {"quantization_config": GgufConfig(dequantize=True)} if file else {}
         model, loaded = loader.from_pretrained(
-            locate_model(source.name),
+            located,
+            **file,
+            **dense,
             config=config,
             dtype="auto" if source.dtype == "auto" else getattr(torch, source.dtype),
             device_map=device_map,
@@ -150,7 +164,28 @@ def _load_checked(source: ModelSource, config, device_map, offload_folder: str |
     model.files_beside = files_beside(source) if config.get_text_config(decoder=True) is not config else {}
     if getattr(config, "quantization_config", None):
         model._weight_conversions = None  # else `save_pretrained` would quantize the weights again
+    model.config.name_or_path = locate_model(source.name)
     return model
+
+
+@contextmanager
+def _quiet(reads_gguf: bool) -> Iterator[None]:
+    """Keeps the progress bar of transformers' reader of GGUF files, which no setting turns off, out of logs."""
+    with redirect_stderr(io.StringIO()) if reads_gguf and not sys.stderr.isatty() else nullcontext():
+        yield
+
+
+@contextmanager
+def _located(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What transformers loads a model from: a folder or hub id, and as keywords the GGUF file, if it is one.
+
+    Transformers takes what lies beside a GGUF file for a part of it, so its folder is an empty one.
+    """
+    if not is_gguf(source.name):
+        yield locate_model(source.name), {}
+        return
+    with tempfile.TemporaryDirectory(prefix="gguf-") as empty:
+        yield empty, {"gguf_file": os.path.abspath(locate_model(source.name))}
 
 
 _BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -195,15 +230,17 @@ def _load_config(source: ModelSource):
 
     Weights in FP8 are loaded as dense ones. Raises `InputError` for other quantized weights.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = locate_model(source.name)
     with _loading_errors(source.name):
-        given, _ = PreTrainedConfig.get_config_dict(path, cache_dir=source.cache_dir)
+        given = _read_config(source)
         kind = str(given.get("model_type"))
         stock = kind.removeprefix(TYPE_PREFIX)
         if kind != stock and stock in CONFIG_MAPPING:
             config = AutoConfig.for_model(**{**given, "model_type": stock, "name_or_path": path})
+        elif is_gguf(source.name):
+            config = AutoConfig.for_model(**{**given, "name_or_path": path})
         else:
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=source.trust_remote_code, cache_dir=source.cache_dir
@@ -214,6 +251,25 @@ def _load_config(source: ModelSource):
         _check_quantized(source, quantization.get("quant_method"), _dtype_of(replace(source, dtype="auto"), config))
         config.quantization_config = {**quantization, "dequantize": True}
     return config
+
+
+def _read_config(source: ModelSource) -> dict[str, Any]:
+    """What the config of a model says, before a class makes sense of it."""
+    from transformers import PreTrainedConfig
+
+    if is_gguf(source.name):
+        path = locate_model(source.name)
+        return deepcopy(_read_gguf_config(path, os.stat(path).st_mtime_ns))
+    return PreTrainedConfig.get_config_dict(locate_model(source.name), cache_dir=source.cache_dir)[0]
+
+
+@lru_cache(maxsize=1)
+def _read_gguf_config(path: str, changed: int) -> dict[str, Any]:
+    """What the config of a GGUF file says; kept, because transformers takes seconds to read a vocabulary."""
+    from transformers import PreTrainedConfig
+
+    with _located(ModelSource(path)) as (empty, file):
+        return PreTrainedConfig.get_config_dict(empty, **file)[0]
 
 
 def _check_quantized(source: ModelSource, method: str, dtype: torch.dtype) -> None:
@@ -259,7 +315,8 @@ def _loading_errors(name: str, part: str = "the model") -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = next((advice for words, advice in _REASONS.items() if words in str(error)), first_line(error))
-        if Path(locate_model(name)).is_dir():
-            raise InputError(f"{name}: {part} cannot be loaded from this folder ({reason})") from error
+        if Path(locate_model(name)).exists():
+            kind = "file" if is_gguf(name) else "folder"
+            raise InputError(f"{name}: {part} cannot be loaded from this {kind} ({reason})") from error
         advice = "without a network give the path of a local folder (config.json, *.safetensors, tokenizer files)"
         raise InputError(f"{name}: {part} cannot be loaded from the hub; {advice} ({reason})") from error

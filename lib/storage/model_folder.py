@@ -1,4 +1,4 @@
-"""Folders that a model is saved to: what may be replaced there. Imports no torch."""
+"""Folders and GGUF files that a model is saved to: what may be replaced there. Imports no torch."""
 
 import hashlib
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lib.errors import InputError
 from lib.storage.atomic import check_writable
+
+GGUF_MAGIC = b"GGUF"
 
 # What `save_pretrained` of models and tokenizers writes; hub extras, such as a README, may hold work of the user's.
 _KNOWN = re.compile(
@@ -17,11 +19,37 @@ _KNOWN = re.compile(
 )
 
 
-def check_model_folder(folder: Path, overwrite: bool) -> None:
+def is_gguf_target(target: Path | None) -> bool:
+    """True for a name that says that a model is saved as one GGUF file."""
+    return target is not None and target.suffix.lower() == ".gguf"
+
+
+def check_gguf_target(target: Path, overwrite: bool, flag: str) -> None:
+    """Raises `InputError` unless a GGUF file may be written there; with `overwrite` it may replace one."""
+    check_writable(target.parent if target.exists() else target, flag)
+    if target.exists():
+        is_gguf = target.is_file() and _begins_as_gguf(target)
+        if not is_gguf or not overwrite:
+            state, advice = ("exists", " or add --overwrite") if is_gguf else ("exists and is no GGUF file", "")
+            raise InputError(f"{flag}: {target} {state}; name another file{advice}")
+    elif target.is_symlink():
+        raise InputError(f"{flag}: {target} is a link that leads nowhere; name another file")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
+def check_model_target(folder: Path, overwrite: bool) -> None:
     """Raises `InputError` unless a model may be saved there.
 
-    The folder must be new or empty; with `overwrite` it may hold a model and nothing else.
+    The folder must be new or empty; with `overwrite` it may hold a model and nothing else. A GGUF file must be new, or
+    replace one.
     """
+    if is_gguf_target(folder):
+        check_gguf_target(folder, overwrite, "--save_model")
+        return
     check_writable(folder, "--save_model")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
@@ -51,9 +79,14 @@ def check_holds_none_of(folder: Path, paths: Iterable[Path], inputs: Iterable[Pa
 
 
 def signature(folder: Path) -> str | None:
-    """A digest of the names, sizes and times of a folder's files, which moving it does not change; None without it."""
-    if not folder.is_dir():
+    """A digest of the names, sizes and times of a folder's files, or of one file, which moving it does not change.
+
+    None for what is not there.
+    """
+    if not folder.exists():
         return None
+    if not folder.is_dir():
+        return hashlib.sha256(repr(((found := folder.stat()).st_size, found.st_mtime_ns)).encode()).hexdigest()
     stats = [(_name(folder, path), (found := path.lstat()).st_size, found.st_mtime_ns) for path in _files(folder)]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 

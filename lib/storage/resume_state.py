@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from lib.errors import START_OVER, InputError, InputsChanged, RunError, describe_failure
 from lib.files import digest_of_json, read_json
-from lib.storage.atomic import atomic_folder, write_json
-from lib.storage.model_folder import check_model_folder, signature
+from lib.storage.atomic import atomic_file, atomic_folder, write_json
+from lib.storage.model_folder import check_model_target, is_gguf_target, signature
 from lib.storage.output_folder import RESULT, STATE
 from lib.storage.state_folder import FILE, delete, discard, locked
 
@@ -151,20 +151,26 @@ class State:
 
     @contextmanager
     def saving(self, folder: Path, overwrite: bool) -> Iterator[Path]:
-        """Yields a temporary folder for a model, which replaces `folder` when the block succeeds.
+        """Yields a temporary folder, or GGUF file, for a model, which replaces `folder` when the block succeeds.
 
         An existing model is replaced with `overwrite`, or if this run had saved it before it was killed. Raises
-        `InputError` as `check_model_folder` does.
+        `InputError` as `check_model_target` does.
         """
         is_own = _is_saved(self._values, folder)
-        check_model_folder(folder, overwrite or is_own)
+        check_model_target(folder, overwrite or is_own)
 
         def keep(draft: Path) -> None:
-            check_model_folder(folder, overwrite or is_own)  # again: saving took its time
+            check_model_target(folder, overwrite or is_own)  # again: saving took its time
             self.put(_SAVED, {"folder": str(folder.resolve()), "signature": signature(draft)})
 
-        with atomic_folder(folder, keep) as draft:
-            yield draft
+        if is_gguf_target(folder):
+            folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(folder.resolve()) as draft:
+                yield draft
+                keep(draft)
+        else:
+            with atomic_folder(folder, keep) as draft:
+                yield draft
 
     @contextmanager
     def advise_resume(self, again: str) -> Iterator[None]:
@@ -219,7 +225,7 @@ def was_saved(folder: Path, model: Path) -> bool:
 
 def _is_saved(values: dict[str, Any], model: Path) -> bool:
     saved = values.get(_SAVED)
-    return model.is_dir() and saved == {"folder": str(model.resolve()), "signature": signature(model)}
+    return model.exists() and saved == {"folder": str(model.resolve()), "signature": signature(model)}
 
 
 def how_to_resume(output_dir: Path) -> str:

@@ -62,12 +62,12 @@ def test_a_file_of_a_model_is_told_with_its_folder(file, model):
     assert refusal(model / file).endswith(f"is a file of a model; give its folder {model}")
 
 
-def test_a_gguf_file_or_a_folder_of_them_is_told_with_what_prunes_it(model, tmp_path):
+def test_a_folder_of_gguf_files_is_told_with_one_of_them(model, tmp_path):
     (tmp_path / "files").mkdir()
-    for place in (tmp_path / "m.gguf", tmp_path / "files/m.Q4_K_M.gguf"):
-        place.write_bytes(b"GGUF")
-    assert "is a GGUF file, for llama.cpp; give the model that it was made from" in refusal(tmp_path / "m.gguf")
-    assert "a folder of GGUF files" in refusal(tmp_path / "files") and "--gguf IN OUT" in refusal(tmp_path / "files")
+    for name in ("m.Q4_K_M.gguf", "m.Q8_0.gguf"):
+        (tmp_path / "files" / name).write_bytes(b"GGUF")
+    found = f"a folder of GGUF files; give one of them, as {tmp_path / 'files/m.Q4_K_M.gguf'}"
+    assert refusal(tmp_path / "files").endswith(found)
     (model / "model.safetensors").rename(model / "m.gguf")
     assert "a folder of GGUF files" in refusal(model)
 

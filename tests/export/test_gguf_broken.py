@@ -196,7 +196,7 @@ def test_a_file_that_was_not_written_as_meant_does_not_appear(where, source, tmp
         draft.write_bytes(content)
 
     monkeypatch.setattr(gguf_file, "_write", write_wrongly)
-    with pytest.raises((RunError, InputError), match="--gguf"):
+    with pytest.raises((RunError, InputError), match="gguf"):
         apply_plan(source, tmp_path / "out.gguf", PLAN)
     assert not list(tmp_path.iterdir())
 

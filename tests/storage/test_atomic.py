@@ -11,7 +11,7 @@ import pytest
 from lib.errors import InputError
 from lib.storage import atomic
 from lib.storage.atomic import atomic_file, atomic_folder, clear_drafts
-from lib.storage.model_folder import check_holds_none_of, check_model_folder, signature
+from lib.storage.model_folder import check_holds_none_of, check_model_target, signature
 from tests.command import ROOT
 
 
@@ -176,12 +176,12 @@ def make_model(folder: Path, *more: str) -> Path:
 
 
 def test_a_model_is_replaced_when_asked_and_a_new_or_empty_folder_always(tmp_path):
-    check_model_folder(tmp_path / "new", False)
-    check_model_folder(tmp_path, False)
+    check_model_target(tmp_path / "new", False)
+    check_model_target(tmp_path, False)
     more = ("modeling_pruned.py", "additional_chat_templates/x.jinja", "merges.txt", "generation_config.json")
-    check_model_folder(make_model(tmp_path / "model", *more), True)
+    check_model_target(make_model(tmp_path / "model", *more), True)
     with pytest.raises(InputError, match="add --overwrite"):
-        check_model_folder(tmp_path / "model", False)
+        check_model_target(tmp_path / "model", False)
 
 
 @pytest.mark.parametrize(
@@ -189,17 +189,17 @@ def test_a_model_is_replaced_when_asked_and_a_new_or_empty_folder_always(tmp_pat
 )
 def test_a_folder_that_holds_more_than_a_model_is_not_replaced(tmp_path, foreign):
     with pytest.raises(InputError, match=f"holds {foreign} beside a model"):
-        check_model_folder(make_model(tmp_path / "model", foreign), True)
+        check_model_target(make_model(tmp_path / "model", foreign), True)
 
 
 def test_a_folder_without_a_model_is_not_replaced(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="holds no model"):
-        check_model_folder(tmp_path, True)
+        check_model_target(tmp_path, True)
     make_model(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds empty beside a model"):
-        check_model_folder(tmp_path, True)
+        check_model_target(tmp_path, True)
 
 
 def test_a_folder_that_holds_what_the_run_uses_is_not_replaced(tmp_path):
@@ -224,7 +224,7 @@ def test_what_finder_leaves_in_a_folder_does_not_count(tmp_path):
     model = make_model(tmp_path / "model")
     before = signature(model)
     (model / ".DS_Store").touch()
-    check_model_folder(model, True)
+    check_model_target(model, True)
     assert signature(model) == before
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.storage.model_folder import GGUF_MAGIC
 
 ALIGNMENT = "general.alignment"
-MAGIC = b"GGUF"
 
 _CODES = dict(zip(range(13), ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"), strict=True))
 _VERSIONS = (2, 3)
@@ -47,7 +47,7 @@ class Header:
 
 
 def refuse(path: Path, reason: str) -> InputError:
-    return InputError(f"--gguf {path}: {reason}")
+    return InputError(f"{path}: {reason}")
 
 
 def read_header(path: Path) -> Header:
@@ -57,17 +57,21 @@ def read_header(path: Path) -> Header:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise InputError("--gguf: the gguf package is not installed; pip install gguf") from error
+        raise refuse(path, "needs the gguf package, which is not installed; pip install gguf") from error
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Reader(data).read()
+        header = _Reader(data).read()
     except OSError as error:
         raise refuse(path, f"cannot be read ({error.strerror})") from error
     except _CannotCopy as error:
         raise refuse(path, f"{error}, which the gguf package cannot write") from error
     except ValueError as error:
         raise refuse(path, f"is not a GGUF file, or a broken one ({error})") from error
+    if header.keys.get("split.count", (1,))[0] != 1:
+        advice = "join the parts first with llama-gguf-split --merge"
+        raise refuse(path, f"is one part of a split model; {advice}")
+    return header
 
 
 class _CannotCopy(ValueError):
@@ -81,7 +85,7 @@ class _Reader:
         self.data, self.position, self.items, self.order = data, 0, 0, "<"
 
     def read(self) -> Header:
-        if self._take(4) != MAGIC:
+        if self._take(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self._number("I")
         if version % 2**16 == 0:  # a small number in the other byte order
