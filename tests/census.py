@@ -64,11 +64,13 @@ for size, names in {
 }.items():
     _SIZES |= dict.fromkeys(names.split(), size)
 
+_SHARED = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
 # Where the default and the sizes contradict each other, or leave one kind of layer only.
 _BY_HAND: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": _SHARED,
+    "gemma4_text": {**_SHARED, "use_double_wide_mlp": True},
     "granitemoehybrid": {"layer_types": _ALTERNATING},
     "inkling2_text": {"unpadded_vocab_size": None},
     "inkling_text": {"unpadded_vocab_size": None},
@@ -240,7 +242,7 @@ _KNOWN = {
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 270M, 1B",
     "gemma3n_text": "Gemma 3n E2B, E4B",
-    "gemma4_text": "Gemma 4 without shared keys and values",
+    "gemma4_text": "Gemma 4",
     "glm": "GLM-4 9B",
     "glm4": "GLM-4-0414",
     "glm4_moe": "GLM-4.5, 4.6, 4.7",
@@ -326,6 +328,8 @@ What to know of some of them:
   weights. Such a checkpoint is loaded with `trust_remote_code=True`.
 - **Hybrids** (Qwen3-Next, Jamba, Falcon-H1, Nemotron-H, LFM2): one full attention always stays, because caches take the
   number of tokens from it.
+- **Gemma 4 E2B and E4B**, whose last layers read the keys and values of layers before them: the attentions of the
+  layers that are read stay.
 - **Mamba and Nemotron-H**, whose layers have one sublayer each: `--method ppllms` needs layers with both, the other
   methods do not.
 - **Weight pruning** leaves routers, gates of shared experts, depthwise convolutions and the projections of a state

@@ -219,7 +219,8 @@ class Streams:
         self.pruned.layer, seqlen = step.layer, self.pruned.windows.shape[1]
         with writer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
             for rows, outputs in self.pruned.outputs(step.pruned[1]):
-                missing = (self.dense.states(rows) - outputs.to(self.decoder.device)).to(device) / writer.scale
+                missing = self.decoder.stream(self.dense.states(rows) - outputs.to(self.decoder.device))
+                missing = missing.to(device) / writer.scale
                 inputs = seen.pop().reshape(-1, seqlen, in_features)
                 for z, r, is_held_out in zip(inputs, missing, self.is_held_out[rows], strict=True):
                     (to_check if is_held_out else to_fit).update(z, r)

@@ -37,15 +37,15 @@ OnStep = Callable[[int, "Round[Move]"], object]
 
 
 def whole_layers(decoder: Decoder) -> list[Move]:
-    """A move for each layer that has lost nothing."""
-    made = decoder.made_modes
-    return [Move(layer, made[layer].attention, made[layer].ffn) for layer in decoder.whole_layers]
+    """A move for each layer that has lost nothing, and whose keys and values no other reads."""
+    made, fixed = decoder.made_modes, decoder.read_attentions
+    return [Move(layer, made[layer].attention, made[layer].ffn) for layer in decoder.whole_layers if layer not in fixed]
 
 
 def sublayers(decoder: Decoder) -> list[Move]:
-    """A move for each attention and each FFN of the model."""
-    modes = list(enumerate(decoder.given_modes))
-    mha = [Move(layer, attention=True) for layer, mode in modes if mode.attention]
+    """A move for each attention, whose keys and values no other reads, and each FFN of the model."""
+    modes, fixed = list(enumerate(decoder.given_modes)), decoder.read_attentions
+    mha = [Move(layer, attention=True) for layer, mode in modes if mode.attention and layer not in fixed]
     return sorted([*mha, *(Move(layer, ffn=True) for layer, mode in modes if mode.ffn)], key=lambda move: move.layer)
 
 

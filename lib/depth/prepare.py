@@ -161,6 +161,8 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
                     f"--apply_plan: layer {gone[0]} of {settings.model_name} has no {what} to remove; "
                     "give the model that the plan was made for"
                 )
+        if read := sorted(set(decoder.read_attentions) & set(plan.mha_removed)):
+            raise InputError(f"--apply_plan: other layers read the keys and values of layer {read[0]}; they must stay")
         if not decoder.keeps_attention(plan):
             kind = "full " if len(decoder.complete(plan).mha_removed) < decoder.num_layers else "any "
             raise InputError(f"--apply_plan: would leave {settings.model_name} without {kind}attention; one must stay")

@@ -107,7 +107,8 @@ class Activations:
         def move(rows: slice) -> torch.Tensor:
             before = self.states(rows)
             after = self.decoder.run_layer(self.layer, before, self.inputs.of(rows), mode)
-            seen = see(before, after) if see else torch.zeros(len(after))
+            stream = self.decoder.stream
+            seen = see(stream(before), stream(after)) if see else torch.zeros(len(after))
             if after is not before:
                 self._put(rows, after)  # last, because a batch that runs out of memory is retried
             return seen

@@ -68,4 +68,4 @@ def _ticking(progress: Progress | None, windows: int, layers: int) -> Iterator[T
 
 def waiting_bytes(decoder: Decoder, seqlen: int, streams: int) -> int:
     """Bytes of one window's hidden states, for `streams` simultaneous walks and one batch's copy."""
-    return seqlen * decoder.config.hidden_size * next(decoder.model.parameters()).element_size() * (streams + 1)
+    return seqlen * decoder.state_width * next(decoder.model.parameters()).element_size() * (streams + 1)

@@ -17,6 +17,7 @@ from lib.models.modeling_pruned import (
     find_name,
     find_sublayers,
 )
+from lib.models.shared_kv import writing_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +51,6 @@ class Architecture:
             raise InputError(f"{self.family} does not fit: it is an encoder, without decoder layers")
         if any(hasattr(self.config, name) for name in ("encoder_layers", "num_encoder_layers")):
             raise InputError(f"{self.family} does not fit: it is one half of an encoder-decoder model")
-        if getattr(self.config, "num_kv_shared_layers", 0):
-            raise InputError(f"{self.family} does not fit: its last layers read keys and values of layers before them")
         name = find_name(decoder, LAYERS_NAMES)
         layers = getattr(decoder, name) if name else None
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -108,9 +107,18 @@ class Architecture:
         having = [index for index, mode in enumerate(self.given_modes) if mode.attention]
         return [index for index in having if types[index] not in _WITHOUT_LENGTH] or having
 
+    @cached_property
+    def read_attentions(self) -> list[int]:
+        """The layers whose keys and values others read, so that their attention must stay."""
+        return writing_layers(self.config)
+
     def keeps_attention(self, plan: Plan) -> bool:
-        """True for a plan that leaves an attention from which caches can tell the number of tokens."""
-        return any(index not in plan.mha_removed for index in self._kept_for_caches)
+        """True for a plan that leaves an attention from which caches can tell the number of tokens.
+
+        And all whose keys and values others read.
+        """
+        is_read = not set(self.read_attentions).isdisjoint(plan.mha_removed)
+        return not is_read and any(index not in plan.mha_removed for index in self._kept_for_caches)
 
     def complete(self, plan: Plan) -> Plan:
         """The plan plus the sublayers that the model lacked from the start."""

@@ -24,6 +24,7 @@ from lib.models.modeling_pruned import (
     skip_modules,
 )
 from lib.models.offload import OffloadedLayer, offloaded
+from lib.models.shared_kv import SharedKV
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +61,7 @@ class Decoder(Architecture):
         self._returns: list[dict[str, int]] = [{}] * len(self.layers)  # numbers of values, by module of a sublayer
         self._skipped: dict[tuple[int, str], dict[str, nn.Module]] = {}
         self._offloaded: list[OffloadedLayer | None] = [offloaded(layer) for layer in self.layers]
+        self._shared_kv = SharedKV(self.config, self.layers)
         self._num_values = self._values_of_layers() if has_weights else None
         if has_weights:
             self._check_residual()
@@ -97,8 +99,7 @@ class Decoder(Architecture):
                     returns = self._numbers_of_values(index, hidden_states, inputs)
                     self._returns = [returns if i in indices else one for i, one in enumerate(self._returns)]
                     self.set_mode(index, Mode(attention=False, ffn=False))
-                    output = self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
-                output = output[0] if isinstance(output, tuple) else output
+                    output = self._call(index, hidden_states.clone(), inputs)
                 if not torch.equal(output, hidden_states.to(output.device)):
                     reason = "scales or normalizes the residual stream, so that no layer can be left out"
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -122,7 +123,7 @@ class Decoder(Architecture):
                 for name, module in self.sublayer_modules(index, kind).items():
                     hook = module.register_forward_hook(partial(look, name=name))
                     hooks.callback(hook.remove)
-            self.layers[index](hidden_states.clone(), *inputs.args[index], **inputs.kwargs[index])
+            self._call(index, hidden_states.clone(), inputs)
         return found
 
     @property
@@ -235,7 +236,11 @@ class Decoder(Architecture):
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, LayerInputs]:
-        """The first layer's input (B, T, D) for token ids (B, T), and the other inputs of every layer."""
+        """The first layer's input (B, T, D) for token ids (B, T), and the other inputs of every layer.
+
+        Where layers share keys and values, these are carried in the last dimension, see `shared_kv`; `stream` takes
+        them off.
+        """
         inputs = LayerInputs()
         first: list[torch.Tensor] = []
 
@@ -252,7 +257,10 @@ class Decoder(Architecture):
             with self._layers_do([look_on] * len(self.layers)):
                 self.model(input_ids=input_ids.to(self.device), use_cache=False)
         except StopForward:
-            return first[0], inputs
+            if first[0].dim() != 3:
+                reason = "its layers pass on several hidden states for each token"
+                raise InputError(f"{self.family} does not fit: {reason}") from None
+            return self._shared_kv.start(first[0]), inputs
         raise InputError(f"{self.family} does not fit: its forward does not call each decoder layer once")
 
     def run_layer(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs, mode: Mode) -> torch.Tensor:
@@ -264,8 +272,19 @@ class Decoder(Architecture):
             return hidden_states
         self.set_mode(index, mode)
         with self.at(index):
-            output = self.layers[index](hidden_states, *inputs.args[index], **inputs.kwargs[index])
-        return output[0] if isinstance(output, tuple) else output
+            return self._call(index, hidden_states, inputs)
+
+    def _call(self, index: int, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        return self._shared_kv.run(index, self.layers[index], hidden_states, inputs.args[index], inputs.kwargs[index])
+
+    def stream(self, states: torch.Tensor) -> torch.Tensor:
+        """The residual stream (B, T, D) alone, of what `run_layer` takes and returns."""
+        return self._shared_kv.stream(states)
+
+    @property
+    def state_width(self) -> int:
+        """The last dimension of what `run_layer` takes and returns."""
+        return self._shared_kv.state_width
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The model's tail: the last layer's output (B, T, D) -> logits (B, T, V), in the model's dtype.
@@ -274,7 +293,7 @@ class Decoder(Architecture):
         """
 
         def hand_over(*args, **kwargs):
-            return self._as_layer_output(hidden_states)
+            return self._as_layer_output(self.stream(hidden_states))
 
         input_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self.device)
         with self._layers_do([hand_over] * len(self.layers)):

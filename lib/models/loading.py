@@ -228,7 +228,7 @@ def load_outline(config, trust_remote_code: bool = False) -> "PreTrainedModel | 
 def _load_config(source: ModelSource):
     """The config; of a checkpoint with removed sublayers that of its stock class, without code from its folder.
 
-    Weights in FP8 are loaded as dense ones. Raises `InputError` for other quantized weights.
+    Weights in FP8 and MXFP4 are loaded as dense ones. Raises `InputError` for other quantized weights.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -274,11 +274,14 @@ def _read_gguf_config(path: str, changed: int) -> dict[str, Any]:
 
 def _check_quantized(source: ModelSource, method: str, dtype: torch.dtype) -> None:
     """Raises `InputError` unless quantized weights can be loaded as dense ones; `dtype` is that of the checkpoint."""
-    if method != "fp8":
+    if method not in ("fp8", "mxfp4"):
         advice = "pruning needs dense weights; give the model that it was made from"
         raise InputError(f"{source.name}: is quantized ({method}), and {advice}")
     own = str(dtype).removeprefix("torch.")
-    if source.dtype not in ("auto", own):  # transformers would load only the quantized weights in that dtype
+    if method == "fp8" and source.dtype not in (
+        "auto",
+        own,
+    ):  # transformers would load only the quantized weights in that dtype
         raise InputError(f"--dtype {source.dtype}: the FP8 weights of {source.name} load as {own}; leave the flag out")
 
 

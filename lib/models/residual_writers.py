@@ -83,12 +83,12 @@ def find_writer(decoder: Decoder, index: int, kind: str) -> Writer | None:
     hidden_states, inputs = decoder.embed(torch.zeros(1, 2, dtype=torch.long))
     mode = _ATTENTION if kind == SKIP_ATTENTION else _FFN
     with decoder.at(index):
-        before = decoder.run_layer(index, hidden_states, inputs, mode).float()
+        before = decoder.stream(decoder.run_layer(index, hidden_states, inputs, mode)).float()
         signs = torch.ones(before.shape[-1], device=before.device)
         signs[::2] = -1
         change = signs * before.abs().max()
         with module.register_forward_hook(lambda module, args, output: output + change.to(output)):
-            moved = decoder.run_layer(index, hidden_states, inputs, mode).float() - before
+            moved = decoder.stream(decoder.run_layer(index, hidden_states, inputs, mode)).float() - before
     scale = ((moved * change).mean() / change.square().mean()).item()
     if not scale or (moved - scale * change).abs().max() > _SAME * abs(scale) * change.abs().max():
         return None

@@ -159,7 +159,7 @@ def _tail_gradient(last: Activations, loss: str) -> torch.Tensor:
         return whole
 
     count, seqlen = last.windows.shape
-    return last.batcher.map(of_batch, count) if count else torch.zeros(0, seqlen, decoder.config.hidden_size)
+    return last.batcher.map(of_batch, count) if count else torch.zeros(0, seqlen, decoder.state_width)
 
 
 def _one_layer(

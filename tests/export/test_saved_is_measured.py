@@ -301,6 +301,50 @@ def test_an_fp8_checkpoint_is_saved_with_dense_weights(family, offload, tmp_path
         save_pruned(load(), MIXED, None, tmp_path / save_format, save_format)
 
 
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def quantize_mxfp4(folder: Path) -> None:
+    """Makes the experts of a GPT-OSS MXFP4, as it is published: 32 numbers of 4 bits with one power of two."""
+    path, found = folder / "model.safetensors", {}
+    for name, weight in load_file(path).items():
+        if not re.search(r"experts\.\w+_proj$", name):
+            found[name] = weight
+            continue
+        groups = weight.float().transpose(1, 2).unflatten(2, (-1, 32))
+        exponent = groups.abs().amax(3).log2().floor() - 2
+        codes = (groups / exponent.exp2()[..., None] - _FP4.view(-1, 1, 1, 1, 1)).abs().argmin(0).to(torch.uint8)
+        found[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).contiguous()
+        found[f"{name}_scales"] = (exponent + 127).to(torch.uint8)
+    save_file(found, path, {"format": "pt"})
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_mxfp4_experts_as_gpt_oss_has_them_become_dense(dtype, offload, tmp_path):
+    dense = tiny_model("GptOss", hidden_size=64, intermediate_size=64).to(torch.bfloat16)
+    dense.save_pretrained(tmp_path / "mxfp4")
+    quantize_mxfp4(tmp_path / "mxfp4")
+
+    def load() -> Decoder:
+        return Decoder(load_model(ModelSource(str(tmp_path / "mxfp4"), dtype, offload=offload)))
+
+    save_weights(load(), None, tmp_path / "out")
+    tensors, given = load_file(tmp_path / "out/model.safetensors"), dense.state_dict()
+    expected_dtype = torch.bfloat16 if dtype == "auto" else torch.float32
+    assert tensors.keys() == given.keys() and {tensor.dtype for tensor in tensors.values()} == {expected_dtype}
+    for name, weight in given.items():
+        distance = (tensors[name].float() - weight.float()).norm() / weight.float().norm()
+        assert 0.02 < distance < 0.2 if name.endswith("experts.down_proj") else distance < 0.2, name
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    plan = Plan(dense.config.num_hidden_layers, (1,), (1,))
+    save_pruned(load(), plan, None, tmp_path / "pruned")
+
+
 def test_fp8_in_another_dtype_and_other_quantized_weights_are_refused_before_work(
     arguments, tiny_folder, tmp_path, monkeypatch, capsys
 ):
@@ -309,7 +353,7 @@ def test_fp8_in_another_dtype_and_other_quantized_weights_are_refused_before_wor
     with pytest.raises(InputError, match="^--dtype bfloat16: the FP8 weights of .* load as float32; leave "):
         load_config(ModelSource(str(folder), "bfloat16"))
     path = folder / "config.json"
-    for method in "gptq", "awq", "bitsandbytes", "mxfp4", "compressed-tensors", None:
+    for method in "gptq", "awq", "bitsandbytes", "compressed-tensors", None:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
         assert run(*arguments, "--model_name", folder, monkeypatch=monkeypatch) == 2
         told = capsys.readouterr().err

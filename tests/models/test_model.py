@@ -128,7 +128,7 @@ _SIZE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_h
             transformers.Gemma3nTextConfig(
                 **_SIZE, intermediate_size=48, num_kv_shared_layers=1, layer_types=["full_attention"] * 2
             ),
-            "read keys and values of layers before them",
+            "pass on several hidden states for each token",
         ),
     ],
     ids=["doge", "opt-post-norm", "bert", "mbart", "gemma3n"],
