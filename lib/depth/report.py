@@ -116,6 +116,9 @@ def show_plan(report: Report, plan: Plan, parameters: dict) -> None:
         report.print(f"FFN removal layers  {list(plan.ffn_removed)}")
     if plan.removed_layers:
         report.print(f"Gone whole          {plan.removed_layers}")
+        if set(plan.mha_removed) == set(plan.ffn_removed):
+            numbers = ",".join(map(str, plan.removed_layers))
+            report.print(f"In llama.cpp        llama-quantize --prune-layers {numbers} IN.gguf OUT.gguf TYPE")
     report.print(f"Parameters          {total:,} -> {total - removed:,}, {parameters['actual_rate']:.2%} removed")
 
 

@@ -172,11 +172,23 @@ def _write(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str 
 
 
 def how_to_load(folder: Path) -> str:
-    """The call of transformers that loads a saved model, or what runs a GGUF file."""
+    """The call of transformers that loads a saved model, and what else does; or what runs a GGUF file."""
     if is_gguf_target(folder):
         return f"llama-cli -m {folder}"
-    name = auto_class_of(folder).__name__
-    return f'{name}.from_pretrained("{folder}"{", trust_remote_code=True" if has_code(folder) else ""})'
+    others = runtimes(folder)[1:]
+    return load_call(folder) + (f"; runs in {', '.join(others)} too" if others else "")
+
+
+def load_call(folder: Path, name: str | None = None) -> str:
+    """The call of transformers that loads a saved model, under its own name or another."""
+    code = ", trust_remote_code=True" if has_code(folder) else ""
+    return f'{auto_class_of(folder).__name__}.from_pretrained("{name or folder}"{code})'
+
+
+def runtimes(folder: Path) -> list[str]:
+    """What loads a saved model: transformers, and what else is known to."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return nemotron_nas.runtimes(config) if config.get("model_type") == "nemotron-nas" else ["transformers"]
 
 
 @torch.no_grad()

@@ -3,6 +3,10 @@
 The format follows vllm/model_executor/models/nemotron_nas.py: `block_configs` describes each layer, a removed sublayer
 has neither weights nor a norm, and everything else is a Llama. vLLM reads the blocks as attributes, so the folder
 carries a config class (`--trust-remote-code`). A model class lets transformers load it too.
+
+SGLang (python/sglang/srt/models/nemotron_nas.py) and mlx-lm (mlx_lm/models/nemotron-nas.py) know the width of an FFN
+only as `ffn_mult`, from which they and vLLM make a multiple of 256. So a width that is one is written in that way, and
+any other as `intermediate_size`, which vLLM alone reads.
 """
 
 from pathlib import Path
@@ -44,6 +48,8 @@ _ROTARY = {
     "linear": {"rope_theta", "factor"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
+
+_MULTIPLE = 256  # of which a width is made from `ffn_mult`
 
 _WITH_PLAN = " (after a search: with --apply_plan result.json, which searches no more)"
 
@@ -222,14 +228,38 @@ def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.rope_parameters.items() if (key, value) not in empty}
 
 
+def _width(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
+    """The entry of a block for the width of its FFN."""
+    if intermediate_size % _MULTIPLE:
+        return {"intermediate_size": intermediate_size}
+    return {"ffn_mult": 3 * intermediate_size / (2 * hidden_size)}
+
+
+def runtimes(config: dict[str, Any]) -> list[str]:
+    """What runs a saved folder with this config.json, by the rules of each.
+
+    SGLang has no biases but those of queries, keys and values, and drops others without a word. mlx-lm has biases in
+    all projections of attention or in none, and heads of the hidden size divided by their number.
+    """
+    found = ["transformers", "vLLM"]
+    has_mult = config["intermediate_size"] % _MULTIPLE == 0
+    if has_mult and not config["attention_bias"] and not config["mlp_bias"]:
+        found.append("SGLang")
+    is_even = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    if has_mult and is_even and config["qkv_bias"] == config["attention_bias"]:
+        found.append("mlx-lm")
+    return found
+
+
 def _nas_fields(model: PreTrainedModel) -> dict[str, Any]:
     """The fields of config.json besides those of a Llama."""
     config, rotary = model.config, _rotary(model.config)
     group, dtype = config.num_attention_heads // config.num_key_value_heads, str(model.dtype).removeprefix("torch.")
+    width = _width(config.intermediate_size, config.hidden_size)
     blocks = [
         {
             "attention": {"no_op": no_attention, "n_heads_in_group": None if no_attention else group},
-            "ffn": {"no_op": no_ffn, "intermediate_size": None if no_ffn else config.intermediate_size},
+            "ffn": {"no_op": no_ffn, **(dict.fromkeys(width) if no_ffn else width)},
         }
         for no_attention, no_ffn in _missing(model)
     ]

@@ -137,3 +137,14 @@ def test_a_fresh_process_loads_it_with_its_code_alone(folder):
     )
     found = subprocess.run([sys.executable, "-c", code, folder], cwd=folder.parent, capture_output=True, text=True)
     assert found.stdout.split() == ["PrunedLlamaForCausalLM", "False"], found.stderr
+
+
+def test_the_installed_transformers_does_not_read_what_layers_skip_itself(folder):
+    """Its pull request 45332 would. When this fails, its own reading can take the place of the code in the folder."""
+    given = json.loads((folder / "config.json").read_text())
+    config = transformers.LlamaConfig(**{name: given[name] for name in ("num_hidden_layers", "per_layer_config")})
+    assert skip_lists(config) == [["attention"], ["mlp"], []]
+    with torch.device("meta"):
+        layers = transformers.LlamaForCausalLM(config).model.layers
+    assert all(type(layer.self_attn).__name__ == "LlamaAttention" for layer in layers)
+    assert all(type(layer.mlp).__name__ == "LlamaMLP" for layer in layers)

@@ -14,7 +14,7 @@ from lib.config.plan import Plan
 from lib.config.sources import ModelSource
 from lib.errors import InputError
 from lib.export import nemotron_nas
-from lib.export.huggingface import check_format, compact
+from lib.export.huggingface import check_format, compact, how_to_load
 from lib.models.decoder import Decoder
 from lib.models.loading import load_config
 from tests.command import run
@@ -28,6 +28,7 @@ MODELS = {
     "llama3 rotary": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}}),
     "linear rotary": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
     "wide heads": ("Llama", {"head_dim": 16}),
+    "FFN of a multiple of 256": ("Llama", {"intermediate_size": 256, "head_dim": 8}),
     "Mistral": ("Mistral", {"sliding_window": None}),
     "Qwen2": ("Qwen2", {"use_sliding_window": False, "layer_types": None, "tie_word_embeddings": True}),
 }
@@ -75,6 +76,35 @@ def test_vllm_and_transformers_read_the_pruned_model(name, plan, tmp_path):
     torch.testing.assert_close(reader(ids), expected, rtol=0, atol=1e-5)
     assert reader.num_kv_heads == model.config.num_key_value_heads
     assert torch.equal(_reload(tmp_path)(input_ids=ids, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_mlx_lm_gives_the_logits_and_the_text_of_transformers(tied, plan, tmp_path):
+    mlx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    sizes = {"intermediate_size": 256, "hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": tied}
+    model, ids = _prune_and_save(tiny_model("Llama", **sizes), tmp_path, plan), tiny_windows(3)
+    assert "mlx-lm" in nemotron_nas.runtimes(json.loads((tmp_path / "config.json").read_text()))
+    loaded, _ = utils.load_model(tmp_path)
+    found = torch.tensor(loaded(mlx.array(ids.tolist())).tolist())
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=2e-4)
+
+
+def test_a_folder_says_what_runs_it(tmp_path):
+    """SGLang drops biases, mlx-lm has heads of the hidden size by their number; both know `ffn_mult` only."""
+    wide = {"intermediate_size": 512}
+    expected = {
+        "narrow": ({}, ["transformers", "vLLM"]),
+        "wide": (wide, ["transformers", "vLLM", "SGLang", "mlx-lm"]),
+        "biases": (wide | {"attention_bias": True}, ["transformers", "vLLM", "mlx-lm"]),
+        "wide heads": (wide | {"head_dim": 16}, ["transformers", "vLLM", "SGLang"]),
+    }
+    for name, (sizes, runtimes) in expected.items():
+        (tmp_path / name).mkdir()
+        _prune_and_save(tiny_model("Llama", **sizes), tmp_path / name)
+        assert nemotron_nas.runtimes(json.loads((tmp_path / name / "config.json").read_text())) == runtimes, name
+        assert how_to_load(tmp_path / name).endswith(f"; runs in {', '.join(runtimes[1:])} too")
 
 
 @torch.no_grad()

@@ -55,8 +55,7 @@ class VllmReader:
                     add_linear(f"{layer}.self_attn.{name}", count * config.head_dim, width, qkv_bias)
                 add_linear(f"{layer}.self_attn.o_proj", width, heads * config.head_dim, out_bias)
             if not block.ffn.no_op:
-                assert not hasattr(block.ffn, "ffn_mult")  # would win over intermediate_size, and be rounded
-                inner = block.ffn.intermediate_size
+                inner = self._width(block.ffn)
                 found[f"{layer}.post_attention_layernorm.weight"] = (width,)
                 for name, sizes in {
                     "gate_proj": (inner, width),
@@ -65,6 +64,12 @@ class VllmReader:
                 }.items():
                     add_linear(f"{layer}.mlp.{name}", *sizes, config.mlp_bias)
         return found
+
+    def _width(self, ffn) -> int:
+        """`ffn_mult` wins, and becomes the next multiple of 256."""
+        if hasattr(ffn, "ffn_mult"):
+            return math.ceil(int(2 * ffn.ffn_mult * self.config.hidden_size / 3) / 256) * 256
+        return ffn.intermediate_size
 
     def _kv_heads(self, block) -> int:
         return self.config.num_attention_heads // block.attention.n_heads_in_group
