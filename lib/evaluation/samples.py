@@ -231,11 +231,14 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def markdown(samples: Mapping[str, Any]) -> str:
-    """samples.md for the `samples` of result.json: counts of all models, then a section for each prompt."""
+def markdown(samples: Mapping[str, Any], heading: str = "#") -> str:
+    """samples.md for the `samples` of result.json: counts of all models, then a section for each prompt.
+
+    `heading` is the mark of the first heading; those of the sections have one more.
+    """
     stages, count = samples["continuations"], len(samples["prompts"])
     parts = [
-        "# Samples",
+        f"{heading} Samples",
         f"The likeliest continuation of each prompt by each model, up to {NEW_TOKENS} tokens. Long lines are wrapped.",
         "\n".join(
             [
@@ -250,7 +253,7 @@ def markdown(samples: Mapping[str, Any]) -> str:
     ]
     for number, prompt in enumerate(samples["prompts"]):
         how = ", in the chat template" if prompt["chat"] else ""
-        parts += [f"## Prompt {number + 1}{how}", _fenced(prompt["text"])]
+        parts += [f"{heading}# Prompt {number + 1}{how}", _fenced(prompt["text"])]
         for stage, written in stages.items():
             one = written[number]
             end = (

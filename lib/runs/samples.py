@@ -56,9 +56,13 @@ class SampleStages:
             self._report.print(line)
         return {"samples": samples.as_field(self.prompts, self.written)} if self.written else {}
 
+    def text(self, heading: str = "#") -> str:
+        """The content of samples.md, below such a heading; empty where nothing was written."""
+        return samples.markdown(samples.as_field(self.prompts, self.written), heading) if self.written else ""
+
     def write(self) -> None:
         """Writes samples.md, in place of an earlier one."""
         self._report.discard(SAMPLES)
-        if self.written:
+        if text := self.text():
             with atomic_file(self._report.folder / SAMPLES) as draft:
-                draft.write_text(samples.markdown(samples.as_field(self.prompts, self.written)), encoding="utf-8")
+                draft.write_text(text, encoding="utf-8")

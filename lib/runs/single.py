@@ -25,6 +25,7 @@ from lib.evaluation.distance import Evaluation
 from lib.evaluation.samples import Prompt
 from lib.evaluation.tasks import Tasks
 from lib.export.huggingface import how_to_load
+from lib.export.model_card import write_card
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
@@ -64,6 +65,9 @@ class Workspace:
 
 Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
 Space = TypeVar("Space", bound=Workspace)
+
+
+SCHEMA = 1  # of result.json: one more when a field goes, or comes to mean something else
 
 
 class Run(ABC, Generic[Settings, Space]):
@@ -138,6 +142,7 @@ class Run(ABC, Generic[Settings, Space]):
         fields |= self.samples.show() | self.tasks.show()
         self.check_unchanged()
         return {
+            "schema": SCHEMA,
             "tool": self.tool,
             "key": digest_of_json(self.settings.key),
             **self.describe(),
@@ -166,6 +171,8 @@ class Run(ABC, Generic[Settings, Space]):
             with self.report.timed("save"):
                 with self.state.saving(settings.save_model, settings.overwrite) as draft:
                     self.save_model(draft)
+                    if draft.is_dir():
+                        write_card(draft, result, settings.source, self.samples.text("##"))
                     self.check_unchanged()
             result |= {"saved_model": str(settings.save_model.resolve()), "saved": signature(settings.save_model)}
             self.report.write(RESULT, result)

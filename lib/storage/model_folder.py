@@ -1,16 +1,20 @@
 """Folders and GGUF files that a model is saved to: what may be replaced there. Imports no torch."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from lib.errors import InputError
+from lib.files import read_file
 from lib.storage.atomic import check_writable
 
 GGUF_MAGIC = b"GGUF"
+CARD = "README.md"
+_SEAL, _LARGEST_CARD = "\n<!-- written by the run that saved this model, with SHA-256: ", 2**22  # bytes
 
-# What `save_pretrained` of models and tokenizers writes; hub extras, such as a README, may hold work of the user's.
+# What `save_pretrained` of models and tokenizers writes; a README, or what else hubs have, may hold work of the user's.
 _KNOWN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
@@ -59,10 +63,34 @@ def check_model_target(folder: Path, overwrite: bool) -> None:
         raise InputError(
             f"--save_model {folder}: holds no model, so --overwrite does not replace it; name another folder"
         )
-    foreign = next((name for path in _files(folder) if not _KNOWN.fullmatch(name := _name(folder, path))), None)
+    ours, names = _sealed(folder), [_name(folder, path) for path in _files(folder)]
+    foreign = next((name for name in names if not _KNOWN.fullmatch(name) and name not in ours), None)
     if foreign:
         what = f"holds {foreign} beside a model, so --overwrite does not replace it"
         raise InputError(f"--save_model {folder}: {what}; name another folder")
+
+
+def seal(folder: Path, card: str, written: Iterable[str]) -> None:
+    """Writes the card of a model, README.md, with digests of it and of the other files that were written beside it."""
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in written}
+    digests[CARD] = hashlib.sha256(card.encode()).hexdigest()
+    (folder / CARD).write_text(f"{card}{_SEAL}{json.dumps(digests)} -->\n", encoding="utf-8")
+
+
+def _sealed(folder: Path) -> set[str]:
+    """The files that were written with the card of a model, and not changed since."""
+    try:
+        card, _, end = read_file(folder / CARD, _LARGEST_CARD).decode().partition(_SEAL)
+        digests = json.loads(end.removesuffix(" -->\n"))
+        contents = {name: (folder / name).read_bytes() for name in digests if _is_small_file(folder / name)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
+    contents |= {CARD: card.encode()} if CARD in contents else {}  # a link is not ours
+    return {name for name, content in contents.items() if hashlib.sha256(content).hexdigest() == digests.get(name)}
+
+
+def _is_small_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size <= _LARGEST_CARD
 
 
 def check_holds_none_of(folder: Path, paths: Iterable[Path], inputs: Iterable[Path]) -> None:
