@@ -68,7 +68,11 @@ def build_parser() -> flags.Parser:
         help=f"calibration text: {flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",
     )
     group.add_argument(
-        "--dataset", type=types.name, nargs="+", help="evaluation texts (default: wikitext2; demo for the demo model)"
+        "--dataset",
+        "--eval_datasets",
+        type=types.name,
+        nargs="+",
+        help="evaluation texts (default: wikitext2; demo for the demo model)",
     )
     six = " ".join(ZERO_SHOT_TASKS)
     group.add_argument("--eval_zero_shot", action="store_true", help=f"the same as --tasks {six}")

@@ -85,10 +85,12 @@ def build_parser() -> flags.Parser:
 def add_budget_flags(group) -> None:
     group.add_argument(
         "--model_name",
+        "--model",
         type=types.name,
         nargs="+",
         help="hub id, local folder or GGUF file, or several (default: the bundled demo, or that of the plan)",
     )
+    group.add_argument("--cache_dir", type=types.folder, help="folder for the hub's files (default: the hub's own)")
     group.add_argument(
         "--method",
         **flags.one_of(DEPTH_METHODS),
@@ -124,6 +126,7 @@ def add_text_flags(group) -> None:
     group.add_argument("--nsamples", type=types.positive, default=128, help="calibration documents (default: 128)")
     group.add_argument(
         "--dataset",
+        "--calibration_dataset",
         type=types.name,
         nargs="+",
         help=f"calibration text: {flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",

@@ -39,6 +39,7 @@ def build_parser() -> flags.Parser:
     group.add_argument("--cache_dir", type=types.folder, help="folder for the hub's files (default: the hub's own)")
     group.add_argument(
         "--dataset",
+        "--calibration_dataset",
         type=types.name,
         nargs="+",
         help=f"{flags.CALIBRATION_TEXTS} (default: c4; demo for the demo model)",

@@ -18,9 +18,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 @cache
 def flags(script: str) -> dict:
-    """{flag: action} of a script's parser, without --help."""
+    """{flag: action} of a script's parser, without --help and --version."""
     actions = importlib.import_module(script).build_parser()._actions
-    return {action.option_strings[0]: action for action in actions if action.dest != "help"}
+    return {action.option_strings[0]: action for action in actions if action.dest not in ("help", "version")}
 
 
 def section(page: str, heading: str) -> str:

@@ -1,4 +1,4 @@
 """The command lines: flags, argument types, checks before any model is loaded, exit statuses.
 
-May import `config`, `storage`, `runtime` (its launcher) and `errors`; never torch.
+May import `config`, `storage`, `runtime` (its launcher), `version` and `errors`; never torch.
 """

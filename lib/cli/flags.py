@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+from lib import version
 from lib.cli.types import choice, count, folder, name, positive
 from lib.config.gradients import GRADIENT_LOSSES, GRADIENT_TYPES
 from lib.config.methods import Entry
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version of these scripts, and exit")
 
     def parse_args(self, args=None, namespace=None):
         """The arguments; an unknown flag ends the script with the nearest one that there is."""
@@ -58,6 +60,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version, found only when it is asked for."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"{parser.prog} {version.describe()}")
+        parser.exit()
 
 
 def one_of(options: Collection[str], synonyms: Mapping[str, str] | None = None) -> dict[str, Any]:

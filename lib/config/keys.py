@@ -34,6 +34,7 @@ _CACHE_DIR = "says where the hub's files are kept; their id names them"
 WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that cannot change a result, and why
     "ppllms": {
         **_OF_RUNS,
+        "cache_dir": _CACHE_DIR,
         "num_blocks": "is compared with the model",
         "save_format": _OF_RUNS["save_model"],
         "gguf": "prunes a file, without a run",

@@ -1,4 +1,4 @@
 """Output for people: console lines, tables, plots, published figures, and the environment of a run.
 
-May import `config`, `storage` and `errors`.
+May import `config`, `storage`, `version` and `errors`.
 """

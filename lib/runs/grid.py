@@ -18,7 +18,6 @@ from lib.files import canonical
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.entries import Entry, entries
-from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_grid
 from lib.reporting.tables import check_result, csv_table, markdown
 from lib.runs.single import Run, run_cell
@@ -30,6 +29,7 @@ from lib.storage import output_folder
 from lib.storage.atomic import atomic_file
 from lib.storage.output_folder import CSV, GRID_PLOT, TABLE
 from lib.storage.results_jsonl import ResultsFile
+from lib.version import code_version
 
 Result = TypeVar("Result")
 Cells = dict[str, Any]  # settings of runs, by their keys as text

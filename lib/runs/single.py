@@ -29,7 +29,7 @@ from lib.export.model_card import write_card
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
 from lib.reporting.console import Report
-from lib.reporting.environment import code_version, environment
+from lib.reporting.environment import environment
 from lib.reporting.verdict import FAR, describe, verdict_of, worst_divergence
 from lib.runs.samples import SampleStages
 from lib.runs.tasks import TaskStages
@@ -43,6 +43,7 @@ from lib.storage import output_folder
 from lib.storage.model_folder import signature
 from lib.storage.output_folder import REMOVALS, RESULT, SAMPLES, SPARSITY, STATE
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
+from lib.version import code_version
 
 
 @dataclass(kw_only=True)

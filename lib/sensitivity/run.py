@@ -16,7 +16,6 @@ from lib.models.limits import check_tokens, dtype_name, window_length
 from lib.models.loading import load_config, load_model, load_outline, load_tokenizer
 from lib.models.matrices import check_not_offloaded, find_matrices
 from lib.reporting.console import Report, columns
-from lib.reporting.environment import code_version
 from lib.reporting.plots import plot_sensitivity
 from lib.runtime.device import resolve_device
 from lib.runtime.distributed import join
@@ -28,6 +27,7 @@ from lib.sensitivity.compute import Sensitivities, add_own_text, describe, gradi
 from lib.sensitivity.gradients import LayerSensitivity, importance
 from lib.storage.resume_state import State, read
 from lib.storage.state_folder import discard
+from lib.version import code_version
 
 _ADVICE = "name another --output, or replace the file with --overwrite"
 

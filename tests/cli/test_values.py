@@ -157,14 +157,14 @@ def test_words_are_taken_in_any_case_and_the_last_of_a_flag_counts(script, flags
 @pytest.mark.parametrize(
     "script, flags, advice",
     [
-        (ppllms, ["--model", "x"], "did you mean --model_name?"),
+        (ppllms, ["--modle_name", "x"], "did you mean --model_name?"),
         (save_gradient, ["--model_name", "x"], "did you mean --model?"),
         (ppllms, ["--prune-rate", "0.2"], "did you mean --prune_rate?"),
         (ppllms, ["--prune_rat=0.2"], "did you mean --prune_rate?"),
         (ppllms, ["--Overwrite"], "did you mean --overwrite?"),
-        (ppllms, ["-model", "x"], "did you mean --model_name?"),
+        (ppllms, ["-model", "x"], "did you mean --model?"),
         (ppllms, ["--prune_method", "x"], "did you mean --method?"),
-        (ppllms, ["--calibration_dataset", "x"], "did you mean --dataset?"),
+        (ppllms, ["--calibration_datasets", "x"], "did you mean --calibration_dataset?"),
         (alp_prune, ["--act_order"], "did you mean --act-order?"),
         (alp_prune, ["--sparcity_ratio", "0.5"], "did you mean --sparsity_ratio?"),
         (alp_prune, ["--zzz"], "--help lists all flags"),

@@ -29,7 +29,7 @@ from tests.runs.interruption import files_of
         (["--nsamples", "0"], "--nsamples: '0' is not a whole number of at least 1"),
         (["--eval_ppl", "maybe"], "--eval_ppl: 'maybe' is neither True nor False"),
         (["--mha_ffn_ratio", "-2"], "neither a number from 0.01 to 100 nor auto"),
-        (["--dataset", ""], "--dataset: an empty name"),
+        (["--dataset", ""], "--dataset/--calibration_dataset: an empty name"),
         (["--save_model", ""], "--save_model: an empty name"),
         (["--device", "cpu", "--device_map", "auto"], "give one of them"),
         (["--device_map", "nonsense"], "nonsense"),

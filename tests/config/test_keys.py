@@ -101,6 +101,7 @@ SAME: dict[str, dict[str, tuple[list, list]]] = {
     "ppllms": {
         **_PLACES,
         **_SAME,
+        "cache_dir": ([], ["--cache_dir", "{tmp}/cache"]),
         "save_format": (["--save_model", "{tmp}/out"], ["--save_format", "masked"]),
         "num_blocks": ([], ["--num_blocks", 4]),
     },
@@ -164,7 +165,7 @@ def key(tiny_folder, text_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_in_the_key_or_on_the_list_of_those_that_change_no_result(script):
-    flags = {action.dest for action in importlib.import_module(script).build_parser()._actions} - {"help"}
+    flags = {action.dest for action in importlib.import_module(script).build_parser()._actions} - {"help", "version"}
     assert flags == CHANGES[script].keys() | WITHOUT_EFFECT[script].keys()
     assert not CHANGES[script].keys() & WITHOUT_EFFECT[script].keys()
     assert all(reason for reason in WITHOUT_EFFECT[script].values())
@@ -211,7 +212,7 @@ def test_the_digest_of_the_code_is_that_of_its_content_wherever_it_is_installed(
 
 
 def test_the_environment_names_version_and_commit(tmp_path):
-    from lib.reporting.environment import commit, version
+    from lib.version import commit, version
 
     assert version(ROOT) and commit(tmp_path) is None
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", "x"]):
