@@ -70,7 +70,8 @@ def show_counts(report: Report, settings: DepthPruning, budget: Budget, counts: 
 
 def show_search(report: Report, counts: Counts, windows: int) -> None:
     report.print()
-    report.print(f"Greedy search: {counts.mha} rounds, loss on {windows} windows with each candidate closed whole")
+    rounds = f"{counts.mha} round{'s' * (counts.mha != 1)}"
+    report.print(f"Greedy search: {rounds}, loss on {windows} windows with each candidate closed whole")
 
 
 def show_round(report: Report, number: int, found: Round) -> None:

@@ -8,11 +8,11 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 from lib.errors import describe_failure, first_line
 from lib.storage.atomic import atomic_file
@@ -21,8 +21,17 @@ from lib.storage.output_folder import PLOT_MARK
 _BLUE, _YELLOW, _GREEN, _RED = "#4477aa", "#ddaa33", "#228833", "#bb5566"
 _COLOURS = (_BLUE, _RED, _GREEN, _YELLOW, "#aa3377", "#66ccee")
 _STROKES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _NO_MATPLOTLIB = "no plot: matplotlib is not installed (pip install matplotlib)"
 Given = ParamSpec("Given")
+
+
+class Point(NamedTuple):
+    """A cell of a grid: the share that it removed, or its sparsity, its perplexity and the standard error of that."""
+
+    share: float
+    value: float
+    error: float | None = None
 
 
 def _told(draw: Callable[Given, None]) -> Callable[Given, str | None]:
@@ -85,38 +94,75 @@ def plot_sparsity(
 
 
 @_told
-def plot_grid(path: Path, lines: dict[str, list[tuple[float, float]]], dense: float, across: str, title: str) -> None:
-    """Perplexity against sparsity (or share removed): {method: [(share, perplexity), ...]}, one line per method.
+def plot_grid(path: Path, lines: dict[str, list[Point]], dense: float, across: str, title: str) -> None:
+    """Perplexity against sparsity (or share removed), one line per method; of a single setting one dot per method.
 
-    The colour shows the pruner, the line style the allocator or pattern.
+    The colour shows the pruner; line style and marker show the allocator or pattern, so that grey tells them apart too.
+    Bars are standard errors.
     """
+    if all(len(points) == 1 for points in lines.values()):
+        _dots(path, {name: points[0] for name, points in lines.items()}, dense, title)
+        return
     figure = _blank(7.5, 4.5)
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    parts = {name: _split_method(name) for name in lines}
-    pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
-    for name, points in lines.items():
-        pruner, allocator = parts[name]
-        colour = _COLOURS[pruners.index(pruner) % len(_COLOURS)]
-        stroke = _STROKES[allocators.index(allocator) % len(_STROKES)]
-        axes.plot(
-            *zip(*sorted(points), strict=True), linestyle=stroke, color=colour, marker="o", markersize=4, label=name
+    for name, (colour, stroke, marker) in _styles(lines).items():
+        shares, values, errors = zip(*sorted(lines[name], key=lambda point: point.share), strict=True)
+        axes.errorbar(
+            shares,
+            values,
+            yerr=[error or 0.0 for error in errors],
+            linestyle=stroke,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            elinewidth=0.8,
+            label=name,
         )
     axes.axhline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), color="0.4", va="bottom")
     axes.set(xlabel=across, ylabel="perplexity", yscale="log")
-    left, right = axes.get_xlim()
-    if right - left < 0.1:  # points of one setting: at least ten percent, which the labels can tell apart
-        axes.set_xlim((left + right) / 2 - 0.05, (left + right) / 2 + 0.05)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", handlelength=3)
     _save(figure, path)
+
+
+def _dots(path: Path, points: dict[str, Point], dense: float, title: str) -> None:
+    """Perplexities of methods in one setting, the lowest at the top, each with its share."""
+    figure = _blank(7.0, 1.3 + 0.35 * len(points))
+    axes = figure.subplots()
+    names = sorted(points, key=lambda name: -points[name].value)
+    for place, name in enumerate(names):
+        colour, _, marker = _styles(points)[name]
+        error = points[name].error
+        axes.errorbar(points[name].value, place, xerr=error or 0.0, color=colour, marker=marker, capsize=3)
+    axes.axvline(dense, color="0.6", linewidth=1)
+    axes.annotate("dense", (dense, 1), xycoords=("data", "axes fraction"), color="0.4", ha="center", va="bottom")
+    axes.set_yticks(range(len(names)), [f"{name}, {points[name].share:.1%}" for name in names], parse_math=False)
+    axes.set(xlabel="perplexity", ylim=(-0.6, len(names) - 0.4))
+    axes.set_title(title, pad=16, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
+    """{method: its colour, line style and marker}."""
+    parts = {name: _split_method(name) for name in names}
+    pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
+    return {
+        name: (
+            _COLOURS[pruners.index(pruner) % len(_COLOURS)],
+            _STROKES[allocators.index(allocator) % len(_STROKES)],
+            _MARKERS[allocators.index(allocator) % len(_MARKERS)],
+        )
+        for name, (pruner, allocator) in parts.items()
+    }
 
 
 def has_matplotlib() -> bool:
@@ -131,9 +177,7 @@ def _split_method(name: str) -> tuple[str, str]:
 
 def _importance_bars(axes, importance: Sequence[float]) -> None:
     axes.bar(range(len(importance)), importance, color=_BLUE)
-    least, most = min(importance), max(importance)
-    margin = (most - least or 1) / 10
-    axes.set(ylabel="importance", ylim=(least - margin, most + margin))
+    axes.set(ylabel="importance")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lib.files import canonical
 from lib.models.loading import load_config
 from lib.reporting.console import Report
 from lib.reporting.entries import Entry, entries
-from lib.reporting.plots import plot_grid
+from lib.reporting.plots import Point, plot_grid
 from lib.reporting.tables import check_result, csv_table, markdown
 from lib.runs.single import Run, run_cell
 from lib.runtime.device import resolve_device
@@ -201,14 +201,15 @@ def _named(result: dict, cell: Any) -> dict:
     return {**result, "model": cell.source.name, **texts}
 
 
-def _lines(found: Sequence[Entry]) -> dict[str, list[tuple[float, float]]]:
-    """{method: [(share, perplexity), ...]}: each point is the mean over seeds; N:M patterns are lines of their own."""
+def _lines(found: Sequence[Entry]) -> dict[str, list[Point]]:
+    """{method: its points}: each is the mean over seeds; N:M patterns are lines of their own."""
     by_point: dict[tuple[str, str], list[Entry]] = {}
     for entry in found:
         name = f"{entry.method} {entry.setting}" if ":" in entry.setting else entry.method
         by_point.setdefault((name, entry.setting), []).append(entry)
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Point]] = {}
     for (name, _), of_point in by_point.items():
-        point = (mean(entry.share for entry in of_point), mean(entry.value for entry in of_point))
-        lines.setdefault(name, []).append(point)
+        errors = [entry.standard_error for entry in of_point if entry.standard_error is not None]
+        share, value = mean(entry.share for entry in of_point), mean(entry.value for entry in of_point)
+        lines.setdefault(name, []).append(Point(share, value, mean(errors) if errors else None))
     return lines

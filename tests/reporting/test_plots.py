@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 
 from lib.reporting import plots
+from lib.reporting.plots import Point
 from tests.command import ROOT, run
 
 DRAWN = {
     "removals": lambda path: plots.plot_removals(path, [0.1, 0.2, 0.05], [2], [1, 2], "a $title"),
     "sensitivity": lambda path: plots.plot_sensitivity(path, [0.1, 0.2], "a ± title \u4e00"),
     "sparsity": lambda path: plots.plot_sparsity(path, [0.4, 0.6], [0.1, 0.2], 0.5, "title"),
-    "grid": lambda path: plots.plot_grid(path, {"wanda_alp": [(0.5, 20.0)]}, 10.0, "sparsity", "title"),
+    "grid": lambda path: plots.plot_grid(path, {"wanda_alp": [Point(0.5, 20.0, 1.0)]}, 10.0, "sparsity", "title"),
+    "lines": lambda path: plots.plot_grid(
+        path, {"wanda": [Point(0.5, 20.0), Point(0.6, 30.0, 2.0)], "wanda_alp": [Point(0.5, 19.0)]}, 10.0, "x", "title"
+    ),
 }
 IN_ANOTHER = """
 import sys
@@ -42,9 +46,9 @@ def test_a_plot_is_an_image_and_leaves_nothing_beside_it(draw, tmp_path):
         lambda path: plots.plot_sensitivity(path, [], "title"),
         lambda path: plots.plot_sensitivity(path, [float("nan"), float("inf")], "title"),
         lambda path: plots.plot_sparsity(path, ["x"], None, 0.5, "title"),
-        lambda path: plots.plot_grid(path, {"a": [("x", None)]}, 10.0, "sparsity", "title"),
-        lambda path: plots.plot_grid(path.parent / "no/plot.png", {"a": [(0.5, 2.0)]}, 1.0, "sparsity", "title"),
-        lambda path: plots.plot_grid(path.parent, {"a": [(0.5, 2.0)]}, 1.0, "sparsity", "title"),
+        lambda path: plots.plot_grid(path, {"a": [Point("x", None)]}, 10.0, "sparsity", "title"),
+        lambda path: plots.plot_grid(path.parent / "no/plot.png", {"a": [Point(0.5, 2.0)]}, 1.0, "sparsity", "title"),
+        lambda path: plots.plot_grid(path.parent, {"a": [Point(0.5, 2.0)]}, 1.0, "sparsity", "title"),
     ],
     ids=["nan", "not positive", "nothing", "infinite", "no number", "no point", "no folder", "a folder"],
 )
