@@ -16,8 +16,29 @@ from lib.runtime.launcher import launched
 def importing() -> Iterator[None]:
     """Around imports that take seconds, before anything is written: Ctrl-C ends the process at once, with one line.
 
-    An exception would end in the middle of a C extension, which prints a traceback or aborts.
+    An exception would end in the middle of a C extension, which prints a traceback or aborts. On a terminal a line
+    stands there meanwhile.
     """
+    with _told("Loading torch, transformers and datasets ..."), _ended_by_interrupt():
+        yield
+
+
+@contextmanager
+def _told(line: str) -> Iterator[None]:
+    """On a terminal, a line that stands there during the block."""
+    is_shown = sys.stderr is not None and sys.stderr.isatty() and launched().is_first
+    if is_shown:
+        print(line, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print(" " * len(line), end="\r", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Inside the block, Ctrl-C ends the process at once."""
     if threading.current_thread() is not threading.main_thread() or is_ignored():
         yield
         return

@@ -15,7 +15,7 @@ from lib.config.plan import Plan
 from lib.config.sources import expand, local_path, short_name
 from lib.depth import report as depth_report
 from lib.depth.compensation import Refit, compensate, token_counts
-from lib.depth.prepare import DepthWorkspace, check_config, prepare
+from lib.depth.prepare import DepthWorkspace, budget_of, check_config, find_counts, prepare
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export import gguf
@@ -29,6 +29,8 @@ from lib.reporting.plots import plot_removals
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
+
+_OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -178,6 +180,20 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         plot, rate = self.report.folder / REMOVALS, result["parameters"]["actual_rate"]
         title = f"{short_name(self.settings.model_name)}: {rate:.1%} of the parameters removed"
         return plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title) or plot
+
+    def bytes_to_save(self) -> int:
+        settings, decoder = self.settings, self.decoder
+        if settings.save_format == "masked":
+            return super().bytes_to_save()
+        if settings.saved_plan:
+            rate = decoder.removed_parameters(settings.saved_plan.plan) / decoder.total_parameters
+        elif settings.depth_method.removes == "counts":
+            rate = budget_of(decoder).rate(*find_counts(settings, decoder))
+        else:
+            rate = min(1.0, settings.prune_rate + _OVER)
+        source = expand(settings.model_name)
+        whole = source.stat().st_size if settings.save_format == "gguf" else super().bytes_to_save()
+        return int((1 - rate) * whole)
 
     def save_model(self, folder: Path) -> None:
         workspace, save_format = self.workspace, self.settings.save_format

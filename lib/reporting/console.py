@@ -14,6 +14,9 @@ from lib.errors import printable
 from lib.storage.atomic import write_json
 from lib.storage.output_folder import LOG
 
+_WHOLE = 1e-6  # parts of a unit add up to it but for rounding
+_EVERY = 60  # seconds between the lines of a log
+
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
@@ -26,6 +29,26 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
             torch.cuda.synchronize()
         inner = sum(seconds.values()) - others
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start - inner, 3)
+
+
+class _MinuteLines:
+    """Progress for a log: on stderr a line each minute of what takes longer."""
+
+    def __init__(self, total: int, label: str):
+        self.total, self.label, self.begin, self.shown = total, label, time.monotonic(), 0
+
+    def show(self, done: float) -> None:
+        seconds = time.monotonic() - self.begin
+        if int(seconds // _EVERY) > self.shown and 0 < done < self.total and sys.stderr is not None:
+            self.shown = int(seconds // _EVERY)
+            left = seconds * (self.total - done) / done
+            told = f"{self.label}: {done / self.total:.0%} after {_minutes(seconds)}, about {_minutes(left)} to go"
+            print(told, file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class Report:
@@ -89,12 +112,21 @@ class Report:
 
     @contextmanager
     def progress(self, total: int, label: str) -> Iterator[Callable[[float], object]]:
-        """Shows a progress bar if stderr is a terminal; yields the function that advances it."""
+        """Shows a progress bar in whole numbers if stderr is a terminal, else a line each minute.
+
+        Yields the function that advances it, by parts of a unit too, or back where work is done again.
+        """
         with tqdm(total=total, desc=label, disable=None if self.is_first else True, leave=False) as bar:
+            done, lines = 0.0, _MinuteLines(total, label) if bar.disable and self.is_first else None
 
             def advance(count: float) -> None:
+                nonlocal done
+                done += count
                 with suppress(OSError, ValueError):  # the terminal is gone
-                    bar.update(count)
+                    if lines:
+                        lines.show(done)
+                    else:
+                        bar.update(min(total, int(done + _WHOLE)) - bar.n)
 
             yield advance
 

@@ -40,7 +40,7 @@ from lib.runtime.distributed import join
 from lib.runtime.memory import peak_memory_bytes
 from lib.runtime.setup import set_up
 from lib.storage import output_folder
-from lib.storage.model_folder import signature
+from lib.storage.model_folder import check_room, signature
 from lib.storage.output_folder import REMOVALS, RESULT, SAMPLES, SPARSITY, STATE
 from lib.storage.resume_state import State, check_saved, finished, how_to_resume
 from lib.version import code_version
@@ -119,6 +119,10 @@ class Run(ABC, Generic[Settings, Space]):
     @abstractmethod
     def save_model(self, folder: Path) -> None:
         """Writes the pruned model to an empty folder."""
+
+    def bytes_to_save(self) -> int:
+        """The least disk space that the saved model will take."""
+        return sum(one.numel() * one.element_size() for one in self.decoder.model.parameters())
 
     def restore(self) -> None:  # noqa: B027  (a tool that changes no weights has nothing to restore)
         """Gives the model its dense weights back before the next cell of a grid."""
@@ -239,6 +243,8 @@ def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
         with state.advise_resume(how_to_resume(folder)):
             workspace = kind.load(report, [settings], ranks)
             workspace.state = state
+            if report.is_first and settings.save_model:
+                check_room(settings.save_model, kind(report, settings, workspace).bytes_to_save())
             if report.is_first:
                 output_folder.claim(folder, "run")
             with state.session(report.seconds):

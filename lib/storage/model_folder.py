@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def check_model_target(folder: Path, overwrite: bool) -> None:
     if foreign:
         what = f"holds {foreign} beside a model, so --overwrite does not replace it"
         raise InputError(f"--save_model {folder}: {what}; name another folder")
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises `InputError` if the disk has no room for a model of that many bytes."""
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        sizes = f"the model takes about {needed / 10**6:,.0f} MB, and the disk has {free / 10**6:,.0f} left"
+        raise InputError(f"--save_model {target}: {sizes}; name a folder on another disk")
 
 
 def seal(folder: Path, card: str, written: Iterable[str]) -> None:

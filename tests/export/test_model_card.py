@@ -148,3 +148,25 @@ def test_other_files_are_still_not_replaced(saved):
         check_model_target(saved, True)
     os.remove(saved / "my.txt")
     check_model_target(saved, True)
+
+
+# Room on the disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_for_the_model_is_told_before_the_work(base, tmp_path, monkeypatch, capsys):
+    size = 4 * 4_048_800  # float32
+    usage = shutil.disk_usage(tmp_path)
+    for free, status in ((size // 2, 2), (int(0.9 * size), 0)):  # the plan removes a quarter
+        monkeypatch.setattr(
+            "lib.storage.model_folder.shutil.disk_usage", lambda path, free=free: usage._replace(free=free)
+        )
+        flags = [*FLAGS, "--mha_remove_layers", 2, "--ffn_remove_layers", 4, "--save_model", tmp_path / "out"]
+        assert (
+            run("--model_name", base, *flags, "--output_dir", tmp_path / f"run{status}", monkeypatch=monkeypatch)
+            == status
+        )
+        told = capsys.readouterr()
+        assert ("Block Influence" in told.out) == (status == 0)
+        if status:
+            assert f"--save_model {tmp_path / 'out'}: the model takes about 12 MB, and the disk has 8 left" in told.err
+            assert not (tmp_path / "run2").exists() and not (tmp_path / "out").exists()

@@ -127,8 +127,9 @@ def artefact_of(path: Path) -> dict:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files below a folder but the card of a model, which has the command."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def litter_of(folder: Path) -> list[str]:
