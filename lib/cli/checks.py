@@ -121,6 +121,8 @@ def check_grid_output(args: argparse.Namespace) -> None:
     """Raises `InputError` unless the folder of a grid can be written and holds nothing else of our names."""
     if args.save_model:
         raise InputError("--save_model: saves one model; leave it out, or give one value for each flag")
+    if args.dry_run:
+        raise InputError("--dry_run: is of a single run; leave it out, or give one value for each flag")
     if args.prompts:
         raise InputError("--prompts: are of a single run; leave them out, or give one value for each flag")
     if launched().is_first:

@@ -125,6 +125,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
     group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
     group.add_argument("--resume", action="store_true", help="continue the stopped run in --output_dir")
+    group.add_argument("--dry_run", action="store_true", help="check everything, tell time, memory and disk, and end")
 
 
 def add_tasks(group, default: str) -> None:

@@ -50,6 +50,7 @@ class DepthPruning:
     save_model: Path | None = None
     save_format: str = "hf"
     prompts: Path | None = None
+    dry_run: bool = False
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
 
     @property

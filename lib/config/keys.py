@@ -27,6 +27,7 @@ _OF_RUNS = {
     **_EVERYWHERE,
     "output_dir": _WHERE,
     "batch_size": _ONLY_ROUNDING,
+    "dry_run": "stops before there is a result",
     "preset": "stands for the flags that it sets",
     "save_model": "saves what was measured; a finished run that saved no such model is refused",
 }

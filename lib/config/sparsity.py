@@ -47,6 +47,7 @@ class SparsityPruning:
     semi_structured: bool = False
     tasks: Sequence[str] = ()  # of lm_eval
     prompts: Path | None = None
+    dry_run: bool = False
     snapshot: Snapshot | None = None  # of `inputs`, as they are before anything is read
     save_format: ClassVar[str] = "hf"  # the only one
 

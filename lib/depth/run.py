@@ -15,6 +15,7 @@ from lib.config.plan import Plan
 from lib.config.sources import expand, local_path, short_name
 from lib.depth import report as depth_report
 from lib.depth.compensation import Refit, compensate, token_counts
+from lib.depth.moves import moves_of
 from lib.depth.prepare import DepthWorkspace, budget_of, check_config, find_counts, prepare
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
@@ -26,10 +27,12 @@ from lib.models.limits import dtype_name
 from lib.models.residual_writers import has_writers
 from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
+from lib.runs.outline import TRIAL, Part
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
+WITH_INFLUENCE = ("ppllms", "shortgpt", "beam")
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
 
 
@@ -180,6 +183,38 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         plot, rate = self.report.folder / REMOVALS, result["parameters"]["actual_rate"]
         title = f"{short_name(self.settings.model_name)}: {rate:.1%} of the parameters removed"
         return plot_removals(plot, result["bi_scores"], self.plan.mha_removed, self.plan.ffn_removed, title) or plot
+
+    def parts(self) -> list[Part]:
+        settings, workspace = self.settings, self.workspace
+        parts = []
+        if settings.needs_windows:
+            windows = len(workspace.windows[settings.seed])
+            if settings.method in WITH_INFLUENCE:
+                parts.append(Part("Block Influence", min(settings.bi_windows or windows, windows)))
+            if settings.depth_method.removes == "experts":
+                parts.append(Part("saliency of experts", windows))
+            elif trials := self.count_trials():
+                told = f"{'at most ' * (settings.method == 'beam')}{trials:,} trials on {windows} windows"
+                parts.append(Part("search", TRIAL * trials * windows, note=told))
+        if settings.compensates:
+            windows = len(workspace.compensation_windows[settings.seed])
+            parts.append(Part("compensation", 3 * windows, note="without the fits, which take as long with wide FFNs"))
+        return parts
+
+    def count_trials(self) -> int:
+        """How many trials the search will measure, or about how many."""
+        settings, decoder = self.settings, self.decoder
+        method, target = settings.depth_method, settings.prune_rate
+        if settings.method == "ppllms":
+            counts = find_counts(settings, decoder)
+            return sum(counts.ffn - found for found in range(counts.mha))
+        if settings.method not in ("sleb", "blockpruner", "beam"):
+            return 0
+        moves, none = moves_of(method, decoder), Plan(decoder.num_layers)
+        mean = sum(decoder.removed_parameters(move.added_to(none)) for move in moves) / len(moves)
+        steps = min(len(moves), round(target * decoder.total_parameters / mean))
+        found = sum(len(moves) - step for step in range(steps))
+        return found * (settings.beam_width + 1) if settings.method == "beam" else found
 
     def bytes_to_save(self) -> int:
         settings, decoder = self.settings, self.decoder

@@ -31,6 +31,8 @@ from lib.models.decoder import Decoder
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.reporting.verdict import FAR, describe, verdict_of, worst_divergence
+from lib.runs import outline
+from lib.runs.outline import Part, sample_passes
 from lib.runs.samples import SampleStages
 from lib.runs.tasks import TaskStages
 from lib.runs.texts import TextStages
@@ -119,6 +121,10 @@ class Run(ABC, Generic[Settings, Space]):
     @abstractmethod
     def save_model(self, folder: Path) -> None:
         """Writes the pruned model to an empty folder."""
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """What the run would do before it evaluates, in order."""
 
     def bytes_to_save(self) -> int:
         """The least disk space that the saved model will take."""
@@ -221,11 +227,43 @@ class Run(ABC, Generic[Settings, Space]):
         return result
 
 
+def outline_run(kind: type[Run[Settings, Space]], settings: Settings) -> None:
+    """Loads and checks all that a run needs, measures one batch, and prints the plan of work. Writes nothing.
+
+    Raises `InputError` as the run would.
+    """
+    set_up()
+    ranks = join(resolve_device(settings.source.device))
+    report = Report(ranks.is_first)
+    settings = replace(settings, snapshot=Snapshot.take(settings.inputs, ranks.agree, report.print))
+    workspace = kind.load(report, [settings], ranks)
+    run = kind(report, settings, workspace)
+    run.show_model()
+    models, windows = 1 + len(run.stages_after_dense), sum(map(len, workspace.eval_windows.values()))
+    samples = models * sample_passes(workspace.prompts, workspace.seqlen)
+    parts = [
+        *run.parts(),
+        Part("evaluation", models * windows, note=f"{windows} windows, {models} models"),
+        Part("samples", 0.0 if workspace.decoder.is_on_disk else samples),
+    ]
+    disk = None
+    if settings.save_model:
+        needed, free = run.bytes_to_save(), check_room(settings.save_model, run.bytes_to_save())
+        disk = f"{needed / 10**6:,.0f} MB for the model at least; {free / 10**6:,.0f} MB free"
+    tasks = [Part("tasks", 0.0, note="not estimated")] if settings.tasks else []
+    batch_size = min(workspace.batcher.size, max(1, windows))
+    for line in outline.describe([*parts, *tasks], workspace.decoder, workspace.seqlen, batch_size, disk):
+        report.print(line)
+
+
 def run_single(kind: type[Run[Settings, Space]], settings: Settings) -> dict:
-    """The result of a run, as written to result.json. With `resume` it continues a stopped run.
+    """The result of a run, as written to result.json. With `resume` it continues a stopped run; a dry one has none.
 
     Raises `InputError`, and `RunError` that says what is kept and how to resume.
     """
+    if settings.dry_run:
+        outline_run(kind, settings)
+        return {}
     set_up()
     ranks = join(resolve_device(settings.source.device))
     report = Report(ranks.is_first)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lib.config.gradients import GradientSettings
@@ -20,6 +21,7 @@ from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import timed
 from lib.reporting.plots import plot_sparsity
+from lib.runs.outline import Part
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.sensitivity.compute import Sensitivities, state_folder
@@ -91,6 +93,33 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         }
         sparsity_report.show_result(self.report, result, by_text)
         return result
+
+    def parts(self) -> list[Part]:
+        settings, workspace = self.settings, self.workspace
+        parts = []
+        if settings.uses_gradients and settings.gradients not in workspace.gradients:
+            windows = workspace.gradient_windows[settings.gradients]
+            share = windows.shape[1] / workspace.seqlen
+            parts.append(
+                Part("gradients", 3 * len(windows) * share, note=f"{len(windows)} of {windows.shape[1]} tokens")
+            )
+        elif settings.method.allocation is not None and settings.is_allocated and not settings.uses_gradients:
+            parts.append(Part(f"scores of {settings.method.allocator}", len(workspace.calibration[settings.seed])))
+        for stage, pruner in self.stages().items():
+            inputs = workspace.calibration[settings.seed] if pruner.needs_inputs else None
+            passes = 0 if inputs is None else 2 * len(inputs)
+            seconds = 0.0 if self.decoder.is_on_disk else self.seconds_to_select(pruner, inputs)
+            parts.append(Part("pruning" if stage == "pruned" else "quantization", passes, seconds))
+        return parts
+
+    def seconds_to_select(self, pruner: Pruner, windows: torch.Tensor | None) -> float:
+        """The seconds that a pruner takes for all layers, by the first one, which it changes."""
+        seconds: dict[str, float] = {}
+        monitor = Monitor(timed=partial(timed, seconds))
+        few = None if windows is None else windows[:2]
+        sparsity = [self.settings.target_sparsity]
+        prune_layers(self.decoder, self.workspace.groups[:1], pruner, sparsity, few, self.workspace.batcher, monitor)
+        return seconds["select"] * self.decoder.num_layers
 
     def measure(self, stage: str) -> dict[str, Evaluation]:
         """Evaluates the current model on every text."""

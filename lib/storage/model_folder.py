@@ -71,12 +71,13 @@ def check_model_target(folder: Path, overwrite: bool) -> None:
         raise InputError(f"--save_model {folder}: {what}; name another folder")
 
 
-def check_room(target: Path, needed: int) -> None:
-    """Raises `InputError` if the disk has no room for a model of that many bytes."""
+def check_room(target: Path, needed: int) -> int:
+    """The free bytes of a disk. Raises `InputError` if it has no room for a model of `needed` bytes."""
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         sizes = f"the model takes about {needed / 10**6:,.0f} MB, and the disk has {free / 10**6:,.0f} left"
         raise InputError(f"--save_model {target}: {sizes}; name a folder on another disk")
+    return free
 
 
 def seal(folder: Path, card: str, written: Iterable[str]) -> None:
