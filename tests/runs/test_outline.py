@@ -42,7 +42,6 @@ def test_the_parts_of_a_search(here, monkeypatch, capsys):
     ("method", "expected"),
     [
         ("shortgpt", {"Block Influence"}),
-        ("random", set()),
         ("sleb", {"search"}),
         ("beam", {"Block Influence", "search"}),
     ],
