@@ -73,7 +73,9 @@ def build_parser() -> flags.Parser:
     )
     group = parser.add_argument_group("applying a plan")
     group.add_argument(
-        "--apply_plan", type=types.folder, help="output folder or file of an earlier run: prune by its plan"
+        "--apply_plan",
+        type=types.folder,
+        help="output folder or file of an earlier run, or TABLE#ROW: prune by its plan",
     )
     group.add_argument(
         "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
@@ -160,8 +162,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they alone allow. Raises `InputError`."""
     args, given = flags.parse_with_preset(build_parser(), DEPTH_PRESETS, arguments)
     check_together(args, given)
-    args.apply_plan = find_plan(args.apply_plan) if args.apply_plan else None
-    args.saved_plan = read_plan(args.apply_plan) if args.apply_plan else None
+    args.apply_plan, row = find_plan(args.apply_plan) if args.apply_plan else (None, None)
+    args.saved_plan = read_plan(args.apply_plan, row) if args.apply_plan else None
     if args.gguf and args.saved_plan.plan.experts_removed:
         raise InputError("--gguf: the plan removes experts, which is done in folders only; leave --gguf out")
     args.tasks = expand_sets(args.tasks or ())

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.config.sources import short_name
 from lib.errors import InputError, first_line
-from lib.files import read_json
+from lib.files import parse_json, read_file, read_json
 
 MOST_LAYERS = 10_000  # the largest models have some hundreds
 
@@ -91,20 +92,40 @@ class SavedPlan:
         return abs(parameters - self.parameters) <= 0.01 * self.parameters
 
 
-def read_plan(path: Path) -> SavedPlan:
-    """The plan in a `result.json` or `plan.json` of `ppllms.py`. Raises `InputError` for a file that holds none."""
+def read_plan(path: Path, row: str | None = None) -> SavedPlan:
+    """The plan in a `result.json` or `plan.json` of `ppllms.py`, or in a row of a table's `results.jsonl`.
+
+    Raises `InputError` for a file that holds none.
+    """
     try:
-        saved = _saved_plan(path, read_json(path))
+        saved = _saved_plan(path, read_json(path) if row is None else _result_of_row(path, row))
     except OSError as error:
         raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
     except KeyError as error:
         raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         problem = first_line(error)
         raise InputError(f"--apply_plan {path}: holds no plan ({problem}); give a run's result.json") from error
     if len(saved.plan.mha_removed) == saved.plan.num_layers:
         raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
     return saved
+
+
+def _result_of_row(path: Path, row: str) -> Any:
+    """The result of the one row whose label begins with `row`: its method, rate and seed. Raises `InputError`."""
+    results = [parse_json(line)["result"] for line in read_file(path).splitlines()]
+    names = {result["model"] for result in results}
+    labels = [_label(result) + (f" {short_name(result['model'])}" if len(names) > 1 else "") for result in results]
+    found = [result for result, label in zip(results, labels, strict=True) if f"{label} ".startswith(f"{row} ")]
+    if len(found) != 1:
+        problem = f"{len(found)} rows begin so; there are {', '.join(labels)}"
+        raise InputError(f"--apply_plan {path.parent}#{row}: {problem}")
+    return found[0]
+
+
+def _label(result: dict) -> str:
+    rate = result["parameters"]["target_rate"]
+    return f"{result['method']} {'' if rate is None else f'{rate:g} '}seed {result['seed']}"
 
 
 def _saved_plan(path: Path, content: Any) -> SavedPlan:

@@ -67,17 +67,26 @@ def check_plot(path: Path, flag: str) -> None:
         raise InputError(f"{flag}: {path} is no plot of ours, so it is not replaced; name another")
 
 
-def find_plan(path: Path) -> Path:
+def find_plan(path: Path) -> tuple[Path, str | None]:
     """The file of a plan that is given by itself or by its output folder, which may hold an unfinished run.
 
-    Raises `InputError` for a folder without one.
+    Of `TABLE#ROW` it is the results of the table, and the row. Raises `InputError` for a folder without a plan.
     """
-    if not path.is_dir():
-        return path
+    folder, mark, row = str(path).partition("#")
+    if mark and not path.exists():
+        if not (Path(folder) / RESULTS).is_file():
+            raise InputError(f"--apply_plan {path}: {folder} is no output folder of a table of ppllms.py; name another")
+        return Path(folder) / RESULTS, row
+    return (_plan_in(path) if path.is_dir() else path), None
+
+
+def _plan_in(path: Path) -> Path:
     # An unfinished run may be about to replace a finished one.
     names = (PLAN, RESULT) if (path / STATE).exists() else (RESULT, PLAN)
     if found := next((path / name for name in names if (path / name).exists()), None):
         return found
+    if (path / RESULTS).exists():
+        raise InputError(f"--apply_plan {path}: is of a table; give a row of it, as '{path}#sleb 0.2'")
     raise InputError(
         f"--apply_plan {path}: holds no {PLAN}, which a run writes once its search has ended; name another"
     )

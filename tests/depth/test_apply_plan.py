@@ -181,3 +181,56 @@ def test_the_plan_finds_its_model_from_another_folder(arguments, tiny_folder, tm
     monkeypatch.chdir(tmp_path)
     command = ["--apply_plan", "run/result.json", "--eval_ppl", "no", "--output_dir", "applied"]
     assert run(*command, monkeypatch=monkeypatch) == 0
+
+
+# A row of a table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(tiny_folder, text_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("table") / "table"
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, "--nsamples", 3]
+    flags += ["--method", "shortgpt", "random", "--prune_rate", 0.05, 0.1, "--seed", 0, 1, "--output_dir", folder]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(*flags, monkeypatch=monkeypatch) == 0
+    return folder
+
+
+@pytest.mark.parametrize("row", ["random 0.1 seed 1", "shortgpt 0.05 seed 0"])
+def test_the_plan_of_a_row_of_a_table_is_applied(row, table, tmp_path, monkeypatch):
+    method, rate, _, seed = row.split()
+    results = [json.loads(line)["result"] for line in (table / "results.jsonl").read_text().splitlines()]
+    (expected,) = (
+        one
+        for one in results
+        if (one["method"], str(one["parameters"]["target_rate"]), str(one["seed"])) == (method, rate, seed)
+    )
+    flags = ["--apply_plan", f"{table}#{row}", "--eval_ppl", "no", "--save_model", tmp_path / "out"]
+    assert run(*flags, "--output_dir", tmp_path / "run", monkeypatch=monkeypatch) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["mha_removed"], result["ffn_removed"]) == (expected["mha_removed"], expected["ffn_removed"])
+    assert (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("#random 0.1", "#random 0.1: 2 rows begin so; there are shortgpt 0.05 seed 0, "),
+        ("#sleb", "#sleb: 0 rows begin so; there are "),
+        ("#", "rows begin so"),
+        ("", "is of a table; give a row of it, as "),
+        ("/results.jsonl", "holds no plan"),
+        ("-none#x", "is no output folder of a table of ppllms.py"),
+    ],
+)
+def test_what_is_no_row_is_told_with_those_that_are(row, problem, table, monkeypatch, capsys):
+    assert run("--apply_plan", f"{table}{row}", monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert problem in told and told.count("\n") == 1
+
+
+def test_rows_that_anybody_may_have_written_are_no_crash(table, tmp_path, monkeypatch, capsys):
+    for content in (b"[]\n", b'{"result": 1}\n', b'{"result": {}}\n', b"\xff", b'{"result": {"model": 1}}\n'):
+        (tmp_path / "results.jsonl").write_bytes(content)
+        assert run("--apply_plan", f"{tmp_path}#x", monkeypatch=monkeypatch) == 2
+        assert capsys.readouterr().err.count("\n") == 1
