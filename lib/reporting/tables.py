@@ -156,18 +156,19 @@ def _pivot(columns: dict[str, list[Entry]]) -> str:
 def _cell(found: Sequence[Entry], above: tuple[float, float | None] | None = None) -> str:
     """The mean over seeds, its standard deviation, the removed share if it is off target, and the published figure.
 
-    Beside an accuracy of one seed is its standard error; that of a perplexity is in the heading, and in table.csv. A KL
-    divergence also says how far it is `above` the lowest of the column.
+    Beside a value of one seed is its standard error. A KL divergence also says how far it is `above` the lowest of the
+    column.
     """
     if not found:
         return "-"
-    values = [entry.value * (100 if entry.metric == "top1_agreement" else 1) for entry in found]
+    unit = 100 if found[0].metric == "top1_agreement" else 1
+    values = [entry.value * unit for entry in found]
     digits = {"kl_divergence": 3, "top1_agreement": 1}.get(found[0].metric, 2)
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
-    elif found[0].metric == "accuracy" and found[0].standard_error is not None:
-        text += f" ± {found[0].standard_error:.2f}"
+    elif (error := found[0].standard_error) is not None:
+        text += f" ± {error * unit:.{digits}f}"
     if any(map(_is_off, found)):
         text += f" ({statistics.mean(entry.share for entry in found):.1%})"
     if above and above[0]:

@@ -216,7 +216,7 @@ def test_tables_have_accuracies_of_every_stage_with_their_errors_and_flips():
 def test_tables_of_depth_tell_what_went_and_what_is_published():
     table = markdown(entries([depth_result("shortgpt", 0.22, 0.2102, 20.0), depth_result("sleb", 0.25, 0.2502, 9.0)]))
     assert "dense 5.47 ± 0.10 [5.47, +0.00]" in table
-    assert "| shortgpt | 20.00 (21.0%) [18.45, +1.55] | - |" in table and "| sleb | - | 9.00 |" in table
+    assert "| shortgpt | 20.00 ± 0.20 (21.0%) [18.45, +1.55] | - |" in table and "| sleb | - | 9.00 ± 0.20 |" in table
     assert "the share that went" in table and "arXiv:2406.10594" in table
 
 
@@ -276,8 +276,8 @@ def test_a_table_says_how_far_a_divergence_is_above_the_lowest_of_its_column():
     found = entries(results)
     table = markdown(found)
     assert "KL divergence to the dense model on wikitext2, in nats a token\n" in table
-    assert "| wanda_alp | 0.200 |" in table and "| wanda | 0.400 [+0.200 ± 0.100] |" in table
-    assert "| wanda_alp | 90.0 |" in table and "| wanda | 50.0 |" in table
+    assert "| wanda_alp | 0.200 ± 0.010 |" in table and "| wanda | 0.400 ± 0.010 [+0.200 ± 0.100] |" in table
+    assert "| wanda_alp | 90.0 ± 2.0 |" in table and "| wanda | 50.0 ± 2.0 |" in table
     assert "llama-7b-hf. Usable: wanda_alp 70%. Broken: wanda 70%." in table
     (row,) = [line for line in csv_table(found).splitlines() if ",wanda," in line and ",kl_divergence," in line]
     assert ",0.400000," in row and row.endswith(",0.200000,0.100000")
@@ -290,5 +290,5 @@ def test_models_that_were_measured_on_other_windows_are_not_paired():
         alp_result(prune_method="wanda") | distances({"wikitext2": ["pruned"]}, (0.2, 0.4)),
     ]
     found = entries(results)
-    assert "| wanda | 0.300 |" in markdown(found) and "brackets" not in markdown(found)
+    assert "| wanda | 0.300 ± 0.010 |" in markdown(found) and "brackets" not in markdown(found)
     assert len(csv_table(found).splitlines()) == 1 + len(found)
