@@ -145,7 +145,7 @@ def test_the_pruned_model_answers_as_its_saved_form_in_stock_lm_eval(arguments, 
     assert ours["goes_on"]["pruned"]["exact_match,first_word"] == 0.6
     assert ours["goes_on"]["dense"]["exact_match,first_word"] < 0.6, "the dense model goes on otherwise"
     for one in (tmp_path / "first").iterdir():
-        if one.is_file():
+        if one.is_file() and one.name != "README.md":  # which has the command
             assert (tmp_path / "out" / one.name).read_bytes() == one.read_bytes(), "measuring changes no model"
 
 
