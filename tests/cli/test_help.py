@@ -43,7 +43,7 @@ def test_the_version_is_told_and_nothing_else_is_done(script, capsys):
     with pytest.raises(SystemExit) as ended:
         script.build_parser().parse_args(["--version"])
     assert ended.value.code == 0
-    assert re.fullmatch(r"[\w.]+ \d+\.\d+\.\d+(, commit [0-9a-f]{40}(\+changes)?)?\n", capsys.readouterr().out)
+    assert re.fullmatch(r"\S+ \d+\.\d+\.\d+(, commit [0-9a-f]{40}(\+changes)?)?\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
