@@ -293,12 +293,8 @@ def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) ->
         sizes = f"{size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB"
         print(printable(f"{what:<12}{name}: {sizes}"))
     if saved.refitted:
-        written = (
-            f"{count} as {new}{f' (gguf cannot write {old})' if new != old else ''}"
-            for (old, new), count in found.refitted.items()
-        )
         where = f"{found.refitted.total()} tensors from {saved.refitted.folder}"
-        print(printable(f"Refitted    {where}: {', '.join(written)}"))
+        print(printable(f"Refitted    {where}: {found.refitted_types}"))
     if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 

@@ -248,7 +248,9 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         """Writes the GGUF file of the model without what the plan removes, and with the refitted projections."""
         changed = [(refit.layer, refit.name) for refit in self.refits if refit.is_changed]
         refitted = refitted_in_memory(self.decoder, changed) if changed else None
-        gguf.prune(expand(self.settings.model_name), self.plan, refitted).write(target)
+        found = gguf.prune(expand(self.settings.model_name), self.plan, refitted).write(target)
+        if refitted:
+            self.report.print(f"Refitted    {found.refitted.total()} tensors in the GGUF file: {found.refitted_types}")
 
 
 def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits: Sequence[Refit]) -> dict:

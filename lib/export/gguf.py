@@ -75,6 +75,14 @@ class GgufPruning:
     after: GgufSize
     refitted: Counter[tuple[str, str]]
 
+    @property
+    def refitted_types(self) -> str:
+        """How many refitted tensors were written as which type."""
+        return ", ".join(
+            f"{count} as {new}{f' (gguf cannot write {old})' if new != old else ''}"
+            for (old, new), count in self.refitted.items()
+        )
+
 
 def apply_plan(
     source: Path, target: Path, plan: Plan, overwrite: bool = False, refitted: Refitted | None = None

@@ -1,6 +1,7 @@
 """A GGUF file is a model like any other, for all three scripts, and a pruned one is written in the same run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -136,11 +137,12 @@ def test_the_pruned_file_is_that_of_the_plan(demo, tmp_path, monkeypatch, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.gguf", "out.gguf", "run"]
 
 
-def test_refitted_weights_are_those_of_a_model_saved_as_a_folder(demo, tmp_path, monkeypatch):
+def test_refitted_weights_are_those_of_a_model_saved_as_a_folder(demo, tmp_path, monkeypatch, capsys):
     refit = ["--compensate", "all", "--output_dir"]
     for name in ("out", "out.gguf"):
         flags = [*UNMEASURED, *COUNTS, "--save_model", tmp_path / name, *refit, tmp_path / f"run-{name}"]
         assert run("--model_name", demo, *flags, monkeypatch=monkeypatch) == 0
+    assert re.search(r"^Refitted    \d+ tensors in the GGUF file: \d+ as (F32|Q8_0)", capsys.readouterr().out, re.M)
     saved = read_plan(tmp_path / "run-out/result.json")
     assert saved.refitted and saved.refitted.folder
     apply_plan(demo, tmp_path / "other.gguf", saved.plan, refitted=saved.refitted)
