@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.config.model_files import weight_files
-from lib.config.plan import Refitted
+from lib.config.plan import Mode, Refitted
 from lib.errors import InputError
 from lib.export.gguf_model import GgufModel, split_name
 from lib.models.gguf_header import refuse
@@ -44,6 +44,7 @@ def refitted_in_memory(decoder: "Decoder", projections: Iterable[tuple[int, str]
     """Projections of a model, each by the number of its layer and the path of the module within it."""
 
     def read(index: int, name: str) -> "torch.Tensor":
+        decoder.set_mode(index, Mode())  # whatever ran last
         with decoder.at(index):
             return decoder.layers[index].get_parameter(f"{name}.weight").detach().cpu()
 

@@ -14,17 +14,22 @@ from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 from lib.export import model_card
 from lib.storage.model_folder import check_model_target
-from tests.command import run, run_alp
+from tests.command import ROOT, run, run_alp
 
-FLAGS = ["--dataset", "demo", "--nsamples", 2, "--eval_datasets", "demo", "--seqlen", 32, "--eval_windows", 2]
+WORDS = ROOT / "README.md"  # a text that is read at once
+FLAGS = ["--dataset", WORDS, "--nsamples", 2, "--eval_datasets", WORDS, "--seqlen", 32, "--eval_windows", 2]
 COUNTS = ["--mha_remove_layers", 1, "--ffn_remove_layers", 2]
-ALP = ["--calibration_dataset", "demo", "--nsamples", 2, "--dataset", "demo", "--seqlen", 32, "--eval_windows", 2]
+ALP = ["--calibration_dataset", WORDS, "--nsamples", 2, "--dataset", WORDS, "--seqlen", 32, "--eval_windows", 2]
 
 
 @pytest.fixture
 def base(tmp_path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+def make_base(folder: Path) -> Path:
     """The demo model in a folder, as it could come from a hub."""
-    folder = shutil.copytree(DEMO_MODEL, tmp_path / "base")
+    shutil.copytree(DEMO_MODEL, folder)
     head = "license: other\nlicense_name: some\nlicense_link: LICENSE\nlanguage: en\ntags: [theirs]"
     (folder / "README.md").write_text(f"---\n{head}\n---\n# A model of somebody\n")
     (folder / "LICENSE").write_text("Do with it what you like.")
@@ -33,10 +38,19 @@ def base(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> Path:
+    """A folder with a model `base`, a `run` that pruned it, and what that saved, `out`."""
+    folder = tmp_path_factory.mktemp("once")
+    flags = [*FLAGS, *COUNTS, "--compensate", "all", "--save_model", folder / "out", "--output_dir", folder / "run"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run("--model_name", make_base(folder / "base"), *flags, monkeypatch=monkeypatch) == 0
+    return folder
+
+
 @pytest.fixture
-def saved(base, tmp_path, monkeypatch) -> Path:
-    flags = [*FLAGS, *COUNTS, "--compensate", "all", "--save_model", tmp_path / "out", "--output_dir", tmp_path / "run"]
-    assert run("--model_name", base, *flags, monkeypatch=monkeypatch) == 0
+def saved(saved_once, tmp_path) -> Path:
+    shutil.copytree(saved_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 
@@ -54,9 +68,9 @@ def test_the_card_says_what_was_removed_and_how_near_it_is(saved, tmp_path):
     assert "base_model" not in head  # a folder is no model of a hub
     assert f"# base, without {result['parameters']['actual_rate']:.1%} of its parameters" in card.text
     assert f"| FFN | {', '.join(map(str, sorted(result['ffn_removed'])))} |" in card.text
-    perplexity, kl = result["perplexity"]["demo"], result["kl_divergence"]["demo"]
+    perplexity, kl = result["perplexity"][str(WORDS)], result["kl_divergence"][str(WORDS)]
     for stage in ("dense", "pruned", "compensated"):
-        assert f"| demo | {stage} | {perplexity[stage]:.2f} ± " in card.text
+        assert f"| README.md | {stage} | {perplexity[stage]:.2f} ± " in card.text
     assert f"| {kl['compensated']:.3f} ± " in card.text and f"Verdict: {result['verdict']}." in card.text
     assert 'AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)' in card.text
     assert result["environment"]["command"] in card.text
@@ -69,9 +83,9 @@ def test_the_plan_in_the_folder_can_be_applied(saved, tmp_path):
     assert list(plan.plan.mha_removed) == result["mha_removed"] and list(plan.plan.ffn_removed) == result["ffn_removed"]
 
 
-def test_the_license_and_notices_of_the_base_are_carried_along(saved, base):
+def test_the_license_and_notices_of_the_base_are_carried_along(saved, tmp_path):
     for name in ("LICENSE", "Notice.txt"):
-        assert (saved / name).read_bytes() == (base / name).read_bytes()
+        assert (saved / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     assert not (saved / "notes.txt").exists()
 
 

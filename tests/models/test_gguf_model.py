@@ -16,17 +16,18 @@ from lib.demo import DEMO_MODEL
 from lib.errors import InputError, InputsChanged
 from lib.export.gguf import apply_plan
 from lib.models.loading import load_config, load_model, load_tokenizer
-from tests.command import run, run_alp, run_gradient
+from tests.command import ROOT, run, run_alp, run_gradient
 from tests.families import tiny_model
 
 gguf = pytest.importorskip("gguf")
 
 from tests.export.gguf_writer import KINDS, write_gguf  # noqa: E402
 
-TEXT = ["--dataset", "demo", "--nsamples", 4, "--eval_datasets", "demo", "--seqlen", 64, "--eval_windows", 2]
+WORDS = ROOT / "README.md"  # a text that is read at once
+TEXT = ["--dataset", WORDS, "--nsamples", 4, "--eval_datasets", WORDS, "--seqlen", 64, "--eval_windows", 2]
 COUNTS = ["--mha_remove_layers", 1, "--ffn_remove_layers", 2]
-UNMEASURED = ["--dataset", "demo", "--nsamples", 2, "--seqlen", 32, "--eval_ppl", "no"]
-TEXT_ALP = ["--calibration_dataset", "demo", "--nsamples", 4, "--dataset", "demo", "--seqlen", 64, "--eval_windows", 2]
+UNMEASURED = ["--dataset", WORDS, "--nsamples", 2, "--seqlen", 32, "--eval_ppl", "no"]
+TEXT_ALP = ["--calibration_dataset", WORDS, "--nsamples", 4, "--dataset", WORDS, "--seqlen", 64, "--eval_windows", 2]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_search_finds_what_it_finds_on_the_same_weights_in_a_folder(demo, tm
 
 def test_gradients_and_sparsity(demo, tmp_path, monkeypatch, capsys):
     gradients = tmp_path / "gradients.json"
-    flags = ["--dataset", "demo", "--ngrad", 2, "--grad_seqlen", 16, "--output", gradients]
+    flags = ["--dataset", WORDS, "--ngrad", 2, "--grad_seqlen", 16, "--output", gradients]
     assert run_gradient("--model", demo, *flags, monkeypatch=monkeypatch) == 0
     flags = [*TEXT_ALP, "--gradients", gradients, "--prune_method", "wanda_alp", "--save_model", tmp_path / "out"]
     assert run_alp("--model", demo, *flags, monkeypatch=monkeypatch) == 0, capsys.readouterr().err
@@ -139,8 +140,9 @@ def test_the_pruned_file_is_that_of_the_plan(demo, tmp_path, monkeypatch, capsys
 
 def test_refitted_weights_are_those_of_a_model_saved_as_a_folder(demo, tmp_path, monkeypatch, capsys):
     refit = ["--compensate", "all", "--output_dir"]
+    more = ["--dataset", WORDS, "--nsamples", 24, "--seqlen", 64, "--eval_ppl", "no"]
     for name in ("out", "out.gguf"):
-        flags = [*UNMEASURED, *COUNTS, "--save_model", tmp_path / name, *refit, tmp_path / f"run-{name}"]
+        flags = [*more, *COUNTS, "--save_model", tmp_path / name, *refit, tmp_path / f"run-{name}"]
         assert run("--model_name", demo, *flags, monkeypatch=monkeypatch) == 0
     assert re.search(r"^Refitted    \d+ tensors in the GGUF file: \d+ as (F32|Q8_0)", capsys.readouterr().out, re.M)
     saved = read_plan(tmp_path / "run-out/result.json")

@@ -19,13 +19,13 @@ from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.runtime.batching import Batcher
 from tests import reference
-from tests.command import run
+from tests.command import ROOT, run
 from tests.families import tiny_model, tiny_windows
 from tests.sensitivity.test_gradients import check_against_autograd
 
 LAYERS, WRITERS = 6, [2, 3]  # 0 and 1 keep their keys and values to themselves, 4 and 5 read those of 2 and 3
 PLANS = [Plan(LAYERS), Plan(LAYERS, (4,), (1, 4)), Plan(LAYERS, (5, 0), (2, 5)), Plan(LAYERS, (1,), (3,))]
-FLAGS = ["--dataset", "demo", "--nsamples", 2, "--seqlen", 16, "--eval_ppl", "no"]
+FLAGS = ["--dataset", ROOT / "README.md", "--nsamples", 2, "--seqlen", 16, "--eval_ppl", "no"]
 
 
 def shared(**changes) -> torch.nn.Module:

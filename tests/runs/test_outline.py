@@ -5,10 +5,11 @@ import re
 import pytest
 
 from lib.runs import outline
-from tests.command import run, run_alp
+from tests.command import ROOT, run, run_alp
 
-DEPTH = ["--dataset", "demo", "--nsamples", 4, "--eval_datasets", "demo", "--seqlen", 64, "--eval_windows", 3]
-ALP = ["--calibration_dataset", "demo", "--nsamples", 4, "--dataset", "demo", "--seqlen", 64, "--eval_windows", 3]
+WORDS = ROOT / "README.md"  # a text that is read at once
+DEPTH = ["--dataset", WORDS, "--nsamples", 4, "--eval_datasets", WORDS, "--seqlen", 64, "--eval_windows", 3]
+ALP = ["--calibration_dataset", WORDS, "--nsamples", 4, "--dataset", WORDS, "--seqlen", 64, "--eval_windows", 3]
 
 
 def parts_of(told: str) -> dict[str, tuple[float, str]]:
