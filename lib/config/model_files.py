@@ -16,7 +16,8 @@ _LOADED = (
 )  # or the files that an index of this name lists; the first there is
 _INDEX = ".index.json"
 ADAPTER_FILE = "adapter_config.json"
-_OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+GGUF = ".gguf"  # suffix of llama.cpp's files of models
+_OTHER_WEIGHTS = (GGUF, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _LARGEST_CONFIG, _LARGEST_TOKENIZER = 2**24, 2**28  # bytes; the largest tokenizers have some 40 MB
 _HUB_ADDRESS = re.compile(
@@ -57,7 +58,7 @@ def check_folder(name: str, folder: Path) -> None:
         raise InputError(f"model {name}: {adapter_advice(name)}")
     others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _OTHER_WEIGHTS)
     weights = weight_files(folder)
-    if not weights and (files := [file for file in others if file.lower().endswith(".gguf")]):
+    if not weights and (files := [file for file in others if file.lower().endswith(GGUF)]):
         raise InputError(f"model {name}: a folder of GGUF files; give one of them, as {folder / files[0]}")
     config = folder / "config.json"
     if not config.is_file():

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.config.model_files import check_folder, hub_id_of, refuse_path
+from lib.config.model_files import GGUF, check_folder, hub_id_of, refuse_path
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError
 
-GGUF = ".gguf"  # suffix of llama.cpp's files of models
 TEXT_KINDS = {".txt": "txt", ".md": "txt", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 TEXT_KINDS |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # of the content, by suffix
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # of any of these but .parquet, by a second suffix

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lib.config.plan import Mode, Plan
@@ -52,6 +53,10 @@ def beam(sweep: Sweep, target: float, width: int, others: dict[str, Plan]) -> Be
         if abs(decoder.removed_parameters(completed) - wanted) <= max(sizes) / 2:
             ended.append((sweep.loss(completed), name, completed))
     loss, origin, plan = min(ended, key=lambda found: found[0])
-    steps = math.floor(wanted / unit) + 1  # only plans below the target are grown
-    at_most = 1 + len(others) + steps * len(moves) * (width + 2 * len(others))  # `others` search, and grow
-    return Beam(plan, loss, origin, len(sweep.asked), at_most)
+    return Beam(plan, loss, origin, len(sweep.asked), trials_at_most(sizes, wanted, width, len(others)))
+
+
+def trials_at_most(sizes: Sequence[int], wanted: float, width: int, others: int) -> int:
+    """An upper bound of the models that are measured, for moves of these sizes and so many other plans."""
+    steps = math.floor(wanted / min(sizes)) + 1  # only plans below the target are grown
+    return 1 + others + steps * len(sizes) * (width + 2 * others)  # the others search, and grow

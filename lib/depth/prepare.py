@@ -149,7 +149,9 @@ def check_decoder(settings: DepthPruning, decoder: Decoder) -> None:
     if removes_experts and settings.compensates:
         raise InputError("--compensate: has no meaning where experts are removed; leave it out")
     if removes_experts and settings.save_model and settings.save_format != "hf":
-        raise InputError(f"--save_format {settings.save_format}: cannot hold a model with fewer experts; use hf")
+        is_gguf = settings.save_format == "gguf"
+        named = f"--save_model {settings.save_model}" if is_gguf else f"--save_format {settings.save_format}"
+        raise InputError(f"{named}: cannot hold a model with fewer experts; save a folder of format hf")
     if settings.saved_plan:
         plan = settings.saved_plan.plan
         for what, layers, absent in (

@@ -14,13 +14,15 @@ from lib.config.methods import DEPTH_METHODS
 from lib.config.plan import Plan
 from lib.config.sources import expand, local_path, short_name
 from lib.depth import report as depth_report
+from lib.depth.beam import trials_at_most
 from lib.depth.compensation import Refit, compensate, token_counts
 from lib.depth.moves import moves_of
 from lib.depth.prepare import DepthWorkspace, budget_of, check_config, find_counts, prepare
+from lib.depth.searches import BEAM_STARTS
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export import gguf
-from lib.export.gguf_refitted import refitted_in_memory
+from lib.export.gguf_refitted import InMemory
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
@@ -32,7 +34,6 @@ from lib.runs.own_text import fill_in
 from lib.runs.single import Run
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
-WITH_INFLUENCE = ("ppllms", "shortgpt", "beam")
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
 
 
@@ -189,32 +190,34 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         parts = []
         if settings.needs_windows:
             windows = len(workspace.windows[settings.seed])
-            if settings.method in WITH_INFLUENCE:
+            if settings.depth_method.takes("bi_windows"):
                 parts.append(Part("Block Influence", min(settings.bi_windows or windows, windows)))
             if settings.depth_method.removes == "experts":
                 parts.append(Part("saliency of experts", windows))
             elif trials := self.count_trials():
-                told = f"{'at most ' * (settings.method == 'beam')}{trials:,} trials on {windows} windows"
-                parts.append(Part("search", TRIAL * trials * windows, note=told))
+                most = "at most " if settings.depth_method.takes("beam_width") else ""
+                note = f"{most}{trials:,} trials on {windows} windows"
+                parts.append(Part("search", TRIAL * trials * windows, note=note))
         if settings.compensates:
             windows = len(workspace.compensation_windows[settings.seed])
-            parts.append(Part("compensation", 3 * windows, note="without the fits, which take as long with wide FFNs"))
+            parts.append(Part("compensation", 3 * windows))  # of the dense and the pruned model, and what is fitted
         return parts
 
     def count_trials(self) -> int:
-        """How many trials the search will measure, or about how many."""
+        """How many trials the search will measure: about, at most for the beam search, none where BI alone decides."""
         settings, decoder = self.settings, self.decoder
         method, target = settings.depth_method, settings.prune_rate
-        if settings.method == "ppllms":
+        if method.removes == "counts":
             counts = find_counts(settings, decoder)
             return sum(counts.ffn - found for found in range(counts.mha))
-        if settings.method not in ("sleb", "blockpruner", "beam"):
-            return 0
         moves, none = moves_of(method, decoder), Plan(decoder.num_layers)
-        mean = sum(decoder.removed_parameters(move.added_to(none)) for move in moves) / len(moves)
-        steps = min(len(moves), round(target * decoder.total_parameters / mean))
-        found = sum(len(moves) - step for step in range(steps))
-        return found * (settings.beam_width + 1) if settings.method == "beam" else found
+        sizes = [decoder.removed_parameters(move.added_to(none)) for move in moves]
+        if method.takes("beam_width"):
+            return trials_at_most(sizes, target * decoder.total_parameters, settings.beam_width, len(BEAM_STARTS))
+        if method.takes("bi_windows"):
+            return 0
+        steps = min(len(moves), round(target * decoder.total_parameters * len(moves) / sum(sizes)))
+        return sum(len(moves) - step for step in range(steps))
 
     def bytes_to_save(self) -> int:
         settings, decoder = self.settings, self.decoder
@@ -247,7 +250,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
     def save_gguf(self, target: Path) -> None:
         """Writes the GGUF file of the model without what the plan removes, and with the refitted projections."""
         changed = [(refit.layer, refit.name) for refit in self.refits if refit.is_changed]
-        refitted = refitted_in_memory(self.decoder, changed) if changed else None
+        refitted = InMemory(self.decoder, changed) if changed else None
         found = gguf.prune(expand(self.settings.model_name), self.plan, refitted).write(target)
         if refitted:
             self.report.print(f"Refitted    {found.refitted.total()} tensors in the GGUF file: {found.refitted_types}")

@@ -87,24 +87,18 @@ class GgufPruning:
 def apply_plan(
     source: Path, target: Path, plan: Plan, overwrite: bool = False, refitted: Refitted | None = None
 ) -> GgufPruning:
-    """Writes a file without the sublayers that the plan removes, atomically. Raises as `check` and `prune` do."""
-    check(source, target, plan.num_layers, overwrite)
+    """Writes a file without the sublayers that the plan removes, atomically.
+
+    Raises `InputError` as `prune` does, and for an existing target unless it is another GGUF file and `overwrite`.
+    """
     pruned = prune(source, plan, refitted)
+    if target.exists() and target.samefile(source):
+        raise refuse(source, "would be written over itself; name another file to write")
+    check_gguf_target(target, overwrite, "--gguf")
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as draft:
         return pruned.write(draft)
-
-
-def check(source: Path, target: Path, num_layers: int, overwrite: bool = False) -> None:
-    """Makes all checks that need no plan; writes nothing.
-
-    Raises `InputError` as `read` does, and for an existing target unless it is a GGUF file and `overwrite`.
-    """
-    read(source, num_layers)
-    if target.exists() and target.samefile(source):
-        raise refuse(source, "would be written over itself; name another file to write")
-    check_gguf_target(target, overwrite, "--gguf")
 
 
 def read(source: Path, num_layers: int) -> GgufModel:
@@ -155,7 +149,8 @@ class PrunedGguf:
             keys = _new_keys(model, add_stand_ins(self.left.values()))
             _write(target, model.header.is_big_endian, keys, tensors)
             if not _is_as_meant(read_header(target), keys, tensors):
-                raise RunError(f"{target}: what was read back is not what was written; name another disk")
+                what = "its pruned file, read back, is not what was written"
+                raise RunError(f"{self.source}: {what}; name another disk")
         except (ValueError, struct.error) as error:
             raise refuse(self.source, f"holds what the gguf package cannot write ({error})") from error
         whole = arrange(model.tensors, dict(enumerate(model.blocks)), model.hidden_size, model.head_size)

@@ -3,7 +3,7 @@
 Each gets the type of the tensor that it replaces where the package `gguf` can write that well, else Q8_0.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,31 +33,51 @@ class Matrix:
     read: Callable[[], "torch.Tensor"]
 
 
-@dataclass(frozen=True)
 class InMemory:
-    """Refitted projections of a model in memory, by the number of the layer and the path of the module within it."""
+    """Refitted projections of a model in memory."""
 
-    matrices: Mapping[tuple[int, str], Matrix]
+    place = "the model"
+
+    def __init__(self, decoder: "Decoder", projections: Iterable[tuple[int, str]]):
+        """`projections`: each by the number of its layer and the path of the module within it."""
+        self.decoder, self.projections = decoder, tuple(projections)
+
+    def find(self, layer: int, projection: str, number: int) -> Matrix:
+        read = partial(self._read, layer, projection)
+        return Matrix(tuple(read().shape[::-1]), read)
+
+    def _read(self, layer: int, projection: str) -> "torch.Tensor":
+        self.decoder.set_mode(layer, Mode())  # whatever ran last
+        with self.decoder.at(layer):
+            return self.decoder.layers[layer].get_parameter(f"{projection}.weight").detach().cpu()
 
 
-def refitted_in_memory(decoder: "Decoder", projections: Iterable[tuple[int, str]]) -> InMemory:
-    """Projections of a model, each by the number of its layer and the path of the module within it."""
+class _InFolder:
+    """Those in the model that a run saved. Raises `InputError` when it is not there as the run left it."""
 
-    def read(index: int, name: str) -> "torch.Tensor":
-        decoder.set_mode(index, Mode())  # whatever ran last
-        with decoder.at(index):
-            return decoder.layers[index].get_parameter(f"{name}.weight").detach().cpu()
+    def __init__(self, refitted: Refitted):
+        self.projections, self._is_masked, folder = refitted.projections, refitted.is_masked, refitted.folder
+        if not folder:
+            raise _gone(refitted, "saved no model to take them from")
+        if signature(folder) != refitted.signature:
+            raise _gone(refitted, f"saved them in {folder}, which is gone or was changed")
+        self.place, self._matrices = folder, _saved_matrices(folder)
 
-    return InMemory({one: Matrix(tuple(read(*one).shape[::-1]), partial(read, *one)) for one in projections})
+    def find(self, layer: int, projection: str, number: int) -> Matrix:
+        name = f"{layer if self._is_masked else number}.{projection}.weight"
+        return self._matrices[_find(self.place, self._matrices, name)]
 
 
 @dataclass(frozen=True)
 class RefittedTensor:
-    """A refitted projection in a GGUF file: its shape with the row length first, and the type that it gets."""
+    """A refitted projection in a GGUF file, and the type that it gets there."""
 
-    shape: tuple[int, ...]
     kind: Any
     matrix: Matrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape
 
     @property
     def data(self) -> Any:
@@ -76,39 +96,25 @@ def read_refitted(
 
     Raises `InputError` when the saved model is not there as the run left it, and for a source without these tensors.
     """
-    where = "the model" if isinstance(refitted, InMemory) else _folder_of(refitted)
+    found_in = _InFolder(refitted) if isinstance(refitted, Refitted) else refitted
     if model.header.is_big_endian:
         reason = "is big-endian, for which refitted weights cannot be quantized"
         raise refuse(source, f"{reason}; convert it with gguf-convert-endian FILE little")
     new_names = {origin: name for name, origin in layout}
-    saved = {} if isinstance(where, str) else _saved_matrices(where)
     found = {}
-    for layer, projection in refitted.matrices if isinstance(refitted, InMemory) else refitted.projections:
+    for layer, projection in found_in.projections:
         old = f"blk.{layer}.{_PARTS.get(projection)}"
         if old not in new_names:
             what = f"holds no {projection} of layer {layer}, which the plan's run refitted"
             raise refuse(source, f"{what}; give the file that the plan was made for")
-        if isinstance(refitted, InMemory):
-            matrix = refitted.matrices[layer, projection]
-        else:
-            number = layer if refitted.is_masked else split_name(new_names[old])[0]
-            matrix = saved[_find(where, saved, f"{number}.{projection}.weight")]
-        tensor = model.tensors[old]
+        number, _ = split_name(new_names[old])
+        assert number is not None, "a projection lies in a block"
+        matrix, tensor = found_in.find(layer, projection, number), model.tensors[old]
         if matrix.shape != tensor.shape:
-            what = f"tensor {old} is {list(tensor.shape)}, and {list(matrix.shape)} in {where}"
+            what = f"tensor {old} is {list(tensor.shape)}, and {list(matrix.shape)} in {found_in.place}"
             raise refuse(source, f"{what}; give the file that the plan was made for")
-        found[old] = RefittedTensor(matrix.shape, _kind(tensor.kind, matrix.shape[0]), matrix)
+        found[old] = RefittedTensor(_kind(tensor.kind, matrix.shape[0]), matrix)
     return found
-
-
-def _folder_of(refitted: Refitted) -> Path:
-    """The model that a run saved. Raises `InputError` when it is not there as the run left it."""
-    folder = refitted.folder
-    if not folder:
-        raise _gone(refitted, "saved no model to take them from")
-    if signature(folder) != refitted.signature:
-        raise _gone(refitted, f"saved them in {folder}, which is gone or was changed")
-    return folder
 
 
 def _gone(refitted: Refitted, reason: str) -> InputError:
@@ -138,7 +144,7 @@ def _read(file: Path, name: str) -> "torch.Tensor":
         return weights.get_tensor(name)
 
 
-def _find(folder: Path | str, names: Iterable[str], end: str) -> str:
+def _find(folder: Path, names: Iterable[str], end: str) -> str:
     """The name that ends so, whatever stands before its layer number. Raises `InputError` unless there is one."""
     found = [name for name in names if name == end or name.endswith(f".{end}")]
     if len(found) != 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.config.sources import ModelSource, expand, is_demo, is_gguf, is_hub_model, locate_model, short_name
+from lib.export.huggingface import load_call, runtimes
 from lib.storage.atomic import write_json
 from lib.storage.model_folder import CARD, seal
 from lib.storage.output_folder import PLAN
@@ -17,6 +18,7 @@ from lib.storage.output_folder import PLAN
 _CARRIED = re.compile(r"(licen[sc]e|notice|use_policy|usage_policy)(\.(txt|md))?", re.IGNORECASE)
 _OF_HUBS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")  # asked of a hub
 _LARGEST = 2**20  # bytes of such a file
+_OF_PLANS = "tool model model_path num_layers mha_removed ffn_removed experts_removed parameters".split()
 
 
 def write_card(folder: Path, result: dict[str, Any], source: ModelSource, samples: str) -> None:
@@ -34,42 +36,41 @@ def write_card(folder: Path, result: dict[str, Any], source: ModelSource, sample
     seal(folder, "\n".join(card(folder, result, source, samples)), written)
 
 
-_OF_PLANS = "tool model model_path num_layers mha_removed ffn_removed experts_removed parameters".split()
-
-
 def card(folder: Path, result: dict[str, Any], source: ModelSource, samples: str) -> Iterator[str]:
     """The lines of a model card."""
-    name = short_name(source.name)
     yield from ("---", _header(result, source), "---", "")
-    if "mha_removed" in result:
-        share, method = result["parameters"]["actual_rate"], result.get("method", "a saved plan")
-        yield f"# {name}, without {share:.1%} of its parameters"
-        yield from (
-            "",
-            f"Made from {_linked(source)} by depth pruning ({method}). Numbers of layers are those of the base model.",
-        )
-        yield from ("", "| removed | layers |", "|---|---|")
-        yield f"| attention | {_numbers(result['mha_removed'])} |"
-        yield f"| FFN | {_numbers(result['ffn_removed'])} |"
-        for layer, experts in enumerate(result.get("experts_removed", ())):
-            if experts:
-                yield f"| experts of layer {layer} | {_numbers(experts)} |"
-        if compensation := result.get("compensation"):
-            kept = sum(one["kept"] for one in compensation["projections"])
-            yield from ("", f"{kept} output projections were refitted ({', '.join(compensation['dataset'])}).")
-    else:
-        yield f"# {name}, with {result['sparsity']:.1%} zeros in its pruned matrices"
-        yield from (
-            "",
-            f"Made from {_linked(source)} by weight pruning ({result['prune_method']}). Its size is that of the base.",
-        )
+    yield from _depth(result, source) if "mha_removed" in result else _sparsity(result, source)
     yield from ("", "## Loading", "", *_loading(folder))
     yield from ("", "## How near it is to the base model", "", *_figures(result))
-    yield from ("", "## How it was made", "", "```", result["environment"]["command"], "```", "")
-    versions = ", ".join(f"{package} {version}" for package, version in result["environment"]["versions"].items())
-    yield f"Version {result['environment']['version']}; {versions}; {result['environment']['device']}."
+    environment = result["environment"]
+    yield from ("", "## How it was made", "", "```", environment["command"], "```", "")
+    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+    yield f"Version {environment['version']}; {versions}; {environment['device']}."
     if samples:
         yield from ("", samples.rstrip())
+
+
+def _depth(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
+    """What depth pruning removed, and refitted."""
+    yield f"# {short_name(source.name)}, without {result['parameters']['actual_rate']:.1%} of its parameters"
+    how = f"depth pruning ({result.get('method', 'a saved plan')})"
+    yield from ("", f"Made from {_linked(source)} by {how}. Numbers of layers are those of the base model.", "")
+    yield from ("| removed | layers |", "|---|---|")
+    yield f"| attention | {_numbers(result['mha_removed'])} |"
+    yield f"| FFN | {_numbers(result['ffn_removed'])} |"
+    for layer, experts in enumerate(result.get("experts_removed", ())):
+        if experts:
+            yield f"| experts of layer {layer} | {_numbers(experts)} |"
+    if compensation := result.get("compensation"):
+        kept = sum(one["kept"] for one in compensation["projections"])
+        yield from ("", f"{kept} output projections were refitted ({', '.join(compensation['dataset'])}).")
+
+
+def _sparsity(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
+    """How many weights weight pruning made zero."""
+    yield f"# {short_name(source.name)}, with {result['sparsity']:.1%} zeros in its pruned matrices"
+    how = f"weight pruning ({result['prune_method']})"
+    yield from ("", f"Made from {_linked(source)} by {how}. Its size is that of the base.")
 
 
 def _header(result: dict[str, Any], source: ModelSource) -> str:
@@ -98,8 +99,6 @@ def _numbers(numbers: list[int]) -> str:
 
 
 def _loading(folder: Path) -> Iterator[str]:
-    from lib.export.huggingface import load_call, runtimes
-
     yield from ("```python", "from transformers import AutoTokenizer, " + load_call(folder).partition(".")[0], "")
     yield f"model = {load_call(folder, 'FOLDER')}"
     yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")

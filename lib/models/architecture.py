@@ -113,10 +113,7 @@ class Architecture:
         return writing_layers(self.config)
 
     def keeps_attention(self, plan: Plan) -> bool:
-        """True for a plan that leaves an attention from which caches can tell the number of tokens.
-
-        And all whose keys and values others read.
-        """
+        """True for a plan that leaves every attention that others read, and one that keeps all tokens."""
         is_read = not set(self.read_attentions).isdisjoint(plan.mha_removed)
         return not is_read and any(index not in plan.mha_removed for index in self._kept_for_caches)
 

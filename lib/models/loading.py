@@ -40,10 +40,11 @@ def load_config(source: ModelSource):
     """
     from transformers.utils import find_adapter_config_file
 
+    located = locate_model(source.name)
     if is_gguf(source.name):
-        read_header(Path(locate_model(source.name)))
-    with _located(source) as (located, _), _loading_errors(source.name):
-        if find_adapter_config_file(located, cache_dir=source.cache_dir):
+        read_header(Path(located))
+    with _loading_errors(source.name):
+        if not is_gguf(source.name) and find_adapter_config_file(located, cache_dir=source.cache_dir):
             raise InputError(f"model {source.name}: {adapter_advice(source.name)}")
         check_config(source.name, _read_config(source))
     config = _load_config(source)
@@ -278,10 +279,7 @@ def _check_quantized(source: ModelSource, method: str, dtype: torch.dtype) -> No
         advice = "pruning needs dense weights; give the model that it was made from"
         raise InputError(f"{source.name}: is quantized ({method}), and {advice}")
     own = str(dtype).removeprefix("torch.")
-    if method == "fp8" and source.dtype not in (
-        "auto",
-        own,
-    ):  # transformers would load only the quantized weights in that dtype
+    if method == "fp8" and source.dtype not in ("auto", own):  # only the quantized weights would have that dtype
         raise InputError(f"--dtype {source.dtype}: the FP8 weights of {source.name} load as {own}; leave the flag out")
 
 

@@ -137,11 +137,10 @@ def _dots(path: Path, points: dict[str, Point], dense: float, title: str) -> Non
     """Perplexities of methods in one setting, the lowest at the top, each with its share."""
     figure = _blank(7.0, 1.3 + 0.35 * len(points))
     axes = figure.subplots()
-    names = sorted(points, key=lambda name: -points[name].value)
+    names, styles = sorted(points, key=lambda name: -points[name].value), _styles(points)
     for place, name in enumerate(names):
-        colour, _, marker = _styles(points)[name]
-        error = points[name].error
-        axes.errorbar(points[name].value, place, xerr=error or 0.0, color=colour, marker=marker, capsize=3)
+        (_, value, error), (colour, _, marker) = points[name], styles[name]
+        axes.errorbar(value, place, xerr=error or 0.0, color=colour, marker=marker, capsize=3)
     axes.axvline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (dense, 1), xycoords=("data", "axes fraction"), color="0.4", ha="center", va="bottom")
     axes.set_yticks(range(len(names)), [f"{name}, {points[name].share:.1%}" for name in names], parse_math=False)

@@ -248,7 +248,7 @@ def outline_run(kind: type[Run[Settings, Space]], settings: Settings) -> None:
     ]
     disk = None
     if settings.save_model:
-        needed, free = run.bytes_to_save(), check_room(settings.save_model, run.bytes_to_save())
+        free = check_room(settings.save_model, needed := run.bytes_to_save())
         disk = f"{needed / 10**6:,.0f} MB for the model at least; {free / 10**6:,.0f} MB free"
     tasks = [Part("tasks", 0.0, note="not estimated")] if settings.tasks else []
     batch_size = min(workspace.batcher.size, max(1, windows))

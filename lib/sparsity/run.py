@@ -99,10 +99,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         parts = []
         if settings.uses_gradients and settings.gradients not in workspace.gradients:
             windows = workspace.gradient_windows[settings.gradients]
-            share = windows.shape[1] / workspace.seqlen
-            parts.append(
-                Part("gradients", 3 * len(windows) * share, note=f"{len(windows)} of {windows.shape[1]} tokens")
-            )
+            note = f"{len(windows)} windows of {windows.shape[1]} tokens"
+            parts.append(Part("gradients", 3 * windows.numel() / workspace.seqlen, note=note))
         elif settings.method.allocation is not None and settings.is_allocated and not settings.uses_gradients:
             parts.append(Part(f"scores of {settings.method.allocator}", len(workspace.calibration[settings.seed])))
         for stage, pruner in self.stages().items():

@@ -92,7 +92,8 @@ def _sealed(folder: Path) -> set[str]:
     try:
         card, _, end = read_file(folder / CARD, _LARGEST_CARD).decode().partition(_SEAL)
         digests = json.loads(end.removesuffix(" -->\n"))
-        contents = {name: (folder / name).read_bytes() for name in digests if _is_small_file(folder / name)}
+        own = (name for name in digests if Path(name).name == name and _is_small_file(folder / name))
+        contents = {name: (folder / name).read_bytes() for name in own}
     except (OSError, ValueError, AttributeError, TypeError):
         return set()
     contents |= {CARD: card.encode()} if CARD in contents else {}  # a link is not ours

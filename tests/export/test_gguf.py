@@ -17,7 +17,7 @@ from lib.config.plan import Plan, read_plan
 from lib.config.sources import ModelSource
 from lib.demo import DEMO_MODEL
 from lib.errors import InputError, RunError
-from lib.export.gguf import Block, GgufSize, add_stand_ins, apply_plan, arrange, check, prune_blocks
+from lib.export.gguf import Block, GgufSize, add_stand_ins, apply_plan, arrange, prune_blocks, read
 from lib.export.huggingface import zero_sublayers
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model
@@ -296,21 +296,21 @@ def test_an_empty_list_is_refused(tmp_path):
     full, empty = struct.pack("<IQ8i", gguf.GGUFValueType.INT32, 8, *range(8)), struct.pack("<IQ", 5, 0)
     source.write_bytes(source.read_bytes().replace(full, empty))  # 32 bytes less, so that tensors stay aligned
     with pytest.raises(InputError, match="some.key is an empty list"):
-        check(source, tmp_path / "out.gguf", 4)
+        read(source, 4)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma3"])
 def test_other_architectures_are_refused_by_name(architecture, tmp_path):
     source = _write(tmp_path / "in.gguf", architecture=architecture)
     with pytest.raises(InputError, match=f"architecture {architecture}: only a llama's.*--save_format masked"):
-        check(source, tmp_path / "out.gguf", 4)
+        read(source, 4)
 
 
 @pytest.mark.parametrize("length", [0, 3, 20, 200, 2000, 100_000, -4000, -1])
 def test_a_file_cut_short_is_refused(length, source, tmp_path):
     (tmp_path / "in.gguf").write_bytes(source.read_bytes()[:length])  # the last tensor needs no padding
     with pytest.raises(InputError, match="not a GGUF file, or a broken one"):
-        check(tmp_path / "in.gguf", tmp_path / "out.gguf", 4)
+        read(tmp_path / "in.gguf", 4)
 
 
 def test_what_is_no_gguf_file_is_refused(source, tmp_path):
@@ -323,7 +323,7 @@ def test_what_is_no_gguf_file_is_refused(source, tmp_path):
         ("no", "not a file"),
     ):
         with pytest.raises(InputError, match=reason):
-            check(tmp_path / name, tmp_path / "out.gguf", 4)
+            read(tmp_path / name, 4)
 
 
 def test_the_package_gguf_is_needed_only_to_read_a_file(source, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_the_package_gguf_is_needed_only_to_read_a_file(source, tmp_path, monkey
     assert subprocess.run([sys.executable, "-c", imports], cwd=Path(__file__).parents[2]).returncode == 0
     monkeypatch.setitem(sys.modules, "gguf", None)  # an import now fails as if it were not installed
     with pytest.raises(InputError, match="needs the gguf package, which is not installed; pip install gguf$"):
-        check(source, tmp_path / "out.gguf", 4)
+        read(source, 4)
 
 
 def test_plans_that_do_not_fit_the_file_are_refused(source, tmp_path):

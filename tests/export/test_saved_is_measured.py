@@ -260,10 +260,17 @@ def test_what_a_family_keeps_for_single_layers_goes_with_them(checkpoint, tmp_pa
 # Quantized checkpoints
 
 
+def write_quantized(folder: Path, weights: dict[str, torch.Tensor], **quantization) -> None:
+    """Replaces the weights of a checkpoint by quantized ones."""
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+
+
 def quantize_fp8(folder: Path, block: int = 16) -> None:
     """Makes the weights of a checkpoint's linears FP8, with a scale for each block."""
-    path, found = folder / "model.safetensors", {}
-    for name, weight in load_file(path).items():
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
         if not re.search(r"_proj\.|\.w\d\.", name):
             found[name] = weight
             continue
@@ -272,10 +279,7 @@ def quantize_fp8(folder: Path, block: int = 16) -> None:
         scale = blocks.abs().amax((1, 3), keepdim=True) / 448
         found[name] = (blocks / scale).reshape(rows, columns).to(torch.float8_e4m3fn)
         found[f"{name}_scale_inv"] = scale.squeeze(3).squeeze(1).contiguous()
-    save_file(found, path, {"format": "pt"})
-    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    write_quantized(folder, found, quant_method="fp8", activation_scheme="dynamic", weight_block_size=[block, block])
 
 
 @torch.no_grad()
@@ -306,8 +310,8 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 def quantize_mxfp4(folder: Path) -> None:
     """Makes the experts of a GPT-OSS MXFP4, as it is published: 32 numbers of 4 bits with one power of two."""
-    path, found = folder / "model.safetensors", {}
-    for name, weight in load_file(path).items():
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
         if not re.search(r"experts\.\w+_proj$", name):
             found[name] = weight
             continue
@@ -316,10 +320,7 @@ def quantize_mxfp4(folder: Path) -> None:
         codes = (groups / exponent.exp2()[..., None] - _FP4.view(-1, 1, 1, 1, 1)).abs().argmin(0).to(torch.uint8)
         found[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).contiguous()
         found[f"{name}_scales"] = (exponent + 127).to(torch.uint8)
-    save_file(found, path, {"format": "pt"})
-    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    write_quantized(folder, found, quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "lm_head"])
 
 
 @torch.no_grad()

@@ -127,9 +127,9 @@ def artefact_of(path: Path) -> dict:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files below a folder but the card of a model, which has the command."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """All files below a folder, of the card of a model only what stands before the command."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: content.partition(b"## How it was made")[0] for name, content in files.items()}
 
 
 def litter_of(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """--dry_run checks what the run would check, tells what it would take, and writes nothing."""
 
+import json
 import re
 
 import pytest
@@ -50,6 +51,16 @@ def test_the_parts_of_a_search(here, monkeypatch, capsys):
 def test_each_method_has_its_parts(method, expected, monkeypatch, capsys):
     assert run(*DEPTH, "--method", method, "--prune_rate", 0.2, "--dry_run", monkeypatch=monkeypatch) == 0
     assert parts_of(capsys.readouterr().out).keys() - {"evaluation", "samples"} == expected
+
+
+def test_a_beam_search_measures_at_most_what_is_told(here, tiny_folder, text_file, monkeypatch, capsys):
+    flags = ["--model_name", tiny_folder, "--dataset", text_file, "--nsamples", 3, "--eval_ppl", "no"]
+    flags += ["--method", "beam", "--prune_rate", 0.1, "--mha_ffn_ratio", 1]
+    assert run(*flags, "--dry_run", monkeypatch=monkeypatch) == 0
+    told = re.search(r"^  search: [\d,]+ \(at most ([\d,]+) trials", capsys.readouterr().out, re.M)
+    assert run(*flags, "--output_dir", here / "run", monkeypatch=monkeypatch) == 0
+    trials = json.loads((here / "run/result.json").read_text())["trials"]
+    assert told and 0 < trials["measured"] <= trials["at_most"] <= int(told[1].replace(",", ""))
 
 
 def test_the_parts_of_weight_pruning(here, monkeypatch, capsys):
