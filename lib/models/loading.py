@@ -301,6 +301,7 @@ def _stock_of_pruned(config) -> type | None:
 
 _REASONS = {  # words in an error -> our reason, where the library's own advice does not apply
     "trust_remote_code=True": "it needs code that comes with it; read that, if you trust it add --trust_remote_code",
+    "Unrecognized model identifier": "transformers reads no such architecture; of a pruned file (deci) give the dense",
     "Weights only load failed": "its .bin file holds more than weights, and could run code; give *.safetensors",
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.config.plan import read_plan
+from lib.config.plan import Plan, read_plan
 from lib.config.snapshot import MODEL, Snapshot
 from lib.config.sources import ModelSource
 from lib.demo import DEMO_MODEL
@@ -203,6 +203,13 @@ def test_what_cannot_be_is_one_line(flags, reason, demo, tmp_path, monkeypatch, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert reason.replace(" M,", " m.gguf,") in line
     assert not Path("out.gguf").exists()
+
+
+def test_a_pruned_file_is_not_taken_again_and_told_so(demo, tmp_path):
+    apply_plan(demo, tmp_path / "out.gguf", Plan(12, (3,), (3, 4)))
+    with pytest.raises(InputError, match="out.gguf: .*; of a pruned file .deci. give the dense") as told:
+        load_config(ModelSource(str(tmp_path / "out.gguf")))
+    assert len(str(told.value)) < len(str(tmp_path)) + 200
 
 
 def test_zeros_are_not_saved_as_gguf(demo, tmp_path, monkeypatch, capsys):
