@@ -286,15 +286,15 @@ def check(args: argparse.Namespace) -> None:
 def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
     """Writes a GGUF file without what the plan removes, and prints both sizes."""
     check_plan_stays(saved.path, {"--gguf": target})
-    found = gguf.apply_plan(source, target, saved.plan, overwrite, saved.refitted)
+    found = gguf.apply_plan(source, target, saved.plan, overwrite, saved.changed)
     print(printable(f"Plan        {saved.path}, found for {saved.model}"))
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
         sizes = f"{size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB"
         print(printable(f"{what:<12}{name}: {sizes}"))
-    if saved.refitted:
-        where = f"{found.refitted.total()} tensors from {saved.refitted.folder}"
-        print(printable(f"Refitted    {where}: {found.refitted_types}"))
+    if saved.changed:
+        where = f"{found.changed.total()} tensors from {saved.changed.folder}"
+        print(printable(f"Changed     {where}: {found.changed_types}"))
     if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
 

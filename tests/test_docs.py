@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ppllms", "save_gradient", "alp_prune")
 PAGES = sorted([ROOT / "README.md", ROOT / "INSTALL.md", *(ROOT / "docs").glob("*.md")])
+HEAL = "lib.heal.__main__"
+COMMANDS = {script: f"{script}.py" for script in SCRIPTS} | {HEAL: "heal"}  # by module, as headings have them
 FULL_TABLES = {"ppllms": "docs/depth-pruning.md", "save_gradient": "docs/sparsity.md", "alp_prune": "docs/sparsity.md"}
+FULL_TABLES |= {HEAL: "docs/healing.md"}
 OF_OTHER_TOOLS = {"--trust-remote-code", "--growth", "--llm_compressor", "--limit"}  # vllm's and the benchmarks'
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -50,9 +53,9 @@ def wrong_default(action, told: str) -> str | None:
     return None if told == expected else f"{expected}, not {told}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", COMMANDS)
 def test_the_table_of_all_flags_is_that_of_the_parser(script):
-    table = flag_table(section(FULL_TABLES[script], f"All flags of {script}.py"))
+    table = flag_table(section(FULL_TABLES[script], f"All flags of {COMMANDS[script]}"))
     assert set(table) == set(flags(script))
     wrong = {flag: found for flag, action in flags(script).items() if (found := wrong_default(action, table[flag]))}
     assert not wrong
@@ -110,16 +113,19 @@ def test_every_page_of_docs_is_linked_from_the_readme():
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
+_NAMES = "|".join((*SCRIPTS, r"lib\.heal"))
+
+
 def commands(text: str) -> list[tuple[str, list[str]]]:
     """(script, arguments) of every example command, in code blocks and in inline code."""
     code = [content for _, content in FENCE.findall(text)] + re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     lines = [line for block in code for line in block.replace("\\\n", " ").splitlines()]
     found = [
-        re.match(rf"\s*(?:python3?|torchrun|accelerate launch)\b.*?\b({'|'.join(SCRIPTS)})\.py\b(.*)", part)
+        re.match(rf"\s*(?:python3?|torchrun|accelerate launch)\b.*?\b({_NAMES})(?:\.py\b|(?<=heal)(?= -))(.*)", part)
         for line in lines
         for part in line.replace(".venv/bin/", "").split("&&")
     ]
-    return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
+    return [(match[1].replace("lib.heal", HEAL), shlex.split(match[2], comments=True)) for match in found if match]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -135,11 +141,11 @@ def test_example_commands_parse(page, capsys):
 
 def test_there_are_example_commands_of_every_script():
     found = [script for page in PAGES for script, _ in commands(page.read_text(encoding="utf-8"))]
-    assert all(found.count(script) >= 3 for script in SCRIPTS)
+    assert all(found.count(script) >= 3 for script in COMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_named_in_the_text_exist(page):
-    known = OF_OTHER_TOOLS.union(*map(flags, SCRIPTS))
+    known = OF_OTHER_TOOLS.union(*map(flags, COMMANDS))
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert not {flag for flag in re.findall(r"`(?:\w+\.py )?(--[\w-]+)[^`\n]*`", text) if flag not in known}

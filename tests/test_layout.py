@@ -16,7 +16,7 @@ FLOORS = [
     {"engine", "export"},
     {"sensitivity", "evaluation"},
     {"runs"},
-    {"depth", "sparsity"},
+    {"depth", "sparsity", "heal"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "lib").rglob("*.py"))

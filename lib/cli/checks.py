@@ -27,7 +27,7 @@ def check_device(args: argparse.Namespace) -> None:
     """Raises `InputError` for a device map together with another way to place a model."""
     if args.device_map and args.device != "auto":
         raise InputError(f"--device {args.device} and --device_map {args.device_map}: give one of them")
-    if args.device_map and args.offload != "auto":
+    if args.device_map and getattr(args, "offload", "auto") != "auto":
         raise InputError(f"--offload {args.offload} and --device_map {args.device_map}: give one of them")
     are_several = launched().are_several
     if args.device_map and are_several:

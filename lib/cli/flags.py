@@ -78,7 +78,7 @@ def one_of(options: Collection[str], synonyms: Mapping[str, str] | None = None) 
     return {"type": choice(options, synonyms), "choices": options}
 
 
-def add_device_flags(group) -> None:
+def add_device_flags(group, has_offload: bool = True) -> None:
     """Adds the flags for how a model is loaded and where it runs."""
     group.add_argument(
         "--dtype",
@@ -90,12 +90,13 @@ def add_device_flags(group) -> None:
     group.add_argument(
         "--device_map", type=name, help="spread the model over devices, as in transformers: auto, balanced, ..."
     )
-    group.add_argument(
-        "--offload",
-        **one_of(OFFLOADS),
-        default="auto",
-        help="where layers are kept between uses: none (on the device), cpu or disk (default: what fits)",
-    )
+    if has_offload:
+        group.add_argument(
+            "--offload",
+            **one_of(OFFLOADS),
+            default="auto",
+            help="where layers are kept between uses: none (on the device), cpu or disk (default: what fits)",
+        )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
@@ -105,6 +106,11 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=count, nargs="+", default=[0], help="seed of the calibration set, or several (default: 0)"
     )
+    add_run_flags(parser, group)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, group, has_offload: bool = True) -> None:
+    """Adds the flags of every run that is measured on text, but for its seed."""
     group.add_argument(
         "--seqlen", type=positive, help="tokens in a window (default: the model's context, at most 2048)"
     )
@@ -120,7 +126,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=folder, help="file of prompts to continue, one a line (default: evaluation text, questions)"
     )
-    add_device_flags(group)
+    add_device_flags(group, has_offload)
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=folder, help="folder for results, log.txt and plots (default: runs/...)")
     group.add_argument("--overwrite", action="store_true", help="replace the results or the model in these folders")
@@ -157,7 +163,8 @@ def add_gradient_flags(group, ngrad: str) -> None:
 def model_source(args: argparse.Namespace, name: str) -> ModelSource:
     """The source of a model, loaded as the device flags say."""
     cache_dir = getattr(args, "cache_dir", None)
-    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, args.offload)
+    offload = getattr(args, "offload", "none")
+    return ModelSource(name, args.dtype, args.device, args.device_map, args.trust_remote_code, cache_dir, offload)
 
 
 def list_methods(title: str, methods: Mapping[str, Entry]) -> str:

@@ -23,14 +23,13 @@ _EVERYWHERE = {
     "device_map": _ONLY_ROUNDING,
     "offload": _ONLY_ROUNDING,
 }
-_OF_RUNS = {
-    **_EVERYWHERE,
+_OF_RUN = {
     "output_dir": _WHERE,
     "batch_size": _ONLY_ROUNDING,
     "dry_run": "stops before there is a result",
-    "preset": "stands for the flags that it sets",
     "save_model": "saves what was measured; a finished run that saved no such model is refused",
 }
+_OF_RUNS = {**_EVERYWHERE, **_OF_RUN, "preset": "stands for the flags that it sets"}
 _CACHE_DIR = "says where the hub's files are kept; their id names them"
 WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that cannot change a result, and why
     "ppllms": {
@@ -48,18 +47,26 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
         "save_log": _WHERE,
     },
     "save_gradient": {**_EVERYWHERE, "cache_dir": _CACHE_DIR, "output": _WHERE},
+    "heal": {
+        **{flag: reason for flag, reason in _EVERYWHERE.items() if flag != "offload"},
+        **_OF_RUN,
+        "cache_dir": _CACHE_DIR,
+        "save_format": _OF_RUN["save_model"],
+    },
 }
 _EVALUATION = ("eval_stride", "eval_windows", "prompts", "tasks")
 EVALUATION = {  # by script: settings of the evaluation, which a stopped run may go on without having
     "ppllms": (*_EVALUATION, "eval_ppl", "eval_datasets"),
     "alp_prune": (*_EVALUATION, "dataset"),
+    "heal": (*_EVALUATION, "eval_datasets"),
 }
-_KINDS = {"model": MODEL, "tasks": FILE, "gradient_file": FILE, "prompts": FILE}  # of what is read, by setting
+_KINDS = {"model": MODEL, "teacher": MODEL}  # of what is read, by setting
+_KINDS |= dict.fromkeys(("tasks", "gradient_file", "prompts"), FILE)
 _KINDS |= dict.fromkeys(("dataset", "eval_datasets", "calibration_dataset", "compensate_dataset"), TEXT)
 
 
 def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[str, object]) -> dict:
-    """The key of a run of `ppllms` or `alp_prune`: the code, and all settings that can change the result.
+    """The key of a run of `ppllms`, `alp_prune` or `heal`: the code, and all settings that can change the result.
 
     `unused`: settings that have no effect in this run. `as_json`: JSON values of those that are no JSON. Files stand in
     the key by what the settings' `snapshot` found in them.
@@ -68,7 +75,7 @@ def key_of(tool: str, settings: Any, unused: Collection[str], as_json: Mapping[s
     source = asdict(settings.source)
     values = {"model": source.pop("name"), **source}
     values |= {field.name: getattr(settings, field.name) for field in fields(settings)} | dict(as_json)
-    left_out = {"source", "snapshot", "cache_dir", *WITHOUT_EFFECT[tool], *unused}
+    left_out = {"source", "snapshot", "cache_dir", *_EVERYWHERE, *WITHOUT_EFFECT[tool], *unused}
     values = {name: value for name, value in values.items() if name not in left_out}
     stamps = settings.snapshot.stamps
     for name in _KINDS.keys() & values.keys():

@@ -67,13 +67,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Refitted:
-    """Output projections that the run of a plan refitted, and the model in which it saved them, if it did."""
+class Changed:
+    """Linears whose weights were refitted or trained, and the model in which they were saved, if they were."""
 
-    result: Path  # of that run
-    projections: tuple[tuple[int, str], ...]  # (layer of the unpruned model, path of the module within the layer)
+    plan: Path  # where that is told
+    linears: tuple[tuple[int, str], ...]  # (layer of the unpruned model, path of the module within the layer)
     folder: Path | None = None
-    signature: str = ""  # of the folder, as the run left it
+    signature: str | None = None  # of the folder, as the run left it; None where the plan is one of its files
     is_masked: bool = False  # the saved model has all layers, under their old numbers
 
 
@@ -85,29 +85,29 @@ class SavedPlan:
     model: str  # the path, for a local folder
     plan: Plan
     parameters: int  # of that model
-    refitted: Refitted | None = None
+    changed: Changed | None = None
 
     def fits(self, parameters: int) -> bool:
         """True for about the same number of parameters; a fine-tuned model may have a few more tokens."""
         return abs(parameters - self.parameters) <= 0.01 * self.parameters
 
 
-def read_plan(path: Path, row: str | None = None) -> SavedPlan:
+def read_plan(path: Path, row: str | None = None, flag: str = "--apply_plan") -> SavedPlan:
     """The plan in a `result.json` or `plan.json` of `ppllms.py`, or in a row of a table's `results.jsonl`.
 
-    Raises `InputError` for a file that holds none.
+    Raises `InputError`, which names the flag, for a file that holds none.
     """
     try:
         saved = _saved_plan(path, read_json(path) if row is None else _result_of_row(path, row))
     except OSError as error:
-        raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror}); give a run's result.json") from error
     except KeyError as error:
-        raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
+        raise InputError(f"{flag} {path}: has no {error}; give the result.json of a run of ppllms.py") from error
     except (ValueError, TypeError) as error:
         problem = first_line(error)
-        raise InputError(f"--apply_plan {path}: holds no plan ({problem}); give a run's result.json") from error
+        raise InputError(f"{flag} {path}: holds no plan ({problem}); give a run's result.json") from error
     if len(saved.plan.mha_removed) == saved.plan.num_layers:
-        raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
+        raise InputError(f"{flag} {path}: removes every attention; one must stay")
     return saved
 
 
@@ -151,30 +151,47 @@ def _saved_plan(path: Path, content: Any) -> SavedPlan:
     plan = Plan(
         layers, **{name: tuple(value) for name, value in removed.items()}, experts_removed=tuple(map(tuple, experts))
     )
-    return SavedPlan(path, path_of_model, plan, total, _refitted(path, content, layers))
+    return SavedPlan(path, path_of_model, plan, total, _changed(path, content, layers))
 
 
-def _refitted(path: Path, content: dict, num_layers: int) -> Refitted | None:
-    """What the run of a plan changed in the weights that stay; None for nothing. Raises as `_saved_plan` does."""
-    if (compensation := content.get("compensation")) is None:
+def _changed(path: Path, content: dict, num_layers: int) -> Changed | None:
+    """What was changed in the weights that stay; None for nothing. Raises as `_saved_plan` does.
+
+    The plan of a saved model lists it as `changed`, the result of a run in its `compensation`.
+    """
+    compensation, linears = content.get("compensation"), content.get("changed")
+    if linears is not None:
+        changed = _places(linears, num_layers)
+        is_masked = content["save_format"] == "masked"
+        return Changed(path, changed, path.parent, is_masked=is_masked) if changed else None
+    if compensation is None:
         return None
     entries = compensation["projections"] if isinstance(compensation, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("the fields of its compensation have other types")
-    for entry in entries:
-        layer, name, kept = entry["layer"], entry["name"], entry["kept"]
-        if type(layer) is not int or not 0 <= layer < num_layers or type(kept) is not bool:
-            raise ValueError(f"a refitted projection must be kept or not, in a layer below {num_layers}")
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ValueError("a refitted projection must have a name")
-    projections = tuple((entry["layer"], entry["name"]) for entry in entries if entry["kept"])
-    if len(set(projections)) < len(projections):
-        raise ValueError("a refitted projection comes twice")
-    if not projections or content.get("saved_model") is None:
-        return Refitted(path, projections) if projections else None
+    if not all(type(entry["kept"]) is bool for entry in entries):
+        raise ValueError("a refitted projection must be kept or not")
+    changed = _places([[entry["layer"], entry["name"]] for entry in entries if entry["kept"]], num_layers)
+    if not changed or content.get("saved_model") is None:
+        return Changed(path, changed) if changed else None
     folder, digest, save_format = (content[name] for name in ("saved_model", "saved", "save_format"))
     if not all(isinstance(text, str) and text for text in (folder, digest, save_format)):
         raise ValueError("the saved model must have a folder, a digest and a format")
     if save_format == "gguf":
-        return Refitted(path, projections)
-    return Refitted(path, projections, Path(folder), digest, save_format == "masked")
+        return Changed(path, changed)
+    return Changed(path, changed, Path(folder), digest, save_format == "masked")
+
+
+def _places(linears: Any, num_layers: int) -> tuple[tuple[int, str], ...]:
+    """Linears by layer and path within it. Raises `ValueError` for what is none, or comes twice."""
+    if not isinstance(linears, list) or not all(isinstance(one, list) and len(one) == 2 for one in linears):
+        raise ValueError("the changed linears must be a list of layers and names")
+    for layer, name in linears:
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise ValueError(f"a changed linear must be in a layer below {num_layers}")
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise ValueError("a changed linear must have a name")
+    places = tuple((layer, name) for layer, name in linears)
+    if len(set(places)) < len(places):
+        raise ValueError("a changed linear comes twice")
+    return places

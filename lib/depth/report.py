@@ -33,13 +33,13 @@ def show_model(report: Report, name: str, decoder: Decoder) -> None:
 
 
 def show_saved_plan(report: Report, saved: SavedPlan, parameters: int, compensates: bool) -> None:
-    """The plan, and notes: when the given model has another size than the plan's, and when its refits are left out."""
+    """The plan, and notes: when the given model has another size than the plan's, and when its changes are left out."""
     report.print(f"Plan        {saved.path}, found for {saved.model}")
     if not saved.fits(parameters):
         report.print(f"Note        that model has {saved.parameters:,} parameters: is this another?")
-    if saved.refitted and not compensates:
-        refitted = f"its run refitted {len(saved.refitted.projections)} output projections"
-        report.print(f"Note        {refitted}; without --compensate they stay as they are")
+    if saved.changed and not compensates:
+        changed = f"its run changed {len(saved.changed.linears)} of the matrices that stay"
+        report.print(f"Note        {changed}; here they stay as they are, and --compensate would refit them")
 
 
 def show_calibration(report: Report, dataset: str, windows: torch.Tensor, seed: int) -> None:

@@ -22,7 +22,7 @@ from lib.depth.searches import BEAM_STARTS
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export import gguf
-from lib.export.gguf_refitted import InMemory
+from lib.export.gguf_changed import InMemory
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
 from lib.models.limits import dtype_name
@@ -253,7 +253,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         refitted = InMemory(self.decoder, changed) if changed else None
         found = gguf.prune(expand(self.settings.model_name), self.plan, refitted).write(target)
         if refitted:
-            self.report.print(f"Refitted    {found.refitted.total()} tensors in the GGUF file: {found.refitted_types}")
+            self.report.print(f"Changed     {found.changed.total()} tensors in the GGUF file: {found.changed_types}")
 
 
 def describe_compensation(settings: DepthPruning, windows: torch.Tensor, refits: Sequence[Refit]) -> dict:

@@ -50,6 +50,8 @@ class Evaluation:
 def evaluation_of(spans: list[Span], scores: Sequence[torch.Tensor]) -> Evaluation:
     """The evaluation from the scores (n, 1) or (n, 2 + scored) of each span, see `tail_scores`; NaN: not measured.
 
+    It has no distance where none was measured.
+
     Raises `RunError` if the perplexity is not finite.
     """
     scored = scored_tokens(spans)
@@ -59,6 +61,8 @@ def evaluation_of(spans: list[Span], scores: Sequence[torch.Tensor]) -> Evaluati
     is_same = torch.cat([rows[:, 1] for rows in scores])
     divergences = [window for rows in scores for window in rows[:, 2:]]
     chosen = ~is_same.isnan()
+    if not chosen.any():
+        return Evaluation(perplexity)
     tokens = torch.cat([window for window, is_chosen in zip(divergences, chosen, strict=True) if is_chosen])
     by_window = torch.stack([window.double().mean() for window in divergences])[chosen]
     distance = Distance(

@@ -1,4 +1,4 @@
 """Saved models: Hugging Face checkpoints, nemotron-nas folders for vLLM, GGUF files for llama.cpp.
 
-May import `config`, `models`, `runtime`, `storage` and `errors`.
+May import `config`, `models`, `runtime`, `storage`, `files` and `errors`.
 """

@@ -10,7 +10,7 @@ src/llama-model.cpp):
 - The head size and rotary size of all layers are read from layer 0, and only if it has heads. A first layer without
   attention is therefore written with one head whose weights are zero; it adds zeros to the hidden states.
 
-What the run of a plan changed in the weights that stay comes from the model that it saved (`gguf_refitted`).
+What the run of a plan changed in the weights that stay comes from the model that it saved (`gguf_changed`).
 
 The optional package `gguf` of llama.cpp writes the files. A file that it could not reproduce is refused, and what was
 written is read back and compared with the source before it appears under its name.
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from lib.config.plan import Plan, Refitted
+from lib.config.plan import Changed, Plan
 from lib.errors import RunError
+from lib.export.gguf_changed import ChangedTensor, InMemory, read_changed
 from lib.export.gguf_model import (
     ARCHITECTURE,
     ATTENTION,
@@ -42,13 +43,12 @@ from lib.export.gguf_model import (
     read_gguf,
     split_name,
 )
-from lib.export.gguf_refitted import InMemory, RefittedTensor, read_refitted
 from lib.models.gguf_header import ALIGNMENT, Header, Tensor, read_header, refuse
 from lib.storage.atomic import atomic_file
 from lib.storage.model_folder import check_gguf_target
 
 Layout = list[tuple[str, str | tuple[int, ...]]]  # tensors by name: name of the source's tensor, or shape of zeros
-_AnyTensor = Tensor | RefittedTensor
+_AnyTensor = Tensor | ChangedTensor
 
 _STALE = "general.parameter_count"
 _COMPARED_AT_ONCE = 2**18  # bytes
@@ -67,31 +67,31 @@ class GgufSize:
 class GgufPruning:
     """The architecture of the source file, the sizes before and after pruning, and what was not copied.
 
-    `refitted` counts refitted tensors by the names of their types: (in the source, as written).
+    `changed` counts changed tensors by the names of their types: (in the source, as written).
     """
 
     architecture: str
     before: GgufSize
     after: GgufSize
-    refitted: Counter[tuple[str, str]]
+    changed: Counter[tuple[str, str]]
 
     @property
-    def refitted_types(self) -> str:
-        """How many refitted tensors were written as which type."""
+    def changed_types(self) -> str:
+        """How many changed tensors were written as which type."""
         return ", ".join(
             f"{count} as {new}{f' (gguf cannot write {old})' if new != old else ''}"
-            for (old, new), count in self.refitted.items()
+            for (old, new), count in self.changed.items()
         )
 
 
 def apply_plan(
-    source: Path, target: Path, plan: Plan, overwrite: bool = False, refitted: Refitted | None = None
+    source: Path, target: Path, plan: Plan, overwrite: bool = False, changed: Changed | None = None
 ) -> GgufPruning:
     """Writes a file without the sublayers that the plan removes, atomically.
 
     Raises `InputError` as `prune` does, and for an existing target unless it is another GGUF file and `overwrite`.
     """
-    pruned = prune(source, plan, refitted)
+    pruned = prune(source, plan, changed)
     if target.exists() and target.samefile(source):
         raise refuse(source, "would be written over itself; name another file to write")
     check_gguf_target(target, overwrite, "--gguf")
@@ -109,11 +109,11 @@ def read(source: Path, num_layers: int) -> GgufModel:
     return model
 
 
-def prune(source: Path, plan: Plan, refitted: Refitted | InMemory | None = None) -> "PrunedGguf":
-    """The source without the sublayers that the plan removes; refitted tensors as they became. Writes nothing.
+def prune(source: Path, plan: Plan, changed: Changed | InMemory | None = None) -> "PrunedGguf":
+    """The source without the sublayers that the plan removes; changed tensors as they became. Writes nothing.
 
     The layer numbers of the plan are the block numbers of the source. The source may have been pruned before. Raises
-    `InputError` as `read` and `read_refitted` do, and for a plan that leaves no attention or removes a sublayer that
+    `InputError` as `read` and `read_changed` do, and for a plan that leaves no attention or removes a sublayer that
     is already gone.
     """
     model = read(source, plan.num_layers)
@@ -127,8 +127,8 @@ def prune(source: Path, plan: Plan, refitted: Refitted | InMemory | None = None)
     if not any(block.heads for block in left.values()):
         raise refuse(source, "the plan leaves no attention; keep that of one layer")
     layout = arrange(model.tensors, left, model.hidden_size, model.head_size)
-    changed = read_refitted(source, model, layout, refitted) if refitted else {}
-    return PrunedGguf(source, model, left, layout, changed)
+    tensors = read_changed(source, model, layout, changed) if changed else {}
+    return PrunedGguf(source, model, left, layout, tensors)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class PrunedGguf:
     model: GgufModel
     left: Mapping[int, Block]
     layout: Layout
-    changed: Mapping[str, RefittedTensor]
+    changed: Mapping[str, ChangedTensor]
 
     def write(self, target: Path) -> GgufPruning:
         """Writes the new file, not atomically, and reads it back. Raises `InputError` and `RunError`."""

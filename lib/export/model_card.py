@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.config.plan import read_plan
 from lib.config.sources import ModelSource, expand, is_demo, is_gguf, is_hub_model, locate_model, short_name
 from lib.export.huggingface import load_call, runtimes
+from lib.files import read_json
 from lib.storage.atomic import write_json
 from lib.storage.model_folder import CARD, seal
 from lib.storage.output_folder import PLAN
@@ -18,7 +20,7 @@ from lib.storage.output_folder import PLAN
 _CARRIED = re.compile(r"(licen[sc]e|notice|use_policy|usage_policy)(\.(txt|md))?", re.IGNORECASE)
 _OF_HUBS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")  # asked of a hub
 _LARGEST = 2**20  # bytes of such a file
-_OF_PLANS = "tool model model_path num_layers mha_removed ffn_removed experts_removed parameters".split()
+_OF_PLANS = "tool model model_path num_layers mha_removed ffn_removed experts_removed parameters save_format".split()
 
 
 def write_card(folder: Path, result: dict[str, Any], source: ModelSource, samples: str) -> None:
@@ -30,16 +32,38 @@ def write_card(folder: Path, result: dict[str, Any], source: ModelSource, sample
     for name, content in _carried(source).items():
         (folder / name).write_bytes(content)
         written.append(name)
-    if "mha_removed" in result:
-        write_json(folder / PLAN, {name: result[name] for name in _OF_PLANS if name in result})
+    plan = plan_of(result, source)
+    if plan:
+        write_json(folder / PLAN, plan)
         written.append(PLAN)
     seal(folder, "\n".join(card(folder, result, source, samples)), written)
+
+
+def plan_of(result: dict[str, Any], source: ModelSource) -> dict[str, Any]:
+    """The plan.json of a saved model: what its run removed and changed, or for a healed one what an earlier run did.
+
+    `changed` lists linears by layer of the unpruned model and path. Empty for a model of which no blocks were removed.
+    """
+    if "mha_removed" in result:
+        refits = result.get("compensation", {}).get("projections", ())
+        changed = [[one["layer"], one["name"]] for one in refits if one["kept"]]
+        return {name: result[name] for name in _OF_PLANS if name in result} | {"changed": changed}
+    earlier = Path(locate_model(source.name)) / PLAN
+    if "healing" not in result or not earlier.is_file():
+        return {}
+    saved, trained = read_plan(earlier, flag="--model"), result["healing"]["changed"]
+    kept = saved.plan.kept_layers
+    numbers = kept if len(kept) == result["num_layers"] else range(saved.plan.num_layers)
+    places = {(numbers[layer], path) for layer, path in trained} | set(saved.changed.linears if saved.changed else ())
+    content = read_json(earlier) | {"save_format": result["save_format"]}
+    return content | {"changed": [list(place) for place in sorted(places)]}
 
 
 def card(folder: Path, result: dict[str, Any], source: ModelSource, samples: str) -> Iterator[str]:
     """The lines of a model card."""
     yield from ("---", _header(result, source), "---", "")
-    yield from _depth(result, source) if "mha_removed" in result else _sparsity(result, source)
+    about = _depth if "mha_removed" in result else _healing if "healing" in result else _sparsity
+    yield from about(result, source)
     yield from ("", "## Loading", "", *_loading(folder))
     yield from ("", "## How near it is to the base model", "", *_figures(result))
     environment = result["environment"]
@@ -73,15 +97,30 @@ def _sparsity(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
     yield from ("", f"Made from {_linked(source)} by {how}. Its size is that of the base.")
 
 
+def _healing(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
+    """How a pruned model was trained."""
+    healing = result["healing"]
+    yield f"# {short_name(source.name)}, healed"
+    aim = f"to the distributions of {short_name(healing['teacher'])}" if healing["teacher"] else "to text"
+    how = f"{healing['steps_taken']:,} steps of training of low-rank adapters {aim}, which are merged"
+    yield from ("", f"Made from the pruned model {_linked(source)} by {how} ({result['dataset']}).")
+
+
 def _header(result: dict[str, Any], source: ModelSource) -> str:
     """The fields of a card that hubs read, as YAML."""
     from huggingface_hub import ModelCardData
 
     base = _base_card(source)
     tags = ["pruned", "depth-pruning" if "mha_removed" in result else "sparse"]
+    if "healing" in result:
+        tags = [*base.get("tags", ["pruned"]), "healed"]
     known = {name: base[name] for name in ("license", "license_name", "license_link", "language") if base.get(name)}
     return ModelCardData(
-        base_model=source.name if is_hub_model(source.name) else None,
+        base_model=source.name
+        if is_hub_model(source.name)
+        else base.get("base_model")
+        if "healing" in result
+        else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,

@@ -32,10 +32,11 @@ def verdict(kl_divergence: float, top1_agreement: float) -> str:
 
 
 def verdict_of(result: dict) -> str | None:
-    """The worst verdict on the texts of a result.json, for its last stage; None where nothing was evaluated."""
+    """The worst verdict on the texts of a result.json, for its last stage; None where no distance was measured."""
     found = [
         verdict(list(stages.values())[-1], list(result["top1_agreement"][text].values())[-1])
         for text, stages in result["kl_divergence"].items()
+        if stages
     ]
     return max(found, key=VERDICTS.index, default=None)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from lib.config.depth import DepthPruning
+from lib.config.healing import Healing
 from lib.config.keys import EVALUATION, work_of
 from lib.config.snapshot import Snapshot
 from lib.config.sources import short_name
@@ -63,10 +64,11 @@ class Workspace:
     tasks: Tasks | None = None
     dense_answers: Answers | None = None  # to the tasks
     prompts: Sequence[Prompt] = ()  # of the samples of a single run
+    has_dense: bool = True  # False: nothing is known of the dense model
     own_text: dict[int, torch.Tensor] = field(default_factory=dict)  # windows (N, T) that the model made, by seed
 
 
-Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning)
+Settings = TypeVar("Settings", bound=DepthPruning | SparsityPruning | Healing)
 Space = TypeVar("Space", bound=Workspace)
 
 

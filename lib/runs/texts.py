@@ -89,5 +89,6 @@ class TextStages:
             bytes_per_token = waiting_bytes(workspace.decoder, 1, 0)
             fitting = workspace.batcher.ranks.agree(lambda: int(free_host_memory() * _ROOM / bytes_per_token))
             most = max(1, min(_DISTANCE_TOKENS, fitting) // windows.shape[1])
-            workspace.dense_states[text] = DenseStates(evenly_spread(len(windows), most))
+            places = evenly_spread(len(windows), most) if workspace.has_dense else torch.arange(0)
+            workspace.dense_states[text] = DenseStates(places)
         return workspace.dense_states[text]

@@ -16,7 +16,7 @@ FILE = "state.json"
 _LOCK = "lock"
 _MARK = b"resume state of a pruning run\n"
 _STAGES = ("pruned", "quantized", "compensated")  # folders of changed weights
-_OWN = re.compile(r"\.?(state\.json|(gradient|own_text|layer-\d+)\.safetensors)(\.partial-\d+)?")  # and drafts
+_OWN = re.compile(r"\.?(state\.json|(gradient|own_text|training|layer-\d+)\.safetensors)(\.partial-\d+)?")  # and drafts
 
 
 def check_state_folder(folder: Path, flag: str) -> None:

@@ -18,7 +18,8 @@ from lib.config.snapshot import Snapshot
 from lib.errors import InputError
 from tests.command import ROOT, run
 
-SCRIPTS = ("ppllms", "alp_prune", "save_gradient")
+SCRIPTS = ("ppllms", "alp_prune", "save_gradient", "heal")
+MODULES = {name: importlib.import_module(name if name != "heal" else "lib.heal.__main__") for name in SCRIPTS}
 OUTPUT = ["--overwrite", "--output_dir", "{tmp}/run"]
 OWN_CODE = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
 
@@ -82,7 +83,18 @@ CHANGES: dict[str, dict[str, tuple[list, list]]] = {
         "trust_remote_code": (["--model", "{code}"], ["--trust_remote_code"]),
     },
 }
-for _script in ("ppllms", "alp_prune"):
+CHANGES["heal"] = {
+    "model": ([], ["--model", "{model}"]),
+    "teacher": ([], ["--teacher", "{model}"]),
+    "dataset": ([], ["--dataset", "{text}"]),
+    "nsamples": ([], ["--nsamples", 4]),
+    "eval_datasets": ([], ["--eval_datasets", "{text}"]),
+    "steps": ([], ["--steps", 4]),
+    "train_batch_size": ([], ["--train_batch_size", 4]),
+    "rank": ([], ["--rank", 4]),
+    "learning_rate": ([], ["--learning_rate", 0.01]),
+}
+for _script in ("ppllms", "alp_prune", "heal"):
     CHANGES[_script] |= {
         "tasks": ([], ["--tasks", "rte"]),
         "seed": ([], ["--seed", 1]),
@@ -113,6 +125,13 @@ SAME: dict[str, dict[str, tuple[list, list]]] = {
         "save": ([], ["--save", "{tmp}/logs"]),
         "save_log": ([], ["--save_log"]),
     },
+    "heal": {
+        "device": _PLACES["device"],
+        "device_map": _PLACES["device_map"],
+        **_SAME,
+        "cache_dir": ([], ["--cache_dir", "{tmp}/cache"]),
+        "save_format": (["--save_model", "{tmp}/out"], ["--save_format", "nemotron-nas"]),
+    },
     "save_gradient": {
         **_PLACES,
         "cache_dir": ([], ["--cache_dir", "{tmp}/cache"]),
@@ -140,6 +159,7 @@ def key(tiny_folder, text_file, tmp_path, monkeypatch):
         "ppllms": ["--model_name", tiny_folder, "--eval_datasets", text_file, *OUTPUT],
         "alp_prune": ["--model", tiny_folder, "--calibration_dataset", text_file, "--dataset", text_file, *OUTPUT],
         "save_gradient": ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16],
+        "heal": ["--model", tiny_folder, "--dataset", text_file, "--eval_datasets", text_file, *OUTPUT],
     }
 
     def of(script: str, *flags) -> dict:
@@ -154,7 +174,7 @@ def key(tiny_folder, text_file, tmp_path, monkeypatch):
         of_search = [] if "--apply_plan" in flags else ["--dataset", text_file]
         command = [*base[script], *(of_search if script == "ppllms" else []), *flags]
         command = [flag.format(**paths) if isinstance(flag, str) else flag for flag in command]
-        status = run(*command, script=importlib.import_module(script), monkeypatch=monkeypatch)
+        status = run(*command, script=MODULES[script], monkeypatch=monkeypatch)
         assert len(found) == 1 and status == (2 if script == "save_gradient" else 0)
         if script == "save_gradient":
             return found[0]
@@ -165,7 +185,7 @@ def key(tiny_folder, text_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_in_the_key_or_on_the_list_of_those_that_change_no_result(script):
-    flags = {action.dest for action in importlib.import_module(script).build_parser()._actions} - {"help", "version"}
+    flags = {action.dest for action in MODULES[script].build_parser()._actions} - {"help", "version"}
     assert flags == CHANGES[script].keys() | WITHOUT_EFFECT[script].keys()
     assert not CHANGES[script].keys() & WITHOUT_EFFECT[script].keys()
     assert all(reason for reason in WITHOUT_EFFECT[script].values())
@@ -190,7 +210,7 @@ def test_flags_that_change_no_result_are_not_in_the_key(key, script):
 
 
 def test_other_code_has_another_key(key, monkeypatch):
-    before = key("ppllms"), key("alp_prune"), key("save_gradient")
+    before = [key(script) for script in SCRIPTS]
     for module in (lib.config.keys, lib.sensitivity.compute):
         monkeypatch.setattr(module, "code_digest", lambda: "other")
     for script, known in zip(SCRIPTS, before, strict=True):

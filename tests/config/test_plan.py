@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from lib.config.plan import Refitted, SavedPlan, read_plan
+from lib.config.plan import Changed, SavedPlan, read_plan
 from lib.errors import InputError
 from tests.fuzzing import ANY_JSON, changed, cut_or_flipped, fuzz, parse, written
 
@@ -23,6 +23,7 @@ VALID = {
 SAVED = {"saved_model": "/models/out", "saved": "0123456789abcdef", "save_format": "hf"}
 PROJECTION = {"layer": 3, "name": "mlp.down_proj", "kept": True}
 PROJECTIONS = [PROJECTION, {"layer": 0, "name": "self_attn.o_proj", "kept": False}]
+CHANGED = {**VALID, "save_format": "hf", "changed": [[3, "mlp.down_proj"], [0, "self_attn.q_proj"]]}  # beside a model
 COMPENSATED = {**VALID, **SAVED, "compensation": {"mode": "all", "projections": PROJECTIONS}}
 
 
@@ -44,11 +45,12 @@ def plan_or_line(path, content: bytes | None = None) -> SavedPlan | None:
         assert len(set(layers)) == len(layers)
         assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer in layers)
     assert len(plan.mha_removed) < plan.num_layers and len(plan.modes) == plan.num_layers
-    if refitted := saved.refitted:
-        assert refitted.projections and len(set(refitted.projections)) == len(refitted.projections)
-        assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer, _ in refitted.projections)
-        assert all(isinstance(name, str) and name.strip() and name.isprintable() for _, name in refitted.projections)
-        assert refitted.folder is None or refitted.folder.parts and isinstance(refitted.signature, str)
+    if refitted := saved.changed:
+        assert refitted.linears and len(set(refitted.linears)) == len(refitted.linears)
+        assert all(type(layer) is int and 0 <= layer < plan.num_layers for layer, _ in refitted.linears)
+        assert all(isinstance(name, str) and name.strip() and name.isprintable() for _, name in refitted.linears)
+        assert refitted.folder is None or refitted.folder.parts
+        assert refitted.folder in (None, path.parent) or isinstance(refitted.signature, str)
     return saved
 
 
@@ -57,8 +59,13 @@ def test_bytes_are_no_plan(path, content):
     assert plan_or_line(path, content) is None
 
 
-@fuzz(changed(COMPENSATED).map(written) | cut_or_flipped(written(COMPENSATED)))
-def test_json_with_a_compensation_is_a_plan_or_refused(path, content):
+@fuzz(
+    changed(COMPENSATED).map(written)
+    | cut_or_flipped(written(COMPENSATED))
+    | changed(CHANGED).map(written)
+    | cut_or_flipped(written(CHANGED))
+)
+def test_json_with_changed_weights_is_a_plan_or_refused(path, content):
     plan_or_line(path, content)
 
 
@@ -79,14 +86,31 @@ def test_a_plan_says_what_its_run_refitted_and_where_that_is(path):
         ({**VALID, **SAVED}, None),
         ({**COMPENSATED, "compensation": None}, None),
         ({**COMPENSATED, "compensation": {"projections": PROJECTIONS[1:]}}, None),
-        (COMPENSATED, Refitted(path, projections, Path("/models/out"), "0123456789abcdef")),
+        (COMPENSATED, Changed(path, projections, Path("/models/out"), "0123456789abcdef")),
         (
             {**COMPENSATED, "save_format": "masked"},
-            Refitted(path, projections, Path("/models/out"), "0123456789abcdef", is_masked=True),
+            Changed(path, projections, Path("/models/out"), "0123456789abcdef", is_masked=True),
         ),
-        ({**VALID, "compensation": COMPENSATED["compensation"]}, Refitted(path, projections)),
+        ({**VALID, "compensation": COMPENSATED["compensation"]}, Changed(path, projections)),
     ):
-        assert plan_or_line(path, written(content)).refitted == refitted
+        assert plan_or_line(path, written(content)).changed == refitted
+
+
+def test_the_plan_beside_a_model_says_which_of_its_weights_were_changed(path):
+    linears = ((3, "mlp.down_proj"), (0, "self_attn.q_proj"))
+    for content, found in (
+        (CHANGED, Changed(path, linears, path.parent)),
+        ({**CHANGED, "save_format": "masked"}, Changed(path, linears, path.parent, is_masked=True)),
+        ({**CHANGED, "changed": []}, None),
+    ):
+        assert plan_or_line(path, written(content)).changed == found
+
+
+@pytest.mark.parametrize("value", [{}, 3, [3], [[3]], [[4, "a"]], [[True, "a"]], [[3, ""]], [[3, "a"], [3, "a"]]])
+def test_changes_that_no_run_writes_are_refused(path, value):
+    path.write_text(json.dumps({**CHANGED, "changed": value}))
+    with pytest.raises(InputError, match="holds no plan .*changed linear.*; give a run's result.json"):
+        read_plan(path)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +124,8 @@ def test_a_plan_says_what_its_run_refitted_and_where_that_is(path):
         ({"compensation": {"projections": [PROJECTION | {"layer": 4}]}}, "in a layer below 4"),
         ({"compensation": {"projections": [PROJECTION | {"layer": True}]}}, "in a layer below 4"),
         ({"compensation": {"projections": [PROJECTION | {"kept": 1}]}}, "must be kept or not"),
-        ({"compensation": {"projections": [PROJECTION | {"name": ["a"]}]}}, "projection must have a name"),
-        ({"compensation": {"projections": [PROJECTION | {"name": "a\x1b[31mb"}]}}, "projection must have a name"),
+        ({"compensation": {"projections": [PROJECTION | {"name": ["a"]}]}}, "linear must have a name"),
+        ({"compensation": {"projections": [PROJECTION | {"name": "a\x1b[31mb"}]}}, "linear must have a name"),
         ({"compensation": {"projections": [PROJECTION, PROJECTION]}}, "comes twice"),
         ({"saved_model": ["/"]}, "must have a folder, a digest and a format"),
         ({"saved_model": ""}, "must have a folder, a digest and a format"),

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 
 import alp_prune
+import lib.heal.__main__
 import ppllms
 import save_gradient
+from tests.command import run
 from tests.runs.interruption import RUNS, Command
 
 FEW = ["--eval_windows", 8]  # enough to stop between them
@@ -30,6 +32,16 @@ def alp(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
 def gradient(tiny_folder, text_file, monkeypatch) -> Callable[..., Command]:
     flags = ["--model", tiny_folder, "--dataset", text_file, "--ngrad", 3, "--grad_seqlen", 16]
     return lambda *more: Command(save_gradient, [*flags, *more], monkeypatch)
+
+
+@pytest.fixture
+def heal(tiny_folder, text_file, tmp_path_factory, monkeypatch) -> Callable[..., Command]:
+    folder = tmp_path_factory.mktemp("pruned")
+    text = ["--eval_datasets", text_file, "--dataset", text_file, "--nsamples", 3]
+    prune = ["--model_name", tiny_folder, *text, *FEW, "--prune_rate", 0.1, "--output_dir", folder / "run"]
+    assert run(*prune, "--save_model", folder / "model", monkeypatch=monkeypatch) == 0
+    flags = ["--model", folder / "model", *text, *FEW, "--save_model", "out", "--train_batch_size", 1]
+    return lambda *more: Command(lib.heal.__main__, [*flags, *more], monkeypatch)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import lib.depth.run
 import lib.depth.searches
 import lib.depth.trial_losses
 import lib.evaluation.samples
+import lib.heal.run
 import lib.reporting.plots
 import lib.runs.own_text
 import lib.runs.texts
@@ -19,6 +20,7 @@ import lib.sensitivity.gradients
 import lib.sparsity.layerwise
 import lib.sparsity.run
 import save_gradient
+from lib.heal.training import Training
 from lib.models.weight_deltas import Changes
 from lib.reporting.console import Report
 from lib.sensitivity import artifact, compute
@@ -34,6 +36,8 @@ KEPT = [
     (Report, "write"),
     (lib.depth.run, "save_pruned"),
     (lib.sparsity.run, "save_weights"),
+    (Training, "save"),
+    (lib.heal.run, "save_weights"),
 ]
 WORK = [
     (lib.depth.searches, "block_influence"),
@@ -46,6 +50,7 @@ WORK = [
     (lib.sparsity.run, "count_zeros"),
     (lib.sparsity.layerwise, "_prune_part"),
     (lib.sensitivity.gradients, "summarize"),
+    (Training, "_take_step"),
 ]
 Place = int | tuple[str, int]  # of a step
 NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved", "digest")
@@ -68,6 +73,7 @@ RUNS = {
     "admm-gptq": ("alp", ["--prune_method", "admm", "--wbits", 4, "--gptq"]),
     "owl": ("alp", ["--prune_method", "wanda_owl"]),
     "save_gradient": ("gradient", []),
+    "heal": ("heal", ["--steps", 4]),
 }
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lib.config.plan import Plan, Refitted, read_plan
+from lib.config.plan import Changed, Plan, read_plan
 from lib.errors import InputError
 from lib.export.gguf import apply_plan
-from lib.export.gguf_refitted import _kind
+from lib.export.gguf_changed import _kind
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.storage.model_folder import signature
@@ -80,9 +80,9 @@ def _saved(
     return folder / "result.json"
 
 
-def _refitted(result: Path) -> Refitted:
-    refitted = read_plan(result).refitted
-    assert refitted and refitted.projections == PROJECTIONS
+def _changed(result: Path) -> Changed:
+    refitted = read_plan(result).changed
+    assert refitted and refitted.linears == PROJECTIONS
     return refitted
 
 
@@ -102,7 +102,7 @@ def _expected(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def _check(written: Path, plain: Path, refitted: torch.nn.Module, kind: str, largest_error: float) -> None:
-    """Refitted weights are there in this type, to its error; all other tensors are those of the uncompensated file."""
+    """Changed weights are there in this type, to its error; all other tensors are those of the uncompensated file."""
     found, without, expected = _tensors(written), _tensors(plain), _expected(refitted)
     assert list(found) == list(without)
     for name, tensor in found.items():
@@ -124,10 +124,10 @@ def test_the_file_is_that_of_the_refitted_model_in_the_types_of_the_given_one(ki
     refitted = _refit(dense)
     result = _saved(refitted, tmp_path)
     source = write_gguf(dense, tmp_path / "in.gguf", kind=kind)
-    done = apply_plan(source, tmp_path / "out.gguf", PLAN, refitted=_refitted(result))
+    done = apply_plan(source, tmp_path / "out.gguf", PLAN, changed=_changed(result))
     apply_plan(source, tmp_path / "plain.gguf", PLAN)
     _check(tmp_path / "out.gguf", tmp_path / "plain.gguf", refitted, kind, WRITTEN[kind])
-    assert done.refitted == {(kind, kind): 4}
+    assert done.changed == {(kind, kind): 4}
     apply_plan(write_gguf(refitted, tmp_path / "refitted.gguf", kind=kind), tmp_path / "same.gguf", PLAN)
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
 
@@ -143,7 +143,7 @@ def test_types_that_gguf_cannot_write_become_q8_0(kind, tmp_path, monkeypatch, c
     apply_plan(source, tmp_path / "plain.gguf", PLAN)
     assert run("--apply_plan", result, "--gguf", source, target, monkeypatch=monkeypatch) == 0
     _check(target, tmp_path / "plain.gguf", refitted, "Q8_0", WRITTEN["Q8_0"])
-    line = f"Refitted    4 tensors from {tmp_path / 'out'}: 4 as Q8_0 (gguf cannot write {kind})\n"
+    line = f"Changed     4 tensors from {tmp_path / 'out'}: 4 as Q8_0 (gguf cannot write {kind})\n"
     assert line in capsys.readouterr().out
 
 
@@ -164,7 +164,7 @@ def test_a_file_of_several_types_keeps_them_and_says_so(tmp_path, monkeypatch, c
     result = _saved(_refit(dense), tmp_path)
     source = write_gguf(dense, tmp_path / "in.gguf", kind="Q8_0")
     assert run("--apply_plan", result, "--gguf", source, tmp_path / "out.gguf", monkeypatch=monkeypatch) == 0
-    assert f"Refitted    4 tensors from {tmp_path / 'out'}: 2 as Q8_0, 2 as F32\n" in capsys.readouterr().out
+    assert f"Changed     4 tensors from {tmp_path / 'out'}: 2 as Q8_0, 2 as F32\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_every_save_format_and_shards_give_the_same_file(save_format, size, tmp_
     for name, options in ("one", ("hf", None)), ("other", (save_format, size)):
         (tmp_path / name).mkdir()
         result = _saved(refitted, tmp_path / name, *options)
-        apply_plan(source, tmp_path / f"{name}.gguf", PLAN, refitted=_refitted(result))
+        apply_plan(source, tmp_path / f"{name}.gguf", PLAN, changed=_changed(result))
     assert bool(size) == (len(list((tmp_path / "other/out").glob("*.safetensors"))) > 1)
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()
 
@@ -185,7 +185,7 @@ def test_weights_saved_in_bf16_are_written_exactly_in_f32(tmp_path):
     dense = _tiny()
     refitted = _refit(dense).bfloat16()
     source = write_gguf(dense, tmp_path / "in.gguf")
-    apply_plan(source, tmp_path / "out.gguf", PLAN, refitted=_refitted(_saved(refitted, tmp_path)))
+    apply_plan(source, tmp_path / "out.gguf", PLAN, changed=_changed(_saved(refitted, tmp_path)))
     apply_plan(source, tmp_path / "plain.gguf", PLAN)
     _check(tmp_path / "out.gguf", tmp_path / "plain.gguf", refitted.float(), "F32", 0)
 
@@ -200,7 +200,41 @@ def test_a_run_that_kept_no_refit_gives_the_uncompensated_file(tmp_path, monkeyp
     assert run("--apply_plan", result, "--gguf", source, tmp_path / "out.gguf", monkeypatch=monkeypatch) == 0
     apply_plan(source, tmp_path / "plain.gguf", PLAN)
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
-    assert "Refitted" not in capsys.readouterr().out
+    assert "Changed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 2}])
+@torch.no_grad()
+def test_a_folder_in_which_all_linears_were_trained(sizes, tmp_path, monkeypatch):
+    """Queries and keys too, whose rows are in another order in a GGUF file; the plan is one of the folder's files."""
+    dense, healed = _tiny(**sizes), _tiny(**sizes)
+    source, changed = write_gguf(dense, tmp_path / "in.gguf", kind="F16"), []
+    for layer, block in enumerate(healed.model.layers):
+        for name, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear) and PLAN.mode(layer).attention * ("attn" in name) + (
+                PLAN.mode(layer).ffn * ("mlp" in name)
+            ):
+                module.weight.copy_(torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(layer)))
+                changed.append([layer, name])
+    assert len(changed) == 4 + 3 + 3 + 4 + 3
+    plan = json.loads(_saved(healed, tmp_path).read_text()) | {"changed": changed}
+    (tmp_path / "out/plan.json").write_text(json.dumps({**plan, "compensation": None, "saved_model": None}))
+    written = tmp_path / "out.gguf"
+    assert run("--apply_plan", tmp_path / "out", "--gguf", source, written, monkeypatch=monkeypatch) == 0
+    apply_plan(write_gguf(healed, tmp_path / "healed.gguf", kind="F16"), tmp_path / "same.gguf", PLAN)
+    assert written.read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    apply_plan(source, tmp_path / "plain.gguf", PLAN)
+    assert written.read_bytes() != (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_a_plan_that_was_taken_out_of_its_folder_is_refused(tmp_path, monkeypatch, capsys):
+    dense = _tiny()
+    plan = json.loads(_saved(dense, tmp_path).read_text()) | {"changed": [[0, "mlp.down_proj"]], "compensation": None}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    source = write_gguf(dense, tmp_path / "in.gguf")
+    flags = ["--apply_plan", tmp_path / "plan.json", "--gguf", source, tmp_path / "out.gguf"]
+    assert run(*flags, monkeypatch=monkeypatch) == 2
+    assert f"{tmp_path} holds no weights beside its plan; give the folder of the saved model" in capsys.readouterr().err
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -232,33 +266,33 @@ def test_without_the_saved_model_nothing_is_written(case, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"projections": ((1, "self_attn.o_proj"),)}, "holds no self_attn.o_proj of layer 1, which"),  # removed
-        ({"projections": ((2, "mlp.down_proj"),)}, "holds no mlp.down_proj of layer 2, which"),
-        ({"projections": ((0, "attention.dense"),)}, "holds no attention.dense of layer 0, which"),
+        ({"linears": ((1, "self_attn.o_proj"),)}, "holds no self_attn.o_proj of layer 1, which"),  # removed
+        ({"linears": ((2, "mlp.down_proj"),)}, "holds no mlp.down_proj of layer 2, which"),
+        ({"linears": ((0, "attention.dense"),)}, "holds no attention.dense of layer 0, which"),
         ({"is_masked": True}, "holds 0 tensors 3.self_attn.o_proj.weight in place of one"),
     ],
 )
 def test_projections_that_are_in_no_file_are_refused_by_name(change, reason, tmp_path):
     dense = _tiny()
-    refitted = dataclasses.replace(_refitted(_saved(_refit(dense), tmp_path)), **change)
+    refitted = dataclasses.replace(_changed(_saved(_refit(dense), tmp_path)), **change)
     with pytest.raises(InputError, match=reason):
-        apply_plan(write_gguf(dense, tmp_path / "in.gguf"), tmp_path / "out.gguf", PLAN, refitted=refitted)
+        apply_plan(write_gguf(dense, tmp_path / "in.gguf"), tmp_path / "out.gguf", PLAN, changed=refitted)
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
-    refitted = _refitted(_saved(_refit(_tiny()), tmp_path))
+    refitted = _changed(_saved(_refit(_tiny()), tmp_path))
     source = write_gguf(_tiny(intermediate_size=96), tmp_path / "in.gguf")
     with pytest.raises(InputError, match=r"ffn_down.weight is \[96, 32\], and \[64, 32\] in .*; give the file that"):
-        apply_plan(source, tmp_path / "out.gguf", PLAN, refitted=refitted)
+        apply_plan(source, tmp_path / "out.gguf", PLAN, changed=refitted)
 
 
 def test_big_endian_files_are_refused(tmp_path):
     dense = _tiny()
-    refitted = _refitted(_saved(_refit(dense), tmp_path))
+    refitted = _changed(_saved(_refit(dense), tmp_path))
     source = write_gguf(dense, tmp_path / "in.gguf", endianess=gguf.GGUFEndian.BIG)
     with pytest.raises(InputError, match="is big-endian.*convert it with gguf-convert-endian"):
-        apply_plan(source, tmp_path / "out.gguf", PLAN, refitted=refitted)
+        apply_plan(source, tmp_path / "out.gguf", PLAN, changed=refitted)
 
 
 # In llama.cpp ---------------------------------------------------------------------------------------------------------
@@ -275,7 +309,7 @@ def test_llama_cpp_runs_the_compensated_model(kind, tmp_path):
     dense = _tiny()
     refitted = _refit(dense)
     source = write_gguf(dense, tmp_path / "in.gguf", kind=kind)
-    apply_plan(source, tmp_path / "out.gguf", PLAN, refitted=_refitted(_saved(refitted, tmp_path)))
+    apply_plan(source, tmp_path / "out.gguf", PLAN, changed=_changed(_saved(refitted, tmp_path)))
     apply_plan(source, tmp_path / "plain.gguf", PLAN)
     ids = _ids(dense, 48)
     found, plain = (_LlamaCpp(llama_cpp, tmp_path / name, 64).logits(ids) for name in ("out.gguf", "plain.gguf"))
