@@ -34,7 +34,11 @@ _DISK_ADVICE = {
     errno.ELOOP: "a link leads back to itself; mend it",
 }
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")  # in errors of safetensors and tokenizers
-_OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY_TEXTS = (  # of torch, and of CUDA's libraries; cuBLAS cannot start either where memory is full
+    *("out of memory", "can't allocate memory", "not enough memory", "cudaErrorMemoryAllocation"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+    *("CUSPARSE_STATUS_ALLOC_FAILED", "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 _POINTS_ELSEWHERE = {  # words of a line that explains nothing -> what it means
     "the above report": "its weights have other shapes than its config says, or could not be converted",
 }
@@ -130,8 +134,8 @@ def describe_failure(error: BaseException) -> str | None:
         return one_line(str(error))
     if is_out_of_memory(error):
         return (
-            "out of memory, with batches as small as can be; lower --seqlen (of gradients --grad_seqlen), "
-            "use --dtype bfloat16, or --offload cpu or disk"
+            "out of memory, though batches were made smaller where that helps; lower --seqlen (of gradients "
+            "--grad_seqlen), use --dtype bfloat16, or --offload cpu or disk"
         )
     if isinstance(error, ImportError):
         return _describe_import(error)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lib.errors import InputError, describe_disk, describe_failure, first_line, nearest
+from lib.errors import InputError, describe_disk, describe_failure, first_line, is_out_of_memory, nearest
 from lib.export import huggingface
 from lib.export.reload import SaveError
 from lib.sensitivity import artifact
@@ -161,3 +161,19 @@ def test_gradients_that_cannot_be_read_are_told_though_the_error_says_nothing(tm
 
 def test_a_package_of_another_package_that_is_missing_is_one_line():
     assert "the package yaml is not installed" in describe_failure(ModuleNotFoundError(name="yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+    ],
+)
+def test_out_of_memory_is_known_in_the_words_of_every_library(text):
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
+    assert describe_failure(RuntimeError(text)).startswith("out of memory, though batches were made smaller")

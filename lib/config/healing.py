@@ -21,8 +21,8 @@ class Healing:
     output_dir: Path | None
     nsamples: int = 5000
     steps: int = 300
-    rank: int = 16
-    learning_rate: float = 1e-3
+    rank: int = 32
+    learning_rate: float = 2e-3
     train_batch_size: int = 8
     seed: int = 0
     seqlen: int | None = None

@@ -9,6 +9,7 @@ parameter is added. The fit itself is in `lib.depth.refit`.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -21,7 +22,7 @@ from lib.models.decoder import Decoder
 from lib.models.offload import follow
 from lib.models.residual_writers import Writer, find_writer, is_sequential, sublayer_of
 from lib.models.weight_deltas import Changes, Difference, difference
-from lib.runtime.batching import Batcher, Progress
+from lib.runtime.batching import Batcher, Progress, retry_once
 
 HELD_OUT = 8  # one window of so many is held out of the fits
 _ATTENTION, _FFN, _NONE = Mode(ffn=False), Mode(attention=False), Mode(False, False)
@@ -135,7 +136,7 @@ def _refit_layer(
         old = writer.module.weight.clone()
         refits.append(streams.refit(step, writer))
         if refits[-1].is_changed:
-            weights[writer.path] = difference(old, writer.module.weight)
+            weights[writer.path] = retry_once(partial(difference, old, writer.module.weight))
 
     streams.walk(writers, settle)
     return refits, weights
@@ -206,7 +207,7 @@ class Streams:
                 writer.matrix.add_(best.change)
             return asdict(Refit(writer.layer, writer.name, unknowns, best.form, best.strength, best.held_out_error))
 
-        found = Refit(**ranks.agree(fit_here))
+        found = Refit(**ranks.agree(partial(retry_once, fit_here)))
         ranks.send(writer.module.weight, 0)
         return found
 

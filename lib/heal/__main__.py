@@ -54,9 +54,9 @@ def build_parser() -> flags.Parser:
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=types.positive, default=300, help="steps at most (default: 300)")
     group.add_argument("--train_batch_size", type=types.positive, default=8, help="windows of each step (default: 8)")
-    group.add_argument("--rank", type=types.positive, default=16, help="rank of the adapters (default: 16)")
+    group.add_argument("--rank", type=types.positive, default=32, help="rank of the adapters (default: 32)")
     group.add_argument(
-        "--learning_rate", type=types.above_0, default=1e-3, help="the highest, after the first steps (default: 0.001)"
+        "--learning_rate", type=types.above_0, default=2e-3, help="the highest, after the first steps (default: 0.002)"
     )
     group.add_argument("--seed", type=types.count, default=0, help="seed of the text and of the adapters (default: 0)")
     flags.add_run_flags(parser, parser.add_argument_group("running"), has_offload=False)

@@ -21,9 +21,9 @@ from lib.models.decoder import Decoder
 from lib.models.sealed_tensors import Sealed, save_sealed
 from lib.runtime.batching import Batcher, Progress
 
-CHECKS = 12  # of the held-out windows, evenly spread over the steps
+CHECKS = 10  # of the held-out windows, evenly spread over the steps
 PATIENCE = 3  # checks without a new best that end the training
-MOST_HELD_OUT = 32  # windows
+MOST_HELD_OUT = 16  # windows
 _WARM_UP = 10  # steps
 _LARGEST_NORM = 1.0  # of all gradients together
 _KEPT_EVERY = 60  # seconds
@@ -213,7 +213,7 @@ def _order(epoch: int, count: int, seed: int) -> list[int]:
 
 
 def split(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (N, T) to train on, and those held out: one of eight, evenly spread, at least one and at most 32."""
+    """Windows (N, T) to train on, and those held out: one of eight, evenly spread, at least one and at most 16."""
     count = len(windows)
     held = min(MOST_HELD_OUT, max(1, count // 8))
     places = torch.arange(held) * count // held

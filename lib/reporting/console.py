@@ -25,8 +25,9 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            if torch.cuda.memory_allocated(device):  # the others do no work
+                torch.cuda.synchronize(device)
         inner = sum(seconds.values()) - others
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start - inner, 3)
 

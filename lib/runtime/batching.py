@@ -24,6 +24,20 @@ def automatic_batch_size(device: torch.device, seqlen: int, token_bytes: int) ->
     return max(1, tokens // seqlen)
 
 
+def retry_once(function: Callable[[], Result]) -> Result:
+    """Result of a function that may be called again where it failed; when memory runs out, that is done once.
+
+    Before, all that is cached is freed: of a GPU that is often enough.
+    """
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return function()
+
+
 class Batcher:
     """Maps functions over windows, and remembers the batch size that fits for all passes of a run.
 
@@ -45,9 +59,9 @@ class Batcher:
         """Results of `function` over windows 0..count-1, concatenated on the CPU.
 
         `function` takes a slice of window indices and returns one row per window. Its results must not depend on how
-        the windows are batched. When it runs out of memory, the batch size is halved and the slice retried; with a
-        batch of one window, the error is raised. `function` may itself map over the windows of its slice. When that
-        fails with one window, the slice is halved, and the inner batches start at its size.
+        the windows are batched. When it runs out of memory, the batch size is halved and the slice retried; a batch of
+        one window is tried once more, when what is cached is freed. `function` may itself map over the windows of its
+        slice. When that fails with one window, the slice is halved, and the inner batches start at its size.
         """
         results, start = [], 0
         while start < count:
@@ -55,12 +69,15 @@ class Batcher:
             try:
                 result = function(rows)
             except Exception as error:
-                if rows.stop - rows.start == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 result = None  # leave the handler first: the traceback holds the tensors of the failed attempt
-            if result is None:
+            if result is None and rows.stop - start > 1:
                 self._halve(rows.stop - start)
                 continue
+            if result is None:
+                release_memory()
+                result = function(rows)
             results.append(result.cpu())
             if progress:
                 progress(rows.stop - start)
@@ -70,16 +87,17 @@ class Batcher:
     def retry_smaller(self, function: Callable[[], Result], count: int) -> Result:
         """Result of a function that goes over all `count` windows itself, `size` at a time.
 
-        When it runs out of memory, the batch size is halved and it starts over; with a batch of one window, the error
-        is raised.
+        When it runs out of memory, the batch size is halved and it starts over; with a batch of one window only once
+        more, when what is cached is freed.
         """
-        while True:
+        while self.size > 1:
             try:
                 return function()
             except Exception as error:
-                if self.size == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._halve(min(self.size, count))
+        return retry_once(function)
 
     def _halve(self, tried: int) -> None:
         self.size = max(1, tried // 2)

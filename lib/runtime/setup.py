@@ -4,6 +4,7 @@ import logging
 import sys
 
 import datasets
+import torch
 import transformers
 
 from lib.runtime.memory import keep_freed_memory
@@ -19,7 +20,14 @@ def quiet_libraries() -> None:
         transformers.logging.disable_progress_bar()
 
 
+def multiply_in_full_precision() -> None:
+    """Makes products of fp32 on a GPU be of fp32, not of TF32, whatever the environment says: masks depend on them."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def set_up() -> None:
     """Prepares the process; every script calls it first."""
+    multiply_in_full_precision()
     quiet_libraries()
     keep_freed_memory()

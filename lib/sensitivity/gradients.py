@@ -23,7 +23,7 @@ from lib.engine.tail import token_losses
 from lib.errors import RunError
 from lib.models.decoder import Decoder, LayerInputs
 from lib.models.matrices import Matrices, find_matrices, one_by_one
-from lib.runtime.batching import Batcher, Progress
+from lib.runtime.batching import Batcher, Progress, retry_once
 from lib.runtime.distributed import ALONE, Ranks
 
 _TOKENS_AT_ONCE = 512
@@ -92,7 +92,7 @@ def connection_sensitivity(
             totals, gradient = batcher.retry_smaller(one_layer, len(below.windows))
             for total in totals.values():
                 ranks.add(total)
-        found.append(summarize(totals))
+        found.append(retry_once(partial(summarize, totals)))
         del totals
         if not math.isfinite(found[-1].layer.redundancy):
             raise RunError(f"NaN or infinity in the gradients of layer {layer}; try --dtype float32 or bfloat16")

@@ -7,6 +7,7 @@ inputs that the pruned layers before it produced.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from lib.errors import RunError
 from lib.models.decoder import Decoder, StopForward
 from lib.models.matrices import InputGroup, inputs_seen
 from lib.models.weight_deltas import Changes, Difference, difference
-from lib.runtime.batching import Batcher, Progress
+from lib.runtime.batching import Batcher, Progress, retry_once
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_bytes
 from lib.sparsity.pruners import Pruner
@@ -148,11 +149,12 @@ def _prune_part(
     remarks: list[str] = []
     for number, group in enumerate(groups):
         statistic, names, owner = statistics.pop(0), ", ".join(group.names), number % ranks.count
-        remark, before = None, [matrix.stored.clone() for matrix in group.matrices] if keep else []
+        remark, before = None, [retry_once(matrix.stored.clone) for matrix in group.matrices] if keep else []
         if ranks.rank == owner:
             is_unseen = group.is_routed and statistic is not None and statistic.tokens < _FEW_TOKENS
+            seen = None if is_unseen else statistic
             try:
-                prune_group(group, None if is_unseen else statistic, pruner, sparsity)
+                retry_once(partial(prune_group, group, seen, pruner, sparsity))  # which changes weights at its end
             except RunError as error:
                 raise RunError(f"layer {layer} {names}: {error}") from error
             remark = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
@@ -161,7 +163,7 @@ def _prune_part(
         if remark := ranks.tell(remark, owner):
             remarks.append(f"layer {layer} {names}: {remark}")
         for name, matrix, old in zip(group.names, group.matrices, before, strict=False):
-            differences[matrix.path_in(name)] = difference(old, matrix.stored)
+            differences[matrix.path_in(name)] = retry_once(partial(difference, old, matrix.stored))
     return differences, remarks
 
 

@@ -36,6 +36,11 @@ def show_model(
         report.print(f"            {settings.pattern} sets the sparsity of every layer, so {allocator} is not used")
 
 
+def show_kernel(report: Report, kernel: object, reason: str) -> None:
+    """How SparseGPT's columns are updated on a GPU."""
+    report.print(f"Kernel      {'of Triton' if kernel else f'none of Triton, so it is slower: {reason}'}")
+
+
 def describe_method(settings: SparsityPruning) -> str:
     allocator, how = settings.method.allocation, "the same in every layer"
     if not settings.method.pruning.prunes:

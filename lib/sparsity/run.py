@@ -32,7 +32,8 @@ from lib.sparsity.densities import spread_densities, uniform_densities
 from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
 from lib.sparsity.outlier_scores import Summary, layer_scores
 from lib.sparsity.prepare import SparsityWorkspace, check_config, prepare
-from lib.sparsity.pruners import Pruner
+from lib.sparsity.pruners import Pruner, SparseGpt
+from lib.sparsity.sparsegpt import find_kernel
 from lib.sparsity.stages import make_pruner, make_quantizer
 from lib.storage import log_tsv
 from lib.storage.output_folder import SPARSITY
@@ -217,6 +218,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         if starts_dense and stage != "pruned":
             self.restore()
         follow(self.decoder.layers, [*([] if starts_dense else [self.changes_of("pruned")]), changes])
+        if isinstance(pruner, SparseGpt) and self.decoder.device.type == "cuda":
+            sparsity_report.show_kernel(self.report, *find_kernel(self.decoder.device))
         with self.report.timed("prune"), self.report.progress(self.decoder.num_layers, stage) as progress:
             prune_layers(
                 self.decoder,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from lib.config.quantization import Quantization
-from lib.errors import RunError
+from lib.errors import RunError, first_line, is_out_of_memory
 from lib.sparsity.quantization_grid import Grid
 
 BLOCK = 128  # columns
@@ -214,7 +214,7 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
     `now` (k, out) has one row per column, `triangle` (k, k) is the factor's part for these columns, and `mask` (k, out)
     marks the weights to zero. Writes to `errors` (k, out) what each weight lost, divided by the factor's diagonal.
     """
-    if now.is_cuda and (kernel := _kernel(now.device)):
+    if now.is_cuda and (kernel := find_kernel(now.device)[0]):
         return kernel(now, triangle, mask, errors)
     lost = mask / triangle.diagonal()[:, None]
     for first, last in pairwise([*range(0, len(now), _AT_ONCE), len(now)]):
@@ -226,13 +226,19 @@ def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, 
 
 
 @cache
-def _kernel(device: torch.device) -> Callable | None:
-    """`zero_columns` in one launch; None without Triton, a C compiler, or a device that Triton supports."""
+def find_kernel(device: torch.device) -> tuple[Callable | None, str]:
+    """`zero_columns` in one launch; or None, and why: without Triton, a C compiler, or a device that Triton supports.
+
+    Raises the error when memory runs out, which says nothing of the kernel.
+    """
     try:
         from lib.sparsity import sparsegpt_triton
 
         now, errors = (torch.ones(2, 1, device=device) for _ in range(2))
         sparsegpt_triton.zero_columns(now, torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device), now > 0, errors)
-        return sparsegpt_triton.zero_columns if [*now, *errors] == [0, 0, 1, 0.25] else None
-    except Exception:  # Triton and its tools can raise anything, and the kernel is optional
-        return None
+        is_right = [*now, *errors] == [0, 0, 1, 0.25]
+        return (sparsegpt_triton.zero_columns, "") if is_right else (None, "it gives wrong results here")
+    except Exception as error:  # Triton and its tools can raise anything, and the kernel is optional
+        if is_out_of_memory(error):
+            raise
+        return None, first_line(error)

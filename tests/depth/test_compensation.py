@@ -290,7 +290,7 @@ def test_a_plan_is_applied_with_a_compensation_of_its_own(command, arguments, tm
     text = arguments[arguments.index("--dataset") + 1]
     flags = ["--model_name", result["model"], "--apply_plan", tmp_path / "run/result.json", "--eval_datasets", text]
     assert run(*flags, "--output_dir", tmp_path / "plain", monkeypatch=monkeypatch) == 0
-    assert "without --compensate they stay as they are" in capsys.readouterr().out
+    assert "here they stay as they are, and --compensate would refit them" in capsys.readouterr().out
     flags += ["--compensate", "all", "--dataset", text, "--nsamples", 40, "--seqlen", 16]
     assert run(*flags, "--output_dir", tmp_path / "applied", monkeypatch=monkeypatch) == 0
     again = json.loads((tmp_path / "applied/result.json").read_text())

@@ -211,7 +211,7 @@ def test_a_model_too_large_for_a_batch_of_one_is_one_line(arguments, tmp_path, m
 
     monkeypatch.setattr(Tasks, "measure", full)
     assert run(*arguments, "--tasks", write_choices(tmp_path), monkeypatch=monkeypatch) == 1
-    assert "failed: --tasks: out of memory, with batches as small as can be" in capsys.readouterr().err
+    assert "failed: --tasks: out of memory, though batches were made smaller" in capsys.readouterr().err
 
 
 # Resuming, and tables -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.models.decoder import Decoder
-from lib.runtime.batching import automatic_batch_size
+from lib.runtime.batching import Batcher, automatic_batch_size, retry_once
 from tests.command import ROOT
 from tests.families import tiny_model
 
@@ -58,3 +58,38 @@ def test_a_token_takes_a_few_of_a_layers_widest_tensors():
     decoder = Decoder(tiny_model("Llama"))
     hidden, ffn = decoder.config.hidden_size, decoder.config.intermediate_size
     assert decoder.token_bytes == 4 * (8 * hidden + 4 * max(hidden, ffn))
+
+
+def test_what_runs_out_of_memory_is_tried_once_more_and_other_errors_are_not_hidden():
+    for error, calls_expected in ((torch.OutOfMemoryError("out of memory"), 2), (ValueError("wrong"), 1)):
+        calls = []
+
+        def fails(error=error, calls=calls):
+            calls.append(error)
+            raise error
+
+        with pytest.raises(type(error)):
+            retry_once(fails)
+        assert len(calls) == calls_expected
+    assert retry_once(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("size, expected", [(4, [4, 2, 1, 1, 1, 1]), (1, [1, 1, 1, 1, 1])])
+def test_a_single_window_is_tried_again_when_what_is_cached_is_freed(size, expected):
+    """Memory is full for more than one window, and once for one."""
+    tried = []
+
+    def function(rows):
+        tried.append(rows.stop - rows.start)
+        if tried[-1] > 1 or tried.count(1) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.arange(rows.start, rows.stop)
+
+    assert Batcher(size).map(function, 4).tolist() == [0, 1, 2, 3] and tried[: len(expected)] == expected
+
+
+def test_products_of_fp32_are_of_fp32_whatever_the_environment_says():
+    code = "import torch; from lib.runtime.setup import set_up; set_up(); print(torch.get_float32_matmul_precision())"
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "highest"

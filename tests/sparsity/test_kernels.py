@@ -47,11 +47,11 @@ def test_sparsegpt_by_the_kernel_is_sparsegpt(monkeypatch):
 
 
 def test_a_device_without_a_kernel_has_the_plain_version(monkeypatch):
-    assert sparsegpt._kernel(torch.device(DEVICE)) is not None
-    sparsegpt._kernel.cache_clear()
+    assert sparsegpt.find_kernel(torch.device(DEVICE))[0] is not None
+    sparsegpt.find_kernel.cache_clear()
     monkeypatch.setattr("lib.sparsity.sparsegpt_triton.zero_columns", lambda *args: 1 / 0)
-    assert sparsegpt._kernel(torch.device("cpu")) is None
-    sparsegpt._kernel.cache_clear()
+    assert sparsegpt.find_kernel(torch.device("cpu")) == (None, "division by zero")
+    sparsegpt.find_kernel.cache_clear()
 
 
 @pytest.mark.skipif(not IS_CUDA, reason="needs a GPU")

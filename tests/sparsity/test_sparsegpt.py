@@ -1,6 +1,7 @@
 """SparseGPT and GPTQ: the Hessian, the pass over the columns, the grids."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lib.config.quantization import Quantization
 from lib.errors import RunError
 from lib.sparsity.pruners import Rounded, SparseGpt
 from lib.sparsity.quantization_grid import Grid, round_to_nearest
-from lib.sparsity.sparsegpt import Hessian, _kernel
+from lib.sparsity.sparsegpt import Hessian, find_kernel
 from tests import reference
 
 
@@ -108,9 +109,28 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_more_and_that_is_said(
 
 def test_without_triton_there_is_no_kernel_and_no_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "lib.sparsity.sparsegpt_triton", None)
-    _kernel.cache_clear()
-    assert _kernel(torch.device("cpu")) is None
-    _kernel.cache_clear()
+    find_kernel.cache_clear()
+    kernel, reason = find_kernel(torch.device("cpu"))
+    assert kernel is None and "sparsegpt_triton" in reason
+    find_kernel.cache_clear()
+
+
+def test_a_kernel_that_was_not_found_for_want_of_memory_is_looked_for_again(monkeypatch):
+    calls = []
+
+    def fails_once(*sizes, **kwargs):
+        calls.append(sizes)
+        raise torch.OutOfMemoryError("out of memory")
+
+    find_kernel.cache_clear()
+    with monkeypatch.context() as patches:
+        patches.setitem(sys.modules, "lib.sparsity.sparsegpt_triton", SimpleNamespace())
+        patches.setattr(torch, "ones", fails_once)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                find_kernel(torch.device("cpu"))
+    assert len(calls) == 2
+    find_kernel.cache_clear()
 
 
 def test_a_hessian_that_cannot_be_factored_is_an_error():
