@@ -101,8 +101,8 @@ def compensate(
     Each finished layer is written to `changes`; layers already there are restored. Several processes share the windows.
     Raises `RunError` that names the layer if its hidden states are not finite.
     """
-    first, steps = steps_of(decoder, plan)
-    writers, ranks = _find_writers(decoder, first, steps, mode), batcher.ranks
+    first, steps = retry_once(partial(steps_of, decoder, plan))
+    writers, ranks = retry_once(partial(_find_writers, decoder, first, steps, mode)), batcher.ranks
     pending = [step.layer for step in writers if step.layer not in changes]
     streams = Streams(decoder, windows, batcher, first) if pending else None
     for layer, group in groupby(steps, key=lambda step: step.layer):

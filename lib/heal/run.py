@@ -21,6 +21,7 @@ from lib.models.limits import dtype_name
 from lib.runs.outline import Part
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
+from lib.runtime.batching import retry_once
 
 _FILE = "training.safetensors"  # in the folder of the state
 _BACKWARD = 2.0  # passes: a backward pass, through weights that are not trained themselves
@@ -68,10 +69,11 @@ class HealRun(Run[Healing, HealWorkspace]):
         settings, workspace, state = self.settings, self.workspace, self.state
         linears = find_linears(self.decoder)
         zeros = share_of_zeros(linears)
-        adapters = Adapters(linears, settings.rank, zeros >= SPARSE, settings.seed)
+        adapters = retry_once(partial(Adapters, linears, settings.rank, zeros >= SPARSE, settings.seed))
         windows, held_out = split(workspace.windows)
         how = Settings(settings.steps, settings.train_batch_size, settings.learning_rate, settings.seed)
-        training = Training(self.decoder, workspace.teacher, adapters, windows, held_out, how, workspace.batcher)
+        models = self.decoder, workspace.teacher
+        training = retry_once(partial(Training, *models, adapters, windows, held_out, how, workspace.batcher))
         path, owner = state.folder / _FILE, f"{state.key} training"
         heal_report.show_training(self.report, settings, adapters, windows, held_out, zeros)
         if path.exists():

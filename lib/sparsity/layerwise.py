@@ -218,5 +218,10 @@ def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> lis
     for index, layer in enumerate(groups):
         with decoder.at(index):
             weights = [matrix.stored for group in layer for matrix in group.matrices]
-            counts.append((sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)))
+            zeros = sum(retry_once(partial(_count_zeros, weight)) for weight in weights)
+            counts.append((zeros, sum(weight.numel() for weight in weights)))
     return counts
+
+
+def _count_zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))

@@ -1,0 +1,153 @@
+"""Runs on pretended GPUs; `tests/test_on_pretended_gpus.py` starts them in a process that can have some."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import alp_prune
+import lib.heal.__main__
+import ppllms
+import save_gradient
+from tests.command import run
+from tests.pretend_cuda import Gpus, pretend_cuda
+
+SCRIPTS = {"ppllms": ppllms, "alp_prune": alp_prune, "save_gradient": save_gradient, "heal": lib.heal.__main__}
+COUNTS = ["--mha_remove_layers", 1, "--ffn_remove_layers", 2, "--nsamples", 3]
+GRADIENTS = ["--grad_nsamples", 3, "--grad_seqlen", 16]
+RUNS: dict[str, tuple[str, list]] = {
+    "ppllms": ("ppllms", COUNTS),
+    "compensated": ("ppllms", [*COUNTS, "--compensate", "all"]),
+    "blockpruner": ("ppllms", ["--method", "blockpruner", "--prune_rate", 0.1, "--nsamples", 3]),
+    "own text": ("ppllms", [*COUNTS, "--dataset", "self"]),
+    "sparsegpt_alp": ("alp_prune", ["--prune_method", "sparsegpt_alp", "--nsamples", 4, *GRADIENTS]),
+    "ria_owl": ("alp_prune", ["--prune_method", "ria_owl", "--nsamples", 4, "--sparsity_ratio", 0.6]),
+    "admm": ("alp_prune", ["--prune_method", "admm", "--nsamples", 4]),
+    "2:4": ("alp_prune", ["--prune_method", "wanda", "--sparsity_type", "2:4", "--nsamples", 4]),
+    "gptq": ("alp_prune", ["--prune_method", "wanda", "--wbits", 4, "--gptq", "--nsamples", 4]),
+    "save_gradient": ("save_gradient", ["--ngrad", 3, "--grad_seqlen", 16]),
+    "heal": ("heal", ["--steps", 3, "--train_batch_size", 2, "--learning_rate", 0.001]),
+}
+MEASURED = ("perplexity", "kl_divergence", "bi_scores", "importance", "sparsity", "layer_sparsity", "healing", "layers")
+CHOSEN = ("mha_removed", "ffn_removed")
+
+
+@pytest.fixture
+def go(tiny_folder, text_file, tmp_path, monkeypatch) -> Callable[..., tuple[dict, Gpus | None]]:
+    """Runs a command of `RUNS` on pretended GPUs (None: on the CPU); its result, and what was asked of them."""
+    monkeypatch.chdir(tmp_path)
+    numbers = iter(range(10**6))
+
+    def of(name: str, *flags, gpus: int | None = 1, status: int = 0, **options) -> tuple[dict, Gpus | None]:
+        script, asked = RUNS[name]
+        folder = Path(f"run-{next(numbers)}")
+        model = "--model_name" if script == "ppllms" else "--model"
+        shutil.rmtree("gradients", ignore_errors=True)  # of an earlier run
+        command: list = [model, _pruned() if script == "heal" else tiny_folder, "--seqlen", 32, *asked]
+        if script == "save_gradient":
+            command = [model, tiny_folder, "--dataset", text_file, *asked, "--output", folder / "result.json"]
+        elif script == "alp_prune":
+            command += ["--calibration_dataset", text_file, "--dataset", text_file, "--eval_windows", 6]
+        else:
+            command += ["--eval_datasets", text_file, "--eval_windows", 6]
+            command += [] if "--dataset" in asked else ["--dataset", text_file]
+        command += [] if script == "save_gradient" else ["--output_dir", folder]
+        if gpus is None:
+            assert run(*command, *flags, "--device", "cpu", monkeypatch=monkeypatch, script=SCRIPTS[script]) == status
+            return _result(folder), None
+        placed = [] if "--device_map" in flags else ["--device", "cuda"]
+        with pretend_cuda(gpus, **options) as pretended:
+            found = run(*command, *flags, *placed, monkeypatch=monkeypatch, script=SCRIPTS[script])
+        assert found == status, pretended.refused
+        return _result(folder), pretended
+
+    def _pruned() -> Path:
+        if not Path("pruned").exists():
+            text = ["--dataset", text_file, "--eval_datasets", text_file, "--seqlen", 32, "--eval_windows", 4]
+            flags = ["--model_name", tiny_folder, *text, *COUNTS, "--save_model", "pruned", "--device", "cpu"]
+            assert run(*flags, "--output_dir", "pruning", monkeypatch=monkeypatch) == 0
+        return Path("pruned")
+
+    return of
+
+
+def _result(folder: Path) -> dict:
+    """What a run measured and chose."""
+    path = folder / "result.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return {name: content[name] for name in (*MEASURED, *CHOSEN) if name in content}
+
+
+def alike(found: object, other: object, tolerance: float = 1e-4) -> bool:
+    if isinstance(found, dict) and isinstance(other, dict):
+        return found.keys() == other.keys() and all(alike(found[name], other[name], tolerance) for name in found)
+    if isinstance(found, list) and isinstance(other, list):
+        return len(found) == len(other) and all(alike(*pair, tolerance) for pair in zip(found, other, strict=True))
+    if isinstance(found, float):
+        return found == pytest.approx(other, rel=tolerance, abs=tolerance)
+    return found == other
+
+
+@pytest.mark.parametrize(
+    "name", ["ppllms", "compensated", "own text", "sparsegpt_alp", "ria_owl", "save_gradient", "heal"]
+)
+def test_a_gpu_gives_what_the_cpu_gives(go, name):
+    found, pretended = go(name)
+    assert pretended.allocations > 100 and pretended.launches.total() > 100 and not any(pretended.held)
+    assert found and alike(found, go(name, gpus=None)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blockpruner", "admm", "2:4", "gptq"])
+def test_other_methods_too(go, name):
+    assert alike(go(name)[0], go(name, gpus=None)[0])
+
+
+@pytest.mark.parametrize("name", ["ppllms", "sparsegpt_alp"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_offloaded_model_gives_the_same(go, name, place):
+    assert alike(go(name, "--offload", place)[0], go(name)[0])
+
+
+@pytest.mark.parametrize("name", ["compensated", "sparsegpt_alp", "heal"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_half_precision_runs(go, name, dtype):
+    assert alike(go(name, "--dtype", dtype)[0], go(name, "--dtype", dtype, gpus=None)[0], tolerance=0.05)
+
+
+@pytest.mark.parametrize("name", ["ppllms", "sparsegpt_alp"])
+def test_two_gpus_share_a_model(go, name):
+    found, pretended = go(name, "--device_map", "balanced", gpus=2)
+    assert min(pretended.peak) > 0 and alike(found, go(name)[0])
+
+
+def test_with_little_memory_batches_are_halved(go):
+    whole, _ = go("sparsegpt_alp", "--batch_size", 4)
+    tight, other = go("sparsegpt_alp", "--batch_size", 4, fails=lambda n, size: size > 800_000)  # logits of 4 windows
+    assert other.refused and alike(tight, whole)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("sparsegpt_alp", 6),
+        *(pytest.param(n, 30, marks=pytest.mark.slow) for n in ("sparsegpt_alp", "compensated", "heal")),
+    ],
+)
+def test_memory_that_is_out_for_once_costs_no_run(go, name, count):
+    """At one allocation of many; not among the first, since a model is loaded once."""
+    expected, pretended = go(name)
+    numbers = range(pretended.allocations // 10, pretended.allocations, pretended.allocations // count)
+    for number in numbers:
+        found, other = go(name, fails=lambda n, size, number=number: n == number)
+        assert len(other.refused) == 1 and alike(found, expected), (number, other.refused)
+
+
+@pytest.mark.parametrize("name, most", [("sparsegpt_alp", 40), ("ria_owl", 30)])
+def test_a_layer_waits_for_the_gpu_only_so_often(go, name, most):
+    """Of what prunes, so not of evaluation, samples and loading."""
+    pretended = go(name)[1]
+    waits = sum(count for (_, line), count in pretended.waits.items() if line.startswith("lib/sparsity/"))
+    assert 0 < waits <= 4 * most
