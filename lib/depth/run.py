@@ -32,6 +32,7 @@ from lib.reporting.plots import plot_removals
 from lib.runs.outline import TRIAL, Part
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
+from lib.runtime.batching import retry_once
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
@@ -119,7 +120,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         return ("pruned", "compensated") if self.settings.compensates else ("pruned",)
 
     def next_step(self, is_far: bool) -> str:
-        if self.plan.experts_removed or not has_writers(self.decoder):
+        if self.plan.experts_removed or not retry_once(partial(has_writers, self.decoder)):
             return "removing less, or training"
         if self.settings.compensate != "all":
             return "removing less, and --compensate all" if is_far else "--compensate all"

@@ -134,15 +134,20 @@ class Training:
 
     def _take_step(self) -> float:
         ids = self.windows[rows_of(self.step, len(self.windows), self.settings.batch_size, self.settings.seed)]
-        loss = self.batcher.retry_smaller(lambda: self._accumulate(ids), len(ids))
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], _LARGEST_NORM)
-        if not (math.isfinite(loss) and norm.isfinite()):
+        loss, norm = self.batcher.retry_smaller(lambda: self._find_gradients(ids), len(ids))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             advice = "a lower --learning_rate, or --dtype bfloat16 or float32"
             raise RunError(f"step {self.step + 1} of the training: its loss or gradient is not finite; try {advice}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate(self.step, self.settings.steps)
         self.optimizer.step()
         return loss
+
+    def _find_gradients(self, ids: torch.Tensor) -> tuple[float, float]:
+        """The mean loss of windows (N, T), and the norm of its gradient, which is then no longer than allowed."""
+        loss = self._accumulate(ids)
+        with_gradients = [parameter for parameter in self.parameters if parameter.grad is not None]
+        return loss, float(torch.nn.utils.clip_grad_norm_(with_gradients, _LARGEST_NORM))
 
     def _accumulate(self, ids: torch.Tensor) -> float:
         """The mean loss of windows (N, T), and its gradient, from parts that fit into memory."""

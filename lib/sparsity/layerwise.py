@@ -218,10 +218,10 @@ def count_zeros(decoder: Decoder, groups: Sequence[Sequence[InputGroup]]) -> lis
     for index, layer in enumerate(groups):
         with decoder.at(index):
             weights = [matrix.stored for group in layer for matrix in group.matrices]
-            zeros = sum(retry_once(partial(_count_zeros, weight)) for weight in weights)
-            counts.append((zeros, sum(weight.numel() for weight in weights)))
+            counts.append(retry_once(partial(_count_zeros, weights)))
     return counts
 
 
-def _count_zeros(weight: torch.Tensor) -> int:
-    return weight.numel() - int(torch.count_nonzero(weight))
+def _count_zeros(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
+    total = sum(weight.numel() for weight in weights)
+    return total - int(sum(torch.count_nonzero(weight) for weight in weights)), total  # one wait for all

@@ -36,10 +36,12 @@ class Hessian:
         self.windows = self.tokens = 0
         self.damping: float | None = None  # used by the last factorization, relative to the mean diagonal
         self._factors: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._is_checked = False  # to be finite
 
     def update(self, inputs: torch.Tensor) -> None:
         """Adds the inputs (B, T, in) of B windows, one by one so that the sum does not depend on the batch size."""
         self._factors.clear()
+        self._is_checked = False
         for window in inputs:
             window = window if _sums_in_float32(window) else window.float()
             for first, last in pairwise(self._edges):
@@ -50,6 +52,7 @@ class Hessian:
     def combine(self, add: Callable[[torch.Tensor], None], windows: int) -> None:
         """Merges all processes' sums, over `windows` in total; `add` replaces a tensor by its sum over processes."""
         self._factors.clear()
+        self._is_checked = False
         add(self._sum)
         self.windows, self.tokens = windows, sum_over(self.tokens, add)
 
@@ -68,8 +71,9 @@ class Hessian:
     def diagonal(self) -> torch.Tensor:
         """The diagonal of H, (in,). Raises `RunError` if it is not finite."""
         diagonal = self._sum.diagonal() * (2 / self.windows)
-        if not diagonal.isfinite().all():
+        if not self._is_checked and not diagonal.isfinite().all():
             raise RunError("NaN or infinity in the layer's inputs; try --dtype float32 or bfloat16")
+        self._is_checked = True  # a GPU would be waited for each time
         return diagonal
 
     def inverse_factor(self, damping: float, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
