@@ -1,6 +1,7 @@
 """The documentation agrees with the command lines, and its links and example commands work."""
 
 import importlib
+import json
 import re
 import shlex
 from functools import cache
@@ -137,6 +138,27 @@ def test_example_commands_parse(page, capsys):
         except SystemExit:
             wrong.append((script, arguments, capsys.readouterr().err))
     assert not wrong
+
+
+def test_the_notebook_was_run_and_its_commands_parse():
+    """Cells in order, none with an error, and no path of a machine in what they printed."""
+    cells = [
+        cell for cell in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs and not [one for one in outputs if one["output_type"] == "error"]
+    assert not re.search(r"/(tmp|home|root|work|Users)/", json.dumps(outputs))
+    found = commands(
+        "\n".join(
+            f"`{line.lstrip('!').partition(' 2>&1')[0]}`"
+            for cell in cells
+            for line in "".join(cell["source"]).split("\n")
+        )
+    )
+    assert len(found) == 4
+    for script, arguments in found:
+        importlib.import_module(script).build_parser().parse_args(arguments)
 
 
 def test_there_are_example_commands_of_every_script():

@@ -121,10 +121,10 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     def next_step(self, is_far: bool) -> str:
         if self.plan.experts_removed or not retry_once(partial(has_writers, self.decoder)):
-            return "removing less, or training"
+            return "removing less, or python -m lib.heal"
         if self.settings.compensate != "all":
             return "removing less, and --compensate all" if is_far else "--compensate all"
-        return "removing less, more text to compensate on, or training"
+        return "removing less, more text to compensate on, or python -m lib.heal"
 
     def measure(self) -> dict[str, dict[str, Evaluation]]:
         """Evaluates the dense and the pruned model on every text."""

@@ -12,6 +12,7 @@ from typing import Any
 from lib.config.plan import read_plan
 from lib.config.sources import ModelSource, expand, is_demo, is_gguf, is_hub_model, locate_model, short_name
 from lib.export.huggingface import load_call, runtimes
+from lib.export.reload import has_code
 from lib.files import read_json
 from lib.storage.atomic import write_json
 from lib.storage.model_folder import CARD, seal
@@ -140,7 +141,8 @@ def _numbers(numbers: list[int]) -> str:
 def _loading(folder: Path) -> Iterator[str]:
     yield from ("```python", "from transformers import AutoTokenizer, " + load_call(folder).partition(".")[0], "")
     yield f"model = {load_call(folder, 'FOLDER')}"
-    yield from ('tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```")
+    code = ", trust_remote_code=True" if has_code(folder) else ""  # or transformers asks whether to run it
+    yield from (f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})', "```")
     commands = {
         "vLLM": "vllm serve FOLDER --trust-remote-code",
         "SGLang": "python -m sglang.launch_server --model-path FOLDER --trust-remote-code",

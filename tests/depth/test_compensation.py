@@ -225,7 +225,7 @@ def test_the_result_says_what_was_refitted_and_what_it_brought(command, capsys):
         in told
     )
     assert f"has up to {max(one['unknowns'] for one in found['projections']):,} unknowns" in told
-    assert "; try removing less, more text to compensate on, or training\n" in told
+    assert "; try removing less, more text to compensate on, or python -m lib.heal\n" in told
     command("--compensate", "nearest")
     assert "; try --compensate all\n" in capsys.readouterr().out
 

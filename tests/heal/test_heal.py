@@ -55,7 +55,7 @@ def test_a_healed_model_is_nearer_to_the_dense_one_and_saved_as_it_was_measured(
     result, told = result_of(tmp_path), capsys.readouterr().out
     (text,) = result["kl_divergence"]
     assert list(result["perplexity"][text]) == ["dense", "pruned", "healed"]
-    assert result["kl_divergence"][text]["healed"] < 0.9 * result["kl_divergence"][text]["pruned"]
+    assert result["kl_divergence"][text]["healed"] < 0.95 * result["kl_divergence"][text]["pruned"]
     assert result["verdict"] and "Perplexity (dense -> pruned -> healed)" in told and "Taken       the adapters" in told
     healing = result["healing"]
     assert healing["steps_taken"] == 12 and len(healing["checks"]) == 13 and healing["keeps_zeros"] is False
