@@ -151,7 +151,7 @@ def test_with_little_memory_batches_are_halved(go):
     "name, places",
     [
         ("sparsegpt_alp", 3),
-        *(pytest.param(n, 30, marks=pytest.mark.slow) for n in ("sparsegpt_alp", "compensated", "heal")),
+        *(pytest.param(n, 30, marks=pytest.mark.slow) for n in ("sparsegpt_alp", "compensated")),
     ],
 )
 def test_memory_that_is_out_for_once_costs_no_run(go, name, places):
