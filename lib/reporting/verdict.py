@@ -14,7 +14,7 @@ class Threshold(NamedTuple):
 USABLE = Threshold("usable", 0.2, 0.8)
 THRESHOLDS = (USABLE, Threshold("damaged", 0.6, 0.6))
 WORST = "broken"
-FAR = 1.0  # nats a token: from a KL divergence above it, no repair that we measured came back to `damaged`
+FAR = 1.0  # nats a token: from a KL divergence above it, no closed form that we measured came back to `damaged`
 LEGEND = "; ".join(
     f"{one.verdict}: a KL divergence of at most {one.kl_divergence:g} nats a token to the dense model, and at least "
     f"{one.top1_agreement:.0%} top-1 agreement with it"

@@ -144,7 +144,7 @@ def test_refitted_weights_are_those_of_a_model_saved_as_a_folder(demo, tmp_path,
     for name in ("out", "out.gguf"):
         flags = [*more, *COUNTS, "--save_model", tmp_path / name, *refit, tmp_path / f"run-{name}"]
         assert run("--model_name", demo, *flags, monkeypatch=monkeypatch) == 0
-    assert re.search(r"^Refitted    \d+ tensors in the GGUF file: \d+ as (F32|Q8_0)", capsys.readouterr().out, re.M)
+    assert re.search(r"^Changed     \d+ tensors in the GGUF file: \d+ as (F32|Q8_0)", capsys.readouterr().out, re.M)
     saved = read_plan(tmp_path / "run-out/result.json")
     assert saved.refitted and saved.refitted.folder
     apply_plan(demo, tmp_path / "other.gguf", saved.plan, refitted=saved.refitted)
