@@ -80,15 +80,20 @@ def _depth(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
     yield f"# {short_name(source.name)}, without {result['parameters']['actual_rate']:.1%} of its parameters"
     how = f"depth pruning ({result.get('method', 'a saved plan')})"
     yield from ("", f"Made from {_linked(source)} by {how}. Numbers of layers are those of the base model.", "")
-    yield from ("| removed | layers |", "|---|---|")
-    yield f"| attention | {_numbers(result['mha_removed'])} |"
-    yield f"| FFN | {_numbers(result['ffn_removed'])} |"
-    for layer, experts in enumerate(result.get("experts_removed", ())):
-        if experts:
-            yield f"| experts of layer {layer} | {_numbers(experts)} |"
+    yield from _removed(result)
     if compensation := result.get("compensation"):
         kept = sum(one["kept"] for one in compensation["projections"])
         yield from ("", f"{kept} output projections were refitted ({', '.join(compensation['dataset'])}).")
+
+
+def _removed(plan: dict[str, Any]) -> Iterator[str]:
+    """A table of what a plan removes."""
+    yield from ("| removed | layers |", "|---|---|")
+    yield f"| attention | {_numbers(plan['mha_removed'])} |"
+    yield f"| FFN | {_numbers(plan['ffn_removed'])} |"
+    for layer, experts in enumerate(plan.get("experts_removed", ())):
+        if experts:
+            yield f"| experts of layer {layer} | {_numbers(experts)} |"
 
 
 def _sparsity(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
@@ -105,6 +110,8 @@ def _healing(result: dict[str, Any], source: ModelSource) -> Iterator[str]:
     aim = f"to the distributions of {short_name(healing['teacher'])}" if healing["teacher"] else "to text"
     how = f"{healing['steps_taken']:,} steps of training of low-rank adapters {aim}, which are merged"
     yield from ("", f"Made from the pruned model {_linked(source)} by {how} ({result['dataset']}).")
+    if plan := plan_of(result, source):
+        yield from ("", f"Before, {short_name(plan['model'])} had lost, in numbers of its layers:", "", *_removed(plan))
 
 
 def _header(result: dict[str, Any], source: ModelSource) -> str:

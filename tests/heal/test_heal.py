@@ -16,7 +16,13 @@ from lib.config.plan import read_plan
 from tests.command import ROOT, run, run_alp
 from tests.families import tiny_model
 
-TEXT = ["--dataset", ROOT / "README.md", "--eval_datasets", ROOT / "README.md", "--seqlen", 16, "--eval_windows", 20]
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> list:
+    """Flags of a text that does not change, and of few windows."""
+    path = tmp_path_factory.mktemp("text") / "license.txt"
+    shutil.copyfile(ROOT / "LICENSE", path)
+    return ["--dataset", path, "--eval_datasets", path, "--seqlen", 16, "--eval_windows", 20]
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +31,21 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pruned(tiny_folder, folder, monkeypatch) -> Path:
+def pruned(tiny_folder, text, folder, monkeypatch) -> Path:
     """A model without some blocks, saved by ppllms.py; made once."""
     if not (folder / "pruned").exists():
-        flags = ["--model_name", tiny_folder, *TEXT, "--mha_remove_layers", 1, "--ffn_remove_layers", 2]
+        flags = ["--model_name", tiny_folder, *text, "--mha_remove_layers", 1, "--ffn_remove_layers", 2]
         flags += ["--save_model", folder / "pruned", "--output_dir", folder / "run"]
         assert run(*flags, monkeypatch=monkeypatch) == 0
     return folder / "pruned"
 
 
 @pytest.fixture
-def heal(tmp_path, monkeypatch):
+def heal(text, tmp_path, monkeypatch):
     """Runs the command on a model; `more` comes last."""
 
     def of(model: Path, *more) -> int:
-        flags = ["--model", model, *TEXT, "--steps", 12, "--train_batch_size", 4, "--learning_rate", 0.003]
+        flags = ["--model", model, *text, "--steps", 12, "--train_batch_size", 4, "--learning_rate", 0.002]
         flags += ["--output_dir", tmp_path / "healed"]
         return run(*flags, *more, monkeypatch=monkeypatch, script=lib.heal.__main__)
 
@@ -55,7 +61,7 @@ def test_a_healed_model_is_nearer_to_the_dense_one_and_saved_as_it_was_measured(
     result, told = result_of(tmp_path), capsys.readouterr().out
     (text,) = result["kl_divergence"]
     assert list(result["perplexity"][text]) == ["dense", "pruned", "healed"]
-    assert result["kl_divergence"][text]["healed"] < 0.95 * result["kl_divergence"][text]["pruned"]
+    assert result["kl_divergence"][text]["healed"] < 0.9 * result["kl_divergence"][text]["pruned"]
     assert result["verdict"] and "Perplexity (dense -> pruned -> healed)" in told and "Taken       the adapters" in told
     healing = result["healing"]
     assert healing["steps_taken"] == 12 and len(healing["checks"]) == 13 and healing["keeps_zeros"] is False
@@ -66,10 +72,10 @@ def test_a_healed_model_is_nearer_to_the_dense_one_and_saved_as_it_was_measured(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).num_parameters()
 
 
-def test_the_healed_folder_tells_what_was_removed_and_what_was_changed(heal, pruned, folder, tmp_path, monkeypatch):
+def test_the_healed_folder_tells_what_was_removed_and_what_was_changed(heal, pruned, text, tmp_path, monkeypatch):
     """By the refits before and by the training, in numbers of the dense model's layers."""
     compensated, out = tmp_path / "compensated", tmp_path / "out"
-    again = ["--apply_plan", pruned, "--compensate", "all", "--compensate_dataset", *TEXT[1:]]
+    again = ["--apply_plan", pruned, "--compensate", "all", "--compensate_dataset", *text[1:]]
     flags = [*again, "--save_model", compensated, "--output_dir", tmp_path / "run"]
     assert run(*flags, monkeypatch=monkeypatch) == 0
     assert heal(compensated, "--save_model", out) == 0
@@ -79,7 +85,11 @@ def test_the_healed_folder_tells_what_was_removed_and_what_was_changed(heal, pru
     assert set(earlier.changed.linears) < set(now.changed.linears)
     assert {layer for layer, _ in now.changed.linears} == set(now.plan.kept_layers)
     card = (out / "README.md").read_text()
-    assert "- healed" in card and "steps of training of low-rank adapters to the distributions of" in card
+    assert (
+        "| FFN | " in card
+        and "- healed" in card
+        and "steps of training of low-rank adapters to the distributions of" in card
+    )
     assert heal(compensated, "--save_model", out, "--overwrite") == 0  # its card and plan are known as its own
 
 

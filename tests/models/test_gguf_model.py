@@ -146,10 +146,10 @@ def test_refitted_weights_are_those_of_a_model_saved_as_a_folder(demo, tmp_path,
         assert run("--model_name", demo, *flags, monkeypatch=monkeypatch) == 0
     assert re.search(r"^Changed     \d+ tensors in the GGUF file: \d+ as (F32|Q8_0)", capsys.readouterr().out, re.M)
     saved = read_plan(tmp_path / "run-out/result.json")
-    assert saved.refitted and saved.refitted.folder
-    apply_plan(demo, tmp_path / "other.gguf", saved.plan, refitted=saved.refitted)
+    assert saved.changed and saved.changed.folder
+    apply_plan(demo, tmp_path / "other.gguf", saved.plan, changed=saved.changed)
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()
-    of_gguf = read_plan(tmp_path / "run-out.gguf/result.json").refitted
+    of_gguf = read_plan(tmp_path / "run-out.gguf/result.json").changed
     assert of_gguf and of_gguf.folder is None  # the file holds them quantized
 
 
