@@ -10,6 +10,7 @@ import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from
 
 # isort: split
 import argparse
+import sys
 from pathlib import Path
 
 from lib.cli import checks, flags, types
@@ -128,6 +129,7 @@ def main() -> None:
 
 def command() -> None:
     """Entry point of the command."""
+    sys.argv[0] = "heal"  # as results and cards quote it
     end_script("heal", main)
 
 

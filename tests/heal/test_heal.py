@@ -203,6 +203,23 @@ def test_several_processes_are_refused(heal, pruned, capsys, monkeypatch):
     assert "healing runs in one process; start it without torchrun" in capsys.readouterr().err
 
 
+def test_a_card_quotes_the_command_by_its_name(heal, pruned, text, tmp_path):
+    flags = [
+        "--model",
+        pruned,
+        *text,
+        "--steps",
+        1,
+        "--output_dir",
+        tmp_path / "healed",
+        "--save_model",
+        tmp_path / "out",
+    ]
+    command = [sys.executable, "-m", "lib.heal", *map(str, flags)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert f"\nheal --model {pruned} " in (tmp_path / "out/README.md").read_text()
+
+
 def test_the_command_answers_at_once_and_needs_no_torch():
     code = "import sys, lib.heal.__main__ as heal; heal.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
