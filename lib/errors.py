@@ -135,7 +135,7 @@ def describe_failure(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             "out of memory, though batches were made smaller where that helps; lower --seqlen (of gradients "
-            "--grad_seqlen), use --dtype bfloat16, or --offload cpu or disk"
+            "--grad_seqlen), use --dtype bfloat16, or (but for healing) --offload cpu or disk"
         )
     if isinstance(error, ImportError):
         return _describe_import(error)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.config.sources import short_name
+from lib.config.sources import locate_model, short_name
 from lib.errors import InputError, first_line
 from lib.files import parse_json, read_file, read_json
 
@@ -65,6 +65,16 @@ class Plan:
         """The layers that keep something, ascending: those of the smaller model."""
         return [layer for layer in range(self.num_layers) if layer not in self.removed_layers]
 
+    def numbers_in(self, num_layers: int) -> list[int]:
+        """The layers of the unpruned model that a pruned one of so many layers has, in order.
+
+        Layers that lost everything may stay there as empty ones. Raises `ValueError` for another number of layers.
+        """
+        for numbers in (self.kept_layers, list(range(self.num_layers))):
+            if len(numbers) == num_layers:
+                return numbers
+        raise ValueError(f"leaves {len(self.kept_layers)} of {self.num_layers} layers, and the model has {num_layers}")
+
 
 @dataclass(frozen=True)
 class Changed:
@@ -92,23 +102,35 @@ class SavedPlan:
         return abs(parameters - self.parameters) <= 0.01 * self.parameters
 
 
-def read_plan(path: Path, row: str | None = None, flag: str = "--apply_plan") -> SavedPlan:
+def read_plan(path: Path, row: str | None = None) -> SavedPlan:
     """The plan in a `result.json` or `plan.json` of `ppllms.py`, or in a row of a table's `results.jsonl`.
 
-    Raises `InputError`, which names the flag, for a file that holds none.
+    Raises `InputError` for a file that holds none.
     """
     try:
         saved = _saved_plan(path, read_json(path) if row is None else _result_of_row(path, row))
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror}); give a run's result.json") from error
+        raise InputError(f"--apply_plan {path}: cannot be read ({error.strerror}); give a run's result.json") from error
     except KeyError as error:
-        raise InputError(f"{flag} {path}: has no {error}; give the result.json of a run of ppllms.py") from error
+        raise InputError(f"--apply_plan {path}: has no {error}; give the result.json of a run of ppllms.py") from error
     except (ValueError, TypeError) as error:
         problem = first_line(error)
-        raise InputError(f"{flag} {path}: holds no plan ({problem}); give a run's result.json") from error
+        raise InputError(f"--apply_plan {path}: holds no plan ({problem}); give a run's result.json") from error
     if len(saved.plan.mha_removed) == saved.plan.num_layers:
-        raise InputError(f"{flag} {path}: removes every attention; one must stay")
+        raise InputError(f"--apply_plan {path}: removes every attention; one must stay")
     return saved
+
+
+def plan_beside(model: str) -> SavedPlan | None:
+    """The plan in the folder of a model that was pruned by one; None without. Raises `InputError` for a broken one."""
+    path = Path(locate_model(model)) / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        return read_plan(path)
+    except InputError as error:
+        advice = "mend it, or take it out of the folder"
+        raise InputError(f"--model {model}: {path} holds no plan that can be read; {advice}") from error
 
 
 def _result_of_row(path: Path, row: str) -> Any:

@@ -29,9 +29,9 @@ def flips(dense: str, other: str) -> dict[str, float]:
 
 
 def as_fields(found: Mapping[str, Answers]) -> dict:
-    """The `tasks` of result.json for what each stage answered, the dense model first."""
-    dense = found[DENSE]
-    shown = {task: metric for task, metrics in dense.metrics.items() if (metric := accuracy_metric(metrics))}
+    """The `tasks` of result.json for what each stage answered, the dense model first; without it nothing flips."""
+    first, dense = next(iter(found.values())), found.get(DENSE)
+    shown = {task: metric for task, metrics in first.metrics.items() if (metric := accuracy_metric(metrics))}
     accuracy: dict[str, dict] = {task: {} for task in shown}
     errors: dict[str, dict] = {task: {} for task in shown}
     for task, metric in shown.items():
@@ -46,11 +46,11 @@ def as_fields(found: Mapping[str, Answers]) -> dict:
             for stage, answers in found.items()
             if stage != DENSE and task in answers.right
         }
-        for task, right in dense.right.items()
+        for task, right in (dense.right.items() if dense else ())
     }
     return {
-        "metrics": {task: {stage: answers.metrics[task] for stage, answers in found.items()} for task in dense.metrics},
-        "num_fewshot": dense.num_fewshot,
+        "metrics": {task: {stage: answers.metrics[task] for stage, answers in found.items()} for task in first.metrics},
+        "num_fewshot": first.num_fewshot,
         "accuracy": accuracy,
         "accuracy_standard_error": errors,
         "flips": changed,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lib.config.plan import read_plan
+from lib.config.plan import plan_beside
 from lib.config.sources import ModelSource, expand, is_demo, is_gguf, is_hub_model, locate_model, short_name
 from lib.export.huggingface import load_call, runtimes
 from lib.export.reload import has_code
@@ -49,14 +49,12 @@ def plan_of(result: dict[str, Any], source: ModelSource) -> dict[str, Any]:
         refits = result.get("compensation", {}).get("projections", ())
         changed = [[one["layer"], one["name"]] for one in refits if one["kept"]]
         return {name: result[name] for name in _OF_PLANS if name in result} | {"changed": changed}
-    earlier = Path(locate_model(source.name)) / PLAN
-    if "healing" not in result or not earlier.is_file():
+    saved = plan_beside(source.name) if "healing" in result else None
+    if not saved:
         return {}
-    saved, trained = read_plan(earlier, flag="--model"), result["healing"]["changed"]
-    kept = saved.plan.kept_layers
-    numbers = kept if len(kept) == result["num_layers"] else range(saved.plan.num_layers)
+    trained, numbers = result["healing"]["changed"], saved.plan.numbers_in(result["num_layers"])
     places = {(numbers[layer], path) for layer, path in trained} | set(saved.changed.linears if saved.changed else ())
-    content = read_json(earlier) | {"save_format": result["save_format"]}
+    content = read_json(saved.path) | {"save_format": result["save_format"]}
     return content | {"changed": [list(place) for place in sorted(places)]}
 
 
@@ -121,7 +119,8 @@ def _header(result: dict[str, Any], source: ModelSource) -> str:
     base = _base_card(source)
     tags = ["pruned", "depth-pruning" if "mha_removed" in result else "sparse"]
     if "healing" in result:
-        tags = [*base.get("tags", ["pruned"]), "healed"]
+        tags = [*(tag for tag in base.get("tags", ["pruned"]) if tag != "sparse"), "healed"]
+        tags += ["sparse"] if result["healing"]["keeps_zeros"] else []
     known = {name: base[name] for name in ("license", "license_name", "license_link", "language") if base.get(name)}
     return ModelCardData(
         base_model=source.name

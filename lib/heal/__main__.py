@@ -3,7 +3,8 @@
     python ppllms.py --compensate all --save_model OUT
     python -m lib.heal --model OUT --save_model HEALED
 
-The model is a folder that ppllms.py or alp_prune.py saved with --save_format hf. Zeros of a sparse model stay zero.
+The model is a folder that ppllms.py or alp_prune.py saved with --save_format hf. Where a quarter
+of the weights or more are zero, these stay zero.
 """
 
 import lib.cli.starting  # noqa: F401  (before all else: Ctrl-C is one line from here on)
@@ -18,12 +19,11 @@ from lib.cli.exit_status import end_script, importing
 from lib.config import sources
 from lib.config.healing import Healing
 from lib.config.mixture import check_evaluation_text, parse_mixture
-from lib.config.plan import read_plan
+from lib.config.plan import SavedPlan, plan_beside
 from lib.config.tasks import expand_sets
 from lib.errors import InputError
 from lib.runtime.launcher import launched
 from lib.storage.model_folder import is_gguf_target
-from lib.storage.output_folder import PLAN
 
 SAVE_FORMATS = ("hf", "nemotron-nas")
 NO_TEACHER = "none"
@@ -74,21 +74,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         advice = "save a folder, and give that to ppllms.py --apply_plan with --gguf IN OUT"
         raise InputError(f"--save_model {args.save_model}: is a GGUF file; {advice}")
     args.tasks = expand_sets(args.tasks or ())
-    args.teacher = find_teacher(args.model, args.teacher)
-    is_of_demo = any(map(sources.is_demo, (args.model, args.teacher or args.model)))
+    saved = plan_beside(args.model)
+    args.teacher = find_teacher(args.teacher, saved)
+    names = (args.model, args.teacher or args.model, saved.model if saved else args.model)
+    is_of_demo = any(map(sources.is_demo, names))
     args.dataset = parse_mixture("--dataset", args.dataset or ["demo" if is_of_demo else "c4"])
     args.eval_datasets = list(dict.fromkeys(args.eval_datasets or ["demo" if is_of_demo else "wikitext2"]))
     return args
 
 
-def find_teacher(model: str, given: str | None) -> str | None:
-    """The dense model: as given, or the one that the plan beside the pruned model was found for. None without one."""
-    plan = Path(sources.locate_model(model)) / PLAN
-    if given or not plan.is_file():
-        return None if given in (None, NO_TEACHER) else given
-    found = read_plan(plan, flag="--model").model
+def find_teacher(given: str | None, saved: SavedPlan | None) -> str | None:
+    """The dense model: as given, or the one that the plan in the pruned folder was found for. None without one."""
+    if given:
+        return None if given.lower() == NO_TEACHER else given
+    if not saved:
+        return None
+    found = saved.model
     if not sources.is_hub_model(found) and not sources.is_demo(found) and not sources.expand(found).exists():
-        raise InputError(f"--teacher: {plan} names {found}, which is not there; give the dense model, or {NO_TEACHER}")
+        what = f"{saved.path} names {found}, which is not there"
+        raise InputError(f"--teacher: {what}; give the dense model, or {NO_TEACHER}")
     return found
 
 

@@ -16,6 +16,7 @@ from lib.errors import InputError
 from lib.models.decoder import Decoder
 
 SCALE = 2.0
+SOME = 0.01  # share of zeros that is worth a note
 SPARSE = 0.25  # from this share of zeros on, a model is taken for a sparse one; 4-bit weights have up to 20%
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lib.config.healing import Healing
+from lib.config.plan import plan_beside
 from lib.data.corpora import load_corpus
 from lib.data.inspection import describe_texts
 from lib.data.sampling import calibration_windows, draw_parts, evaluation_windows
@@ -60,7 +61,7 @@ def prepare(report: Report, cells: list[Healing], ranks: Ranks) -> HealWorkspace
         prompts = make_prompts(settings.model_name, settings.prompts, tokenizer, evaluation.values(), config)
     with report.timed("load"):
         student = Decoder(load_model(settings.source))
-        find_linears(student)
+        check_student(settings, student)
         if settings.save_model:
             check_format(student, settings.save_format)
         teacher = load_teacher(settings, student) if settings.teacher else None
@@ -85,6 +86,25 @@ def check_config(cells: list[Healing], config) -> int:
     seqlen = window_length(settings.model_name, config, settings.seqlen)
     check_stride(settings.eval_stride, seqlen)
     return seqlen
+
+
+def check_student(settings: Healing, student: Decoder) -> None:
+    """Raises `InputError` for a model that cannot be trained here, or is not what the plan in its folder says."""
+    linears = find_linears(student)
+    if any(linear.weight.is_meta for linear in linears.values()):
+        raise InputError(
+            f"{settings.model_name}: does not fit the devices, and healing offloads nothing; use larger ones"
+        )
+    if not (saved := plan_beside(settings.model_name)):
+        return
+    try:
+        modes = [saved.plan.mode(number) for number in saved.plan.numbers_in(student.num_layers)]
+    except ValueError as error:
+        raise InputError(f"--model {settings.model_name}: the plan in its folder is another's: it {error}") from error
+    pairs = list(zip(student.given_modes, modes, strict=True))
+    if any(given.attention > mode.attention or given.ffn > mode.ffn for given, mode in pairs):
+        what = "has blocks that the plan in its folder removes, which a training would bring back"
+        raise InputError(f"--model {settings.model_name}: {what}; give one that was saved with --save_format hf")
 
 
 def load_teacher(settings: Healing, student: Decoder) -> Decoder:

@@ -6,7 +6,7 @@ import torch
 
 from lib.config.healing import Healing
 from lib.evaluation.distance import Evaluation
-from lib.heal.adapters import SPARSE, Adapters
+from lib.heal.adapters import SOME, SPARSE, Adapters
 from lib.heal.training import Check, Training
 from lib.models.decoder import Decoder
 from lib.models.limits import dtype_name
@@ -29,6 +29,10 @@ def show_training(
     report.print(f"Training    {len(adapters)} linears by adapters of rank {settings.rank}, {trained:,} parameters")
     if zeros >= SPARSE:
         report.print(f"            {zeros:.1%} of their weights are zero, and stay so")
+    elif zeros >= SOME:
+        report.print(
+            f"Note        {zeros:.1%} of their weights are zero, too few for a sparse model: they are trained too"
+        )
     size = f"{settings.steps:,} steps of {settings.train_batch_size} windows of {windows.shape[1]} tokens"
     report.print(f"            {size}, {settings.dataset}")
     report.print(f"            of {len(windows)} windows; {len(held_out)} others are held out")

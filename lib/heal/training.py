@@ -21,7 +21,7 @@ from lib.models.decoder import Decoder
 from lib.models.sealed_tensors import Sealed, save_sealed
 from lib.runtime.batching import Batcher, Progress
 
-CHECKS = 10  # of the held-out windows, evenly spread over the steps
+CHECKS = 10  # of the held-out windows at most, evenly spread over the steps, beside the one before them
 PATIENCE = 3  # checks without a new best that end the training
 MOST_HELD_OUT = 16  # windows
 _WARM_UP = 10  # steps
@@ -111,7 +111,7 @@ class Training:
         while self.step < self.settings.steps and not self.is_stale:
             self._recent.append(self._take_step())
             self.step += 1
-            is_check = self.step == self.settings.steps or self.step % max(1, self.settings.steps // CHECKS) == 0
+            is_check = self.step == self.settings.steps or self.step % -(-self.settings.steps // CHECKS) == 0
             if is_check:
                 self._check(show)
             if is_check or time.monotonic() - kept > _KEPT_EVERY:
@@ -136,7 +136,7 @@ class Training:
         ids = self.windows[rows_of(self.step, len(self.windows), self.settings.batch_size, self.settings.seed)]
         loss, norm = self.batcher.retry_smaller(lambda: self._find_gradients(ids), len(ids))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            advice = "a lower --learning_rate, or --dtype bfloat16 or float32"
+            advice = "--overwrite with a lower --learning_rate, or --dtype bfloat16 or float32"
             raise RunError(f"step {self.step + 1} of the training: its loss or gradient is not finite; try {advice}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate(self.step, self.settings.steps)

@@ -241,7 +241,8 @@ def outline_run(kind: type[Run[Settings, Space]], settings: Settings) -> None:
     workspace = kind.load(report, [settings], ranks)
     run = kind(report, settings, workspace)
     run.show_model()
-    models, windows = 1 + len(run.stages_after_dense), sum(map(len, workspace.eval_windows.values()))
+    models = workspace.has_dense + len(run.stages_after_dense)
+    windows = sum(map(len, workspace.eval_windows.values()))
     samples = models * sample_passes(workspace.prompts, workspace.seqlen)
     parts = [
         *run.parts(),

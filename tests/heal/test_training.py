@@ -74,7 +74,7 @@ def test_a_step_is_the_same_in_batches_of_any_size_and_when_memory_runs_out(monk
 
 def test_training_comes_nearer_to_the_teacher_and_keeps_the_best():
     one = trained(training())
-    assert one.step == 24 and [check.step for check in one.checks] == list(range(0, 25, 2))
+    assert one.step == 24 and [check.step for check in one.checks] == list(range(0, 25, 3))
     assert one.best.held_out_loss < 0.92 * one.checks[0].held_out_loss
     one.checks = []
     one._check(lambda check: None)

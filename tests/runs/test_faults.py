@@ -366,7 +366,7 @@ def test_without_memory_for_one_window_it_says_what_to_lower_and_keeps_what_is_f
         status, stopped = asked.run(tmp_path / "run")
     told = capsys.readouterr().err
     advice = "batches were made smaller where that helps; lower --seqlen (of gradients --grad_seqlen), "
-    advice += "use --dtype bfloat16, or --offload cpu or disk"
+    advice += "use --dtype bfloat16, or (but for healing) --offload cpu or disk"
     assert status == 1 and told.count("\n") == 1 and f"out of memory, though {advice}" in told
     assert told.endswith(f"what is finished is kept: {GOES_ON}")
     status, rest = asked.run(tmp_path / "run", "--resume")
