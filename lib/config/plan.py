@@ -9,6 +9,7 @@ from lib.errors import InputError, first_line
 from lib.files import parse_json, read_file, read_json
 
 MOST_LAYERS = 10_000  # the largest models have some hundreds
+_BESIDE = "plan.json"  # in the folder of a saved model; what writes it has the name from `lib.storage.output_folder`
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def read_plan(path: Path, row: str | None = None) -> SavedPlan:
 
 def plan_beside(model: str) -> SavedPlan | None:
     """The plan in the folder of a model that was pruned by one; None without. Raises `InputError` for a broken one."""
-    path = Path(locate_model(model)) / "plan.json"
+    path = Path(locate_model(model)) / _BESIDE
     if not path.is_file():
         return None
     try:

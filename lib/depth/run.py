@@ -25,7 +25,6 @@ from lib.export import gguf
 from lib.export.gguf_changed import InMemory
 from lib.export.huggingface import save_pruned
 from lib.export.reload import SaveError
-from lib.models.limits import dtype_name
 from lib.models.residual_writers import has_writers
 from lib.models.weight_deltas import Changes
 from lib.reporting.plots import plot_removals
@@ -158,12 +157,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         described = {
             "model": settings.model_name,
             "model_path": local_path(settings.model_name),
-            "seqlen": workspace.seqlen,
-            "eval_stride": settings.eval_stride,
-            "eval_windows": settings.eval_windows,
-            "dtype": dtype_name(self.decoder.model),
-            "batch_size": workspace.batcher.size,
-            "num_layers": self.decoder.num_layers,
+            **self.describe_measuring(),
             **({"save_format": settings.save_format} if settings.save_model else {}),
         }
         if settings.saved_plan:

@@ -118,16 +118,14 @@ def _header(result: dict[str, Any], source: ModelSource) -> str:
 
     base = _base_card(source)
     tags = ["pruned", "depth-pruning" if "mha_removed" in result else "sparse"]
+    base_model = source.name if is_hub_model(source.name) else None
     if "healing" in result:
+        base_model = base_model or base.get("base_model")  # of the pruned model
         tags = [*(tag for tag in base.get("tags", ["pruned"]) if tag != "sparse"), "healed"]
         tags += ["sparse"] if result["healing"]["keeps_zeros"] else []
     known = {name: base[name] for name in ("license", "license_name", "license_link", "language") if base.get(name)}
     return ModelCardData(
-        base_model=source.name
-        if is_hub_model(source.name)
-        else base.get("base_model")
-        if "healing" in result
-        else None,
+        base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,

@@ -54,15 +54,12 @@ def find_linears(decoder: Decoder) -> dict[tuple[int, str], nn.Linear | Conv1D]:
 
     Raises `InputError` for a model without any.
     """
-    modules = {
-        (index, path): module for index, layer in enumerate(decoder.layers) for path, module in layer.named_modules()
-    }
     found: dict[tuple[int, str], nn.Linear | Conv1D] = {}
-    seen = set()
-    for place, module in modules.items():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point() and id(module) not in seen:
-            found[place] = module
-            seen.add(id(module))  # some families use a module in several layers
+    for index, layer in enumerate(decoder.layers):
+        for path, module in layer.named_modules():
+            is_trained = isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point()
+            if is_trained and module not in found.values():  # some families use a module in several layers
+                found[index, path] = module
     if not found:
         raise InputError(f"{decoder.family}: has no linears in its layers that could be trained")
     return found

@@ -135,8 +135,8 @@ def load_texts(
     arguments = settings.dataset, corpora, tokenizer, settings.nsamples, seqlen, settings.seed
     windows = torch.cat(list(draw_parts(*arguments, calibration_windows).values()))
     if len(windows) < _LEAST_WINDOWS:
-        advice = "give more text, or a lower --seqlen"
-        raise InputError(f"--dataset {settings.dataset}: healing needs at least 2 windows of {seqlen} tokens; {advice}")
+        needed = f"healing needs at least {_LEAST_WINDOWS} windows of {seqlen} tokens"
+        raise InputError(f"--dataset {settings.dataset}: {needed}; give more text, or a lower --seqlen")
     eval_windows = {
         text.name: evaluation_windows(text, tokenizer, seqlen, settings.eval_stride, settings.eval_windows)
         for text in evaluation

@@ -17,7 +17,6 @@ from lib.heal import report as heal_report
 from lib.heal.adapters import SPARSE, Adapters, find_linears, share_of_zeros
 from lib.heal.prepare import HealWorkspace, check_config, prepare
 from lib.heal.training import CHECKS, MOST_HELD_OUT, Settings, Training, split
-from lib.models.limits import dtype_name
 from lib.runs.outline import Part
 from lib.runs.own_text import fill_in
 from lib.runs.single import Run
@@ -99,7 +98,7 @@ class HealRun(Run[Healing, HealWorkspace]):
         }
 
     def describe(self) -> dict:
-        settings, workspace = self.settings, self.workspace
+        settings = self.settings
         return {
             "model": settings.model_name,
             "model_path": local_path(settings.model_name),
@@ -110,12 +109,7 @@ class HealRun(Run[Healing, HealWorkspace]):
             "learning_rate": settings.learning_rate,
             "train_batch_size": settings.train_batch_size,
             "seed": settings.seed,
-            "seqlen": workspace.seqlen,
-            "eval_stride": settings.eval_stride,
-            "eval_windows": settings.eval_windows,
-            "dtype": dtype_name(self.decoder.model),
-            "batch_size": workspace.batcher.size,
-            "num_layers": self.decoder.num_layers,
+            **self.describe_measuring(),
             **({"save_format": settings.save_format} if settings.save_model else {}),
         }
 

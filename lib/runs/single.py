@@ -29,6 +29,7 @@ from lib.export.huggingface import how_to_load
 from lib.export.model_card import write_card
 from lib.files import digest_of_json
 from lib.models.decoder import Decoder
+from lib.models.limits import dtype_name
 from lib.reporting.console import Report
 from lib.reporting.environment import environment
 from lib.reporting.verdict import FAR, describe, verdict_of, worst_divergence
@@ -127,6 +128,17 @@ class Run(ABC, Generic[Settings, Space]):
     @abstractmethod
     def parts(self) -> list[Part]:
         """What the run would do before it evaluates, in order."""
+
+    def describe_measuring(self) -> dict:
+        """The fields of result.json that say how a model was measured, whatever was done to it."""
+        return {
+            "seqlen": self.workspace.seqlen,
+            "eval_stride": self.settings.eval_stride,
+            "eval_windows": self.settings.eval_windows,
+            "dtype": dtype_name(self.decoder.model),
+            "batch_size": self.workspace.batcher.size,
+            "num_layers": self.decoder.num_layers,
+        }
 
     def bytes_to_save(self) -> int:
         """The least disk space that the saved model will take."""

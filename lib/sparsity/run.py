@@ -15,7 +15,6 @@ from lib.evaluation.distance import Evaluation, as_fields
 from lib.export.huggingface import save_weights
 from lib.export.reload import SaveError
 from lib.files import digest_of_json
-from lib.models.limits import dtype_name
 from lib.models.matrices import InputGroup
 from lib.models.offload import follow
 from lib.models.weight_deltas import Changes
@@ -291,7 +290,7 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             raise RunError(f"--save_model {self.settings.save_model}: {error}") from error
 
     def describe(self) -> dict:
-        settings, workspace, allocator = self.settings, self.workspace, self.settings.method.allocation
+        settings, allocator = self.settings, self.settings.method.allocation
         by_gradients = settings.uses_gradients
         flags = allocator.flags if allocator and settings.is_allocated else ()
         return {
@@ -311,13 +310,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
             **({"quantization": str(settings.quantization)} if settings.quantization else {}),
             "dataset": str(settings.calibration_dataset),
             "nsamples": settings.nsamples,
-            "seqlen": workspace.seqlen,
-            "eval_stride": settings.eval_stride,
-            "eval_windows": settings.eval_windows,
             "seed": settings.seed,
-            "dtype": dtype_name(self.decoder.model),
-            "batch_size": workspace.batcher.size,
-            "num_layers": self.decoder.num_layers,
+            **self.describe_measuring(),
         }
 
 
