@@ -41,6 +41,7 @@ from lib.config.presets import DEPTH_PRESETS
 from lib.config.tasks import expand_sets
 from lib.errors import InputError, printable
 from lib.export import gguf
+from lib.export.gguf_changed import Trained
 from lib.storage.model_folder import is_gguf_target
 from lib.storage.output_folder import PLAN, RESULT, find_plan
 
@@ -51,7 +52,7 @@ COUNTS = ("mha_remove_layers", "ffn_remove_layers")
 OF_COMPENSATION = {"seed": None, "dataset": "compensate_dataset", "nsamples": "compensate_nsamples"}
 # flags that a compensation uses too; the last two only without a flag of its own
 AXES = ("model_name", "method", "prune_rate", "seed")
-OF_A_GGUF = ("apply_plan", "gguf", "overwrite")
+OF_A_GGUF = ("apply_plan", "gguf", "gguf_weights", "overwrite")
 
 
 def build_parser() -> flags.Parser:
@@ -79,6 +80,11 @@ def build_parser() -> flags.Parser:
     )
     group.add_argument(
         "--gguf", type=types.folder, nargs=2, metavar=("IN", "OUT"), help="prune a GGUF file by the plan, for llama.cpp"
+    )
+    group.add_argument(
+        "--gguf_weights",
+        type=types.folder,
+        help="with --gguf: folder that has all weights, of the pruned model after a training by any tool",
     )
     flags.add_preset(parser, DEPTH_PRESETS)
     return parser
@@ -177,6 +183,8 @@ def check_together(args: argparse.Namespace, given: set[str]) -> None:
     """Raises `InputError` for flags that have no effect together with others."""
     if args.gguf and not args.apply_plan:
         raise InputError("--gguf: needs --apply_plan, the result.json of a run on the unpruned model")
+    if args.gguf_weights and not args.gguf:
+        raise InputError("--gguf_weights: needs --gguf IN OUT, the files for llama.cpp")
     is_compensated = args.compensate != "none"
     used_by_compensation = {name for name, own in OF_COMPENSATION.items() if is_compensated and own not in given}
     for name in sorted(given):
@@ -283,17 +291,18 @@ def check(args: argparse.Namespace) -> None:
         checks.prefer_cache_without_network()
 
 
-def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) -> None:
+def prune_gguf(source: Path, target: Path, saved: SavedPlan, weights: Path | None, overwrite: bool) -> None:
     """Writes a GGUF file without what the plan removes, and prints both sizes."""
     check_plan_stays(saved.path, {"--gguf": target})
-    found = gguf.apply_plan(source, target, saved.plan, overwrite, saved.changed)
+    changed = Trained(weights, saved.plan) if weights else saved.changed
+    found = gguf.apply_plan(source, target, saved.plan, overwrite, changed)
     print(printable(f"Plan        {saved.path}, found for {saved.model}"))
     for what, size in (("GGUF", found.before), ("pruned", found.after)):
         name = f"{source} ({found.architecture})" if what == "GGUF" else f"{target} (deci)"
         sizes = f"{size.layers} layers, {size.parameters:,} parameters, {size.bytes / 2**20:,.1f} MiB"
         print(printable(f"{what:<12}{name}: {sizes}"))
-    if saved.changed:
-        where = f"{found.changed.total()} tensors from {saved.changed.folder}"
+    if folder := weights or (saved.changed and saved.changed.folder):
+        where = f"{found.changed.total()} tensors from {folder}"
         print(printable(f"Changed     {where}: {found.changed_types}"))
     if not saved.fits(found.before.parameters):
         print(f"Note        the plan's model has {saved.parameters:,} parameters: is this file another model's?")
@@ -302,7 +311,7 @@ def prune_gguf(source: Path, target: Path, saved: SavedPlan, overwrite: bool) ->
 def main() -> None:
     args = parse()
     if args.gguf:
-        prune_gguf(*args.gguf, args.saved_plan, args.overwrite)
+        prune_gguf(*args.gguf, args.saved_plan, args.gguf_weights, args.overwrite)
         return
     is_grid = checks.is_grid(args, AXES)
     if is_grid:

@@ -38,6 +38,7 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {  # by script: the flags that canno
         "num_blocks": "is compared with the model",
         "save_format": _OF_RUNS["save_model"],
         "gguf": "prunes a file, without a run",
+        "gguf_weights": "is of --gguf",
     },
     "alp_prune": {
         **_OF_RUNS,

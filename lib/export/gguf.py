@@ -10,7 +10,7 @@ src/llama-model.cpp):
 - The head size and rotary size of all layers are read from layer 0, and only if it has heads. A first layer without
   attention is therefore written with one head whose weights are zero; it adds zeros to the hidden states.
 
-What the run of a plan changed in the weights that stay comes from the model that it saved (`gguf_changed`).
+What changed in the weights that stay comes from the model that a run, or a training since, saved (`gguf_changed`).
 
 The optional package `gguf` of llama.cpp writes the files. A file that it could not reproduce is refused, and what was
 written is read back and compared with the source before it appears under its name.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from lib.config.plan import Changed, Plan
 from lib.errors import RunError
-from lib.export.gguf_changed import ChangedTensor, InMemory, read_changed
+from lib.export.gguf_changed import ChangedTensor, InMemory, Trained, read_changed
 from lib.export.gguf_model import (
     ARCHITECTURE,
     ATTENTION,
@@ -85,7 +85,7 @@ class GgufPruning:
 
 
 def apply_plan(
-    source: Path, target: Path, plan: Plan, overwrite: bool = False, changed: Changed | None = None
+    source: Path, target: Path, plan: Plan, overwrite: bool = False, changed: Changed | Trained | None = None
 ) -> GgufPruning:
     """Writes a file without the sublayers that the plan removes, atomically.
 
@@ -109,7 +109,7 @@ def read(source: Path, num_layers: int) -> GgufModel:
     return model
 
 
-def prune(source: Path, plan: Plan, changed: Changed | InMemory | None = None) -> "PrunedGguf":
+def prune(source: Path, plan: Plan, changed: Changed | InMemory | Trained | None = None) -> "PrunedGguf":
     """The source without the sublayers that the plan removes; changed tensors as they became. Writes nothing.
 
     The layer numbers of the plan are the block numbers of the source. The source may have been pruned before. Raises

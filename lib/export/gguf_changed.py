@@ -1,19 +1,21 @@
-"""Linears that a run changed, read from the model that it saved, or has, and quantized for a GGUF file.
+"""Weights that replace those of a GGUF file: linears that a run changed, or all that a folder holds after a training.
 
 Each gets the type of the tensor that it replaces where the package `gguf` can write that well, else Q8_0. The rows of
 queries and keys are in another order there, see `reordered`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.config.model_files import weight_files
-from lib.config.plan import Changed, Mode
+from lib.config.model_files import ADAPTER_FILE, adapter_advice, weight_files
+from lib.config.plan import Changed, Mode, Plan
 from lib.errors import InputError
-from lib.export.gguf_model import GgufModel, split_name
+from lib.export.gguf_model import FFN_NORM, GgufModel, split_name
+from lib.files import read_json
 from lib.models.gguf_header import refuse
 from lib.storage.model_folder import signature
 
@@ -22,34 +24,59 @@ if TYPE_CHECKING:
 
     from lib.models.decoder import Decoder
 
-_QUERIES, _KEYS = "self_attn.q_proj", "self_attn.k_proj"
-_PARTS = {
-    _QUERIES: "attn_q.weight",
-    _KEYS: "attn_k.weight",
-    "self_attn.v_proj": "attn_v.weight",
-    "self_attn.o_proj": "attn_output.weight",
-    "mlp.gate_proj": "ffn_gate.weight",
-    "mlp.up_proj": "ffn_up.weight",
-    "mlp.down_proj": "ffn_down.weight",
+_PARTS = {  # of a block: module of transformers' Llama, the part of a tensor's name here
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
 }
+_OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_ROTARY = ("rope_", "rotary_emb.")  # tables, which no training changes: in a file; in a folder
 _WRITTEN = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight of a changed linear: its shape, row length first, and what reads it, as a tensor (rows, columns)."""
+    """A weight or bias: its shape, row length first, and what reads it, as a tensor of that shape reversed."""
 
     shape: tuple[int, ...]
     read: Callable[[], "torch.Tensor"]
 
 
-class InMemory:
+class _Linears:
+    """Linears that a run changed, each by the number of its layer and the path of the module within it."""
+
+    linears: tuple[tuple[int, str], ...]
+
+    def find(self, layer: int, path: str, number: int) -> Matrix:
+        """The weight of one, whose layer has a new number in the pruned model."""
+        raise NotImplementedError
+
+    def pairs(
+        self, source: Path, new_names: Mapping[str, str], tensors: Mapping[str, object]
+    ) -> Iterator[tuple[str, Matrix]]:
+        """Their weights, by the names of the tensors that they replace. Raises `InputError`."""
+        for layer, path in self.linears:
+            old = f"blk.{layer}.{_PARTS.get(path)}.weight"
+            if old not in new_names:
+                what = f"holds no {path} of layer {layer}, which the plan's run changed"
+                raise refuse(source, f"{what}; give the file that the plan was made for")
+            number, _ = split_name(new_names[old])
+            assert number is not None, "a linear lies in a block"
+            yield old, self.find(layer, path, number)
+
+
+class InMemory(_Linears):
     """Changed linears of a model in memory."""
 
     place = "the model"
 
     def __init__(self, decoder: "Decoder", linears: Iterable[tuple[int, str]]):
-        """`linears`: each by the number of its layer and the path of the module within it."""
         self.decoder, self.linears = decoder, tuple(linears)
 
     def find(self, layer: int, path: str, number: int) -> Matrix:
@@ -62,7 +89,7 @@ class InMemory:
             return self.decoder.layers[layer].get_parameter(f"{path}.weight").detach().cpu()
 
 
-class _InFolder:
+class _InFolder(_Linears):
     """Those in the model that a run saved. Raises `InputError` when it is not there as the run left it."""
 
     def __init__(self, changed: Changed):
@@ -80,9 +107,60 @@ class _InFolder:
         return self._matrices[_find(self.place, self._matrices, name)]
 
 
+class Trained:
+    """All weights of a folder: a model that a plan pruned and any tool trained since, or that stayed unpruned.
+
+    Raises `InputError` for a folder without weights in safetensors, an adapter, and a model that the plan does not fit.
+    """
+
+    def __init__(self, folder: Path, plan: Plan):
+        self.place, flag = folder, f"--gguf_weights {folder}"
+        if (folder / ADAPTER_FILE).is_file():
+            raise InputError(f"{flag}: {adapter_advice(str(folder))}")
+        self._matrices = _saved_matrices(folder) if folder.is_dir() else {}
+        if not self._matrices:
+            raise InputError(f"{flag}: holds no weights in safetensors; give the folder of the trained model")
+        try:
+            config = read_json(folder / "config.json")
+            self._numbers = plan.numbers_in(config["num_hidden_layers"])
+            if config.get("tie_word_embeddings"):
+                self._matrices.pop("lm_head.weight", None)  # some trainers save the embeddings again under this name
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            what = f"the plan does not fit its config.json ({error})"
+            raise InputError(f"{flag}: {what}; give a model that this plan pruned") from error
+
+    def pairs(
+        self, source: Path, new_names: Mapping[str, str], tensors: Mapping[str, object]
+    ) -> Iterator[tuple[str, Matrix]]:
+        """All weights that stay, by the names of the tensors that they replace. Raises `InputError` when one is lost.
+
+        The norm before a removed FFN is that of the source: it acts on nothing, and not every format keeps it.
+        """
+        missing = {name for name in new_names if not name.startswith(_ROTARY) and _has_use(name, new_names)}
+        advice = "give a file that was converted from the same model"
+        for name, matrix in self._matrices.items():
+            old = self._tensor_of(name)
+            if old in missing:
+                missing.remove(old)
+                yield old, matrix
+            elif old not in tensors and not any(table in name for table in _ROTARY):
+                raise refuse(source, f"has no tensor for {name} of {self.place}; {advice}")
+        if missing:
+            raise refuse(source, f"tensor {min(missing)} is in no file of {self.place}; {advice}")
+
+    def _tensor_of(self, name: str) -> str | None:
+        """The name in a GGUF file of a tensor of the folder; None for one of no Llama."""
+        if block := re.fullmatch(r"(?:.+\.)?layers\.([0-9]{1,5})\.(.+)\.(weight|bias)", name):
+            number, part = int(block[1]), _PARTS.get(block[2])
+            known = part and number < len(self._numbers)
+            return f"blk.{self._numbers[number]}.{part}.{block[3]}" if known else None
+        *_, module, kind = f".{name}".split(".")
+        return f"{_OUTSIDE[module]}.{kind}" if module in _OUTSIDE else None
+
+
 @dataclass(frozen=True)
 class ChangedTensor:
-    """A changed linear in a GGUF file, and the type that it gets there."""
+    """A changed weight or bias in a GGUF file, and the type that it gets there."""
 
     kind: Any
     matrix: Matrix
@@ -104,13 +182,13 @@ class ChangedTensor:
 
 
 def reordered(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Queries or keys (rows, columns) for llama.cpp, which rotates neighbours where transformers rotates halves."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    """Queries or keys (rows, ...) for llama.cpp, which rotates neighbours where transformers rotates halves."""
+    rows = len(weight)
+    return weight.view(heads, 2, rows // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def read_changed(
-    source: Path, model: GgufModel, layout: Sequence[tuple[str, object]], changed: Changed | InMemory
+    source: Path, model: GgufModel, layout: Sequence[tuple[str, object]], changed: Changed | InMemory | Trained
 ) -> dict[str, ChangedTensor]:
     """{name of a tensor in the source: what replaces it}, for a source that is written in a layout of `gguf.arrange`.
 
@@ -120,23 +198,23 @@ def read_changed(
     if model.header.is_big_endian:
         reason = "is big-endian, for which changed weights cannot be quantized"
         raise refuse(source, f"{reason}; convert it with gguf-convert-endian FILE little")
-    new_names = {origin: name for name, origin in layout}
+    new_names = {origin: name for name, origin in layout if isinstance(origin, str)}
     found = {}
-    for layer, path in found_in.linears:
-        old = f"blk.{layer}.{_PARTS.get(path)}"
-        if old not in new_names:
-            what = f"holds no {path} of layer {layer}, which the plan's run changed"
-            raise refuse(source, f"{what}; give the file that the plan was made for")
-        number, _ = split_name(new_names[old])
-        assert number is not None, "a linear lies in a block"
-        matrix, tensor = found_in.find(layer, path, number), model.tensors[old]
+    for old, matrix in found_in.pairs(source, new_names, model.tensors):
+        tensor = model.tensors[old]
         if matrix.shape != tensor.shape:
             what = f"tensor {old} is {list(tensor.shape)}, and {list(matrix.shape)} in {found_in.place}"
             raise refuse(source, f"{what}; give the file that the plan was made for")
-        block = model.blocks[layer]
-        heads = {_QUERIES: block.heads, _KEYS: block.kv_heads}.get(path)
+        layer, part = split_name(old)
+        block = None if layer is None else model.blocks[layer]
+        heads = {"attn_q": block.heads, "attn_k": block.kv_heads}.get(part.split(".")[0]) if block else None
         found[old] = ChangedTensor(_kind(tensor.kind, matrix.shape[0]), matrix, heads)
     return found
+
+
+def _has_use(name: str, names: Collection[str]) -> bool:
+    """False for the norm of an FFN without matrices."""
+    return not name.endswith(FFN_NORM) or name.replace(FFN_NORM, "ffn_down.weight") in names
 
 
 def _gone(changed: Changed, reason: str) -> InputError:
@@ -146,16 +224,20 @@ def _gone(changed: Changed, reason: str) -> InputError:
 
 
 def _saved_matrices(folder: Path) -> dict[str, Matrix]:
-    """The tensors in the safetensors files of a model, by name."""
-    from safetensors import safe_open
+    """The tensors in the safetensors files of a model, by name. Raises `InputError` for a file that is none."""
+    from safetensors import SafetensorError, safe_open
 
     found = {}
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():
-                    shape = tuple(weights.get_slice(name).get_shape()[::-1])
-                    found[name] = Matrix(shape, partial(_read, file, name))
+            try:
+                with safe_open(file, "pt") as weights:
+                    for name in weights.keys():
+                        shape = tuple(weights.get_slice(name).get_shape()[::-1])
+                        found[name] = Matrix(shape, partial(_read, file, name))
+            except (SafetensorError, OSError) as error:
+                what = f"{file} cannot be read as safetensors ({error})"
+                raise InputError(f"--gguf: {what}; copy the file again") from error
     return found
 
 
