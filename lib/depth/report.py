@@ -135,6 +135,10 @@ def show_evaluation(
     report.print(f"    {pruned.distance}")
 
 
+def show_speed(report: Report, dense: float, pruned: float) -> None:
+    report.print(f"Prefill             {dense:,.0f} -> {pruned:,.0f} tokens/s here, {pruned / dense:.2f} times")
+
+
 def show_compensation(report: Report, settings: DepthPruning, windows: torch.Tensor) -> None:
     """What projections are refitted on."""
     to_fit, to_check = token_counts(windows)

@@ -19,6 +19,7 @@ from lib.depth.compensation import Refit, compensate, token_counts
 from lib.depth.moves import moves_of
 from lib.depth.prepare import DepthWorkspace, budget_of, check_config, find_counts, prepare
 from lib.depth.searches import BEAM_STARTS
+from lib.engine.speed import tokens_per_second
 from lib.errors import RunError
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export import gguf
@@ -35,6 +36,7 @@ from lib.runtime.batching import retry_once
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
+_TIMED_TOKENS, _TIMED_RUNS = 2048, 3  # of a batch whose speed is measured, and how often
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -83,6 +85,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             if not self.settings.saved_plan:
                 self.report.write(PLAN, {"tool": self.tool, **self.describe(), **removed, "parameters": parameters})
         evaluations = self.measure()
+        speed = self.compare_speed()
         self.samples.measure("dense")
         self.samples.measure("pruned", self.plan)
         self.tasks.measure("pruned", self.plan)
@@ -90,6 +93,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             **found,
             **removed,
             "parameters": parameters,
+            **speed,
             **(self.compensate(evaluations) if self.settings.compensates else {}),
             **as_fields(evaluations),
         }
@@ -134,6 +138,24 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
             found[text] = {"dense": dense, "pruned": self.texts.measure("pruned", text, self.plan)}
             depth_report.show_evaluation(self.report, text, found[text], windows, is_first=len(found) == 1)
         return found
+
+    def compare_speed(self) -> dict[str, dict[str, float]]:
+        """The `tokens_per_second` of result.json; nothing where they would be those of a disk or of a copy."""
+        windows = self.first_windows()
+        if windows is None or self.decoder.is_offloaded or not self.report.is_first:
+            return {}
+        rows = min(self.workspace.batcher.size, -(-_TIMED_TOKENS // windows.shape[1]))
+        plans = [Plan(self.decoder.num_layers), self.plan]
+        with self.report.timed("speed"):
+            dense, pruned = retry_once(partial(tokens_per_second, self.decoder, windows[:rows], plans, _TIMED_RUNS))
+        depth_report.show_speed(self.report, dense, pruned)
+        return {"tokens_per_second": {"dense": dense, "pruned": pruned}}
+
+    def first_windows(self) -> torch.Tensor | None:
+        """Windows (N, T) of the first text that the run has."""
+        workspace = self.workspace
+        texts = (workspace.eval_windows, workspace.windows, workspace.compensation_windows)
+        return next((windows for of_texts in texts for windows in of_texts.values()), None)
 
     def compensate(self, evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, dict]:
         """Refits projections, and measures the model again; returns the `compensation` of result.json."""
@@ -230,8 +252,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
 
     def save_model(self, folder: Path) -> None:
         workspace, save_format = self.workspace, self.settings.save_format
-        texts = (workspace.eval_windows, workspace.windows, workspace.compensation_windows)
-        windows = next((windows for of_texts in texts for windows in of_texts.values()), None)
+        windows = self.first_windows()
         checking = partial(self.report.timed, "check")
         try:
             if save_format == "gguf":

@@ -24,6 +24,8 @@ class Entry:
     standard_error: float | None
     figure: Figure | None = None
     by_window: tuple[float, ...] = ()  # of a KL divergence
+    speed: float | None = None  # of the pruned model's prefill: so many times that of the dense one
+    dense_bytes: int | None = None  # size of the dense model's weights, where pruning makes it smaller
 
     @property
     def is_dense(self) -> bool:
@@ -79,6 +81,7 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
         target = result["parameters"]["target_rate"]
         counts = f"{len(result['mha_removed'])} MHA, {len(result['ffn_removed'])} FFN"
         setting = counts if target is None else _percent(target)
+    speed, size = _speed_and_size(result)
     for metric, text, stage, value, error in _figures(result):
         if stage == DENSE_ROW or (method, stage) == (DENSE_ROW, "pruned"):
             continue
@@ -87,7 +90,16 @@ def _cell_entries(result: dict) -> Iterable[Entry]:
         figure = None if stage == "compensated" else find(result, metric, text)
         name, model, seed = method if stage == "pruned" else f"{method} {stage}", result["model"], result["seed"]
         windows = tuple(result["kl_divergence_by_window"][text][stage]) if metric == "kl_divergence" else ()
-        yield Entry(model, name, setting, share, seed, metric, text, value, error, figure, windows)
+        yield Entry(model, name, setting, share, seed, metric, text, value, error, figure, windows, speed, size)
+
+
+def _speed_and_size(result: dict) -> tuple[float | None, int | None]:
+    """How many times as fast the pruned model's prefill is, and the bytes of the dense one; None where unknown."""
+    if result["tool"] != "ppllms":
+        return None, None
+    measured = result.get("tokens_per_second")
+    bytes_each = 2 if "16" in result["dtype"] else 4
+    return measured and measured["pruned"] / measured["dense"], result["parameters"]["total"] * bytes_each
 
 
 def _percent(share: float) -> str:

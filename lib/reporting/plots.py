@@ -27,11 +27,15 @@ Given = ParamSpec("Given")
 
 
 class Point(NamedTuple):
-    """A cell of a grid: the share that it removed, or its sparsity, its perplexity and the standard error of that."""
+    """A cell of a grid: the share that it removed, or its sparsity, its perplexity and the standard error of that.
+
+    `speed`: so many times as fast as the dense model.
+    """
 
     share: float
     value: float
     error: float | None = None
+    speed: float | None = None
 
 
 def _told(draw: Callable[Given, None]) -> Callable[Given, str | None]:
@@ -94,25 +98,50 @@ def plot_sparsity(
 
 
 @_told
-def plot_grid(path: Path, lines: dict[str, list[Point]], dense: float, across: str, title: str) -> None:
+def plot_grid(
+    path: Path, lines: dict[str, list[Point]], dense: float, across: str, title: str, size: int | None = None
+) -> None:
     """Perplexity against sparsity (or share removed), one line per method; of a single setting one dot per method.
 
-    The colour shows the pruner; line style and marker show the allocator or pattern, so that grey tells them apart too.
-    Bars are standard errors.
+    Where speeds are known, a second panel has them in place of the share. `size`, the bytes of the dense model, adds a
+    scale of MiB. The colour shows the pruner; line style and marker show the allocator or pattern, so that grey tells
+    them apart too. Bars are standard errors.
     """
     if all(len(points) == 1 for points in lines.values()):
         _dots(path, {name: points[0] for name, points in lines.items()}, dense, title)
         return
-    figure = _blank(7.5, 4.5)
+    has_speeds = all(point.speed for points in lines.values() for point in points)
+    figure = _blank(11.0 if has_speeds else 7.5, 4.5)
+    panels = figure.subplots(1, 1 + has_speeds, sharey=True, squeeze=False)[0]
+    _lines(panels[0], {name: [(point.share, point) for point in points] for name, points in lines.items()}, dense)
+    panels[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    panels[0].set(xlabel=across, ylabel="perplexity", yscale="log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter("{x:g}")
+    if size:
+        whole = size / 2**20
+        scale = panels[0].secondary_xaxis("top", (lambda share: whole * (1 - share), lambda mib: 1 - mib / whole))
+        scale.set_xlabel("size of the weights, MiB")
+    if has_speeds:
+        by_speed = {name: [(point.speed or 0.0, point) for point in points] for name, points in lines.items()}
+        _lines(panels[1], by_speed, dense)
+        panels[1].set(xlabel="prefill speed, times that of the dense model")
+        panels[1].xaxis.set_major_formatter("{x:g}")
+    figure.suptitle(title, parse_math=False)
+    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", handlelength=3)
+    _save(figure, path)
+
+
+def _lines(axes, lines: dict[str, list[tuple[float, Point]]], dense: float) -> None:
+    """Draws perplexities against any quantity, as (quantity, point) by method, and the dense model's as a line."""
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.subplots()
     for name, (colour, stroke, marker) in _styles(lines).items():
-        shares, values, errors = zip(*sorted(lines[name], key=lambda point: point.share), strict=True)
+        quantities, points = zip(*sorted(lines[name], key=lambda pair: pair[0]), strict=True)
         axes.errorbar(
-            shares,
-            values,
-            yerr=[error or 0.0 for error in errors],
+            quantities,
+            [point.value for point in points],
+            yerr=[point.error or 0.0 for point in points],
             linestyle=stroke,
             color=colour,
             marker=marker,
@@ -122,37 +151,36 @@ def plot_grid(path: Path, lines: dict[str, list[Point]], dense: float, across: s
         )
     axes.axhline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), color="0.4", va="bottom")
-    axes.set(xlabel=across, ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-    axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", handlelength=3)
-    _save(figure, path)
 
 
 def _dots(path: Path, points: dict[str, Point], dense: float, title: str) -> None:
-    """Perplexities of methods in one setting, the lowest at the top, each with its share."""
+    """Perplexities of methods in one setting, the lowest at the top, each with its share and speed."""
     figure = _blank(7.0, 1.3 + 0.35 * len(points))
     axes = figure.subplots()
     names, styles = sorted(points, key=lambda name: -points[name].value), _styles(points)
     for place, name in enumerate(names):
-        (_, value, error), (colour, _, marker) = points[name], styles[name]
-        axes.errorbar(value, place, xerr=error or 0.0, color=colour, marker=marker, capsize=3)
+        point, (colour, _, marker) = points[name], styles[name]
+        axes.errorbar(point.value, place, xerr=point.error or 0.0, color=colour, marker=marker, capsize=3)
     axes.axvline(dense, color="0.6", linewidth=1)
     axes.annotate("dense", (dense, 1), xycoords=("data", "axes fraction"), color="0.4", ha="center", va="bottom")
-    axes.set_yticks(range(len(names)), [f"{name}, {points[name].share:.1%}" for name in names], parse_math=False)
+    axes.set_yticks(range(len(names)), [_label(name, points[name]) for name in names], parse_math=False)
     axes.set(xlabel="perplexity", ylim=(-0.6, len(names) - 0.4))
     axes.set_title(title, pad=16, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
+def _label(name: str, point: Point) -> str:
+    return f"{name}, {point.share:.1%}" + (f", {point.speed:.2f} times as fast" if point.speed else "")
+
+
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, Any, str]]:
-    """{method: its colour, line style and marker}."""
+    """{method: its colour, line style and marker}. The latter two tell allocators apart, or methods without any."""
     parts = {name: _split_method(name) for name in names}
+    if len({allocator for _, allocator in parts.values()}) == 1:
+        parts = {name: (pruner, pruner) for name, (pruner, _) in parts.items()}
     pruners, allocators = (list(dict.fromkeys(part[at] for part in parts.values())) for at in (0, 1))
     return {
         name: (

@@ -184,7 +184,8 @@ class _GridRun:
             dense = next(entry.value for entry in here if entry.is_dense)
             title = f"{models[model]}: perplexity on {texts[text]}"
             lines = _lines([entry for entry in here if not entry.is_dense])
-            if lines and (problem := plot_grid(path, lines, dense, self.kind.x_axis, title)):
+            size = here[-1].dense_bytes
+            if lines and (problem := plot_grid(path, lines, dense, self.kind.x_axis, title, size)):
                 report.print(f"  plots   {problem}")
                 return
             if lines:
@@ -210,6 +211,8 @@ def _lines(found: Sequence[Entry]) -> dict[str, list[Point]]:
     lines: dict[str, list[Point]] = {}
     for (name, _), of_point in by_point.items():
         errors = [entry.standard_error for entry in of_point if entry.standard_error is not None]
+        speeds = [entry.speed for entry in of_point if entry.speed is not None]
         share, value = mean(entry.share for entry in of_point), mean(entry.value for entry in of_point)
-        lines.setdefault(name, []).append(Point(share, value, mean(errors) if errors else None))
+        point = Point(share, value, mean(errors) if errors else None, mean(speeds) if speeds else None)
+        lines.setdefault(name, []).append(point)
     return lines

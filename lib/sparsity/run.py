@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from lib.config.gradients import GradientSettings
+from lib.config.plan import Plan
 from lib.config.sparsity import SparsityPruning
+from lib.engine.speed import tokens_per_second
 from lib.errors import InputError, RunError
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export.huggingface import save_weights
@@ -248,12 +250,11 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
     def compare_speed(self) -> dict[str, float]:
         """Tokens per second through the layers on one batch of evaluation windows, dense and in the 2:4 kernels."""
         input_ids = next(iter(self.workspace.eval_windows.values()))[: self.workspace.batcher.size]
-        dense = semi_structured_kernels.tokens_per_second(self.decoder, input_ids)
+        whole = [Plan(self.decoder.num_layers)]
+        (dense,) = tokens_per_second(self.decoder, input_ids, whole)
         with self.sparse_kernels():
-            return {
-                "dense": dense,
-                "semi_structured": semi_structured_kernels.tokens_per_second(self.decoder, input_ids),
-            }
+            (sparse,) = tokens_per_second(self.decoder, input_ids, whole)
+        return {"dense": dense, "semi_structured": sparse}
 
     def measure_speed(self, result: dict, keep: Callable[[dict], object]) -> None:
         """Adds the speed in 2:4 kernels, if requested."""

@@ -1,7 +1,5 @@
 """2:4 sparse weights in torch's semi-structured kernels, which skip half of the products on GPUs that support it."""
 
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,10 +7,7 @@ import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
-from lib.config.plan import Plan
-from lib.engine.finite import final_hidden_states
 from lib.errors import InputError, first_line
-from lib.models.decoder import Decoder
 from lib.models.matrices import Matrices
 
 _CAPABILITY = (8, 0)  # Ampere
@@ -74,13 +69,3 @@ def compressed(linears: Sequence[nn.Linear]) -> Iterator[None]:
     finally:
         for linear, device, weight in dense:
             linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
-
-
-def tokens_per_second(decoder: Decoder, input_ids: torch.Tensor, runs: int = 5) -> float:
-    """Tokens per second of ids (B, T) through all layers: the median of `runs` runs after a warm-up run."""
-    plan, seconds = Plan(decoder.num_layers), []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        final_hidden_states(decoder, input_ids, plan.modes).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return input_ids.numel() / statistics.median(seconds[1:])

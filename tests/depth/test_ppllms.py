@@ -31,7 +31,7 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     order = ["Parameters", "Block Influence by layer", "Candidates", "Counts", "round 1", "MHA removal layers"]
-    order += ["FFN removal layers", "Parameters  ", "Perplexity", "Samples", "Written"]
+    order += ["FFN removal layers", "Parameters  ", "Perplexity", "Prefill", "Samples", "Written"]
     places = [printed.index(order[0])]
     for part in order[1:]:
         places.append(printed.index(part, places[-1] + 1))
@@ -47,9 +47,12 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     assert sorted(result["candidates"]) == result["ffn_removed"] and len(result["mha_removed"]) == 1
     (only,) = result["rounds"]
     assert only["loss"] == min(only["losses"].values()) == only["losses"][str(only["selected"])]
-    parts = {"snapshot", "load", "data", "bi", "search", "evaluate", "samples", "save", "check"}
+    parts = {"snapshot", "load", "data", "bi", "search", "evaluate", "speed", "samples", "save", "check"}
     assert set(result["seconds"]) == parts
     assert result["peak_memory_bytes"] > 0
+    speed = result["tokens_per_second"]
+    assert set(speed) == {"dense", "pruned"} and min(speed.values()) > 0
+    assert f"{speed['dense']:,.0f} -> {speed['pruned']:,.0f} tokens/s here" in printed
     assert {"versions", "device", "command"} <= set(result["environment"])
     parameters = result["parameters"]
     assert parameters["actual_rate"] == pytest.approx(parameters["removed"] / parameters["total"])

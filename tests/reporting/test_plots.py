@@ -10,6 +10,7 @@ import pytest
 
 from lib.reporting import plots
 from lib.reporting.plots import Point
+from lib.runs import grid
 from tests.command import ROOT, run
 
 DRAWN = {
@@ -17,6 +18,15 @@ DRAWN = {
     "sensitivity": lambda path: plots.plot_sensitivity(path, [0.1, 0.2], "a ± title \u4e00"),
     "sparsity": lambda path: plots.plot_sparsity(path, [0.4, 0.6], [0.1, 0.2], 0.5, "title"),
     "grid": lambda path: plots.plot_grid(path, {"wanda_alp": [Point(0.5, 20.0, 1.0)]}, 10.0, "sparsity", "title"),
+    "speeds": lambda path: plots.plot_grid(
+        path,
+        {"ppllms": [Point(0.1, 20.0, 1.0, 1.1), Point(0.3, 30.0, 2.0, 1.4)], "sleb": [Point(0.2, 21.0, None, 0.9)]},
+        10.0,
+        "x",
+        "title",
+        2**24,
+    ),
+    "dots": lambda path: plots.plot_grid(path, {"ppllms": [Point(0.5, 20.0, 1.0, 1.2)]}, 10.0, "x", "title", 2**24),
     "lines": lambda path: plots.plot_grid(
         path, {"wanda": [Point(0.5, 20.0), Point(0.6, 30.0, 2.0)], "wanda_alp": [Point(0.5, 19.0)]}, 10.0, "x", "title"
     ),
@@ -79,6 +89,22 @@ def test_a_broken_matplotlib_is_told_in_a_line(content, tmp_path):
 def test_a_plot_does_not_depend_on_a_backend_or_on_a_cache_of_fonts(setting, tmp_path):
     pytest.importorskip("matplotlib")
     assert in_another(tmp_path, **setting) == "None\n"
+
+
+@pytest.mark.draws
+def test_a_table_of_depth_pruning_is_drawn_with_the_speeds_and_sizes_that_were_measured(
+    arguments, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(grid, "plot_grid", lambda *given: drawn.update(lines=given[1], size=given[5]))
+    at = arguments.index("--mha_remove_layers")
+    given = [*arguments[:at], "--output_dir", tmp_path / "run", "--method", "shortgpt", "--prune_rate", 0.08, 0.1]
+    assert run(*given, monkeypatch=monkeypatch) == 0
+    results = [json.loads(line)["result"] for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    ratios = [one["tokens_per_second"]["pruned"] / one["tokens_per_second"]["dense"] for one in results]
+    assert [point.speed for point in drawn["lines"]["shortgpt"]] == ratios and min(ratios) > 0
+    assert drawn["size"] == 4 * results[0]["parameters"]["total"]
 
 
 def in_another(folder: Path, **environment: str) -> str:

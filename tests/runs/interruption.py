@@ -53,7 +53,16 @@ WORK = [
     (Training, "_take_step"),
 ]
 Place = int | tuple[str, int]  # of a step
-NOT_COMPARED = ("seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved", "digest")
+NOT_COMPARED = (
+    "seconds",
+    "tokens_per_second",
+    "prune_seconds",
+    "peak_memory_bytes",
+    "environment",
+    "saved_model",
+    "saved",
+    "digest",
+)
 
 COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
 RUNS = {

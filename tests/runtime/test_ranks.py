@@ -21,7 +21,15 @@ from lib.runtime.distributed import ALONE, Ranks
 from tests.command import Started, run
 from tests.runs.interruption import Interruption, files_of
 
-DIFFERS = {"seconds", "prune_seconds", "peak_memory_bytes", "environment", "saved_model", "saved"}  # from run to run
+DIFFERS = {
+    "seconds",
+    "tokens_per_second",
+    "prune_seconds",
+    "peak_memory_bytes",
+    "environment",
+    "saved_model",
+    "saved",
+}  # from run to run
 ALIKE = {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
 
 pytestmark = pytest.mark.samples  # those of other processes have their whole length
