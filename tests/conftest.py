@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by whichever test comes first
 
 import lib.engine.activations  # noqa: E402
+import lib.engine.speed  # noqa: E402
 import lib.engine.tail  # noqa: E402
 import lib.evaluation.samples  # noqa: E402
 import lib.reporting.plots  # noqa: E402
@@ -38,6 +39,11 @@ def _plots_are_not_rendered(request, monkeypatch):
     """But for tests that are marked `draws`: it takes longer than the rest of a small run."""
     if lib.reporting.plots.has_matplotlib() and not request.node.get_closest_marker("draws"):
         monkeypatch.setattr(lib.reporting.plots, "_save", lambda figure, path: path.touch())
+
+
+@pytest.fixture(autouse=True)
+def _speeds_are_of_few_runs(monkeypatch):
+    monkeypatch.setattr(lib.engine.speed, "SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)

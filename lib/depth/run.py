@@ -36,7 +36,7 @@ from lib.runtime.batching import retry_once
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
-_TIMED_TOKENS, _TIMED_RUNS = 2048, 3  # of a batch whose speed is measured, and how often
+_TIMED_TOKENS = 2048  # of a batch whose speed is measured
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
@@ -147,7 +147,7 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         rows = min(self.workspace.batcher.size, -(-_TIMED_TOKENS // windows.shape[1]))
         plans = [Plan(self.decoder.num_layers), self.plan]
         with self.report.timed("speed"):
-            dense, pruned = retry_once(partial(tokens_per_second, self.decoder, windows[:rows], plans, _TIMED_RUNS))
+            dense, pruned = retry_once(partial(tokens_per_second, self.decoder, windows[:rows], plans))
         depth_report.show_speed(self.report, dense, pruned)
         return {"tokens_per_second": {"dense": dense, "pruned": pruned}}
 
