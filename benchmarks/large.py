@@ -6,7 +6,7 @@
 Weights are random, which changes neither time nor memory. The floor is the larger of two times: the matrix products
 (linears, attention, head, Hessians of SparseGPT), each once, at the speed of a large square product in the model's
 dtype; and the bytes of weights, inputs and outputs at the speed of a copy. Both speeds are measured here. Gradients
-are computed in fp32, after one pass in the model's dtype.
+are computed in fp32, after one pass in the model's dtype. Pruning records its layers on a disk, as a run does.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -27,6 +29,7 @@ from lib.engine.window_scores import plan_window_losses
 from lib.evaluation.perplexity import perplexity
 from lib.models.decoder import Decoder
 from lib.models.matrices import input_groups
+from lib.models.weight_deltas import Changes
 from lib.runtime.batching import Batcher, automatic_batch_size
 from lib.runtime.memory import keep_freed_memory
 from lib.sensitivity.gradients import connection_sensitivity
@@ -47,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_flags(parser, **dict(zip(FLAGS, SHAPES[device()], strict=True)), runs=3)
     parser.add_argument("--dtype", default="bfloat16" if device() == "cuda" else "float32")
+    parser.add_argument("--record", help="folder on the disk where pruned layers are recorded (default: that of /tmp)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     args = parser.parse_args()
     keep_freed_memory()
@@ -87,7 +91,9 @@ def parts(decoder: Decoder, args: argparse.Namespace, asked: set[Modes]) -> dict
     all_rounds = min(ROUNDS, len(candidates))
 
     def prune(pruner: Pruner) -> None:  # pruning an already pruned model takes as long
-        prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size))
+        with TemporaryDirectory(dir=args.record) as folder:
+            changes = Changes(Path(folder))
+            prune_layers(decoder, groups, pruner, [0.5] * args.layers, windows, Batcher(size), changes=changes)
 
     def search(rounds: int) -> None:
         sweep = Sweep(decoder, some, Batcher(size))

@@ -3,9 +3,12 @@
 A weight that only lost elements is stored as one bit per element, any other in full.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,16 +18,21 @@ from lib.models.sealed_tensors import Sealed, broken, save_sealed
 _ZEROS, _WEIGHT = "zeros.", "weight."  # prefixes of a weight's path within its layer
 _FILE = "layer-{:05d}.safetensors"
 
-Difference = tuple[str, torch.Tensor]  # a prefix: how the weight is stored; and the stored tensor
+
+class Difference(NamedTuple):
+    """A bit-exact change to a weight (out, in), on its device."""
+
+    new: torch.Tensor
+    zeros: torch.Tensor  # bool: where it is zero
+    is_masked: torch.Tensor  # a bool: whether that alone is the change
 
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
-    """The bit-exact change from `old` to `new`, both (out, in): a bitmap of new zeros, or `new` itself; on the CPU."""
+    """The change from `old` to `new`, both (out, in). Does not wait for the device, and keeps `new` itself."""
     zeros = (new == 0) & ~new.signbit()
     bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # where -0.0 differs from 0.0
-    if torch.equal(new.view(bits), old.masked_fill(zeros, 0).view(bits)):
-        return _ZEROS, torch.from_numpy(np.packbits(zeros.cpu().numpy().reshape(-1)))
-    return _WEIGHT, new.detach().to("cpu", copy=True)
+    is_masked = (new.view(bits) == old.masked_fill(zeros, 0).view(bits)).all()
+    return Difference(new.detach(), zeros, is_masked)
 
 
 def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -34,7 +42,13 @@ def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 
 
 class Changes:
-    """The changed weights of a model's layers, in a folder, including those that an earlier run finished."""
+    """The changed weights of a model's layers, in a folder, including those that an earlier run finished.
+
+    Inside a `with` block, layers are written by a thread while the next one is worked on; when it ends, all are there.
+    """
+
+    _thread: ThreadPoolExecutor | None = None
+    _unfinished: Future | None = None  # the layer that is being written
 
     def __init__(self, folder: Path, owner: str = ""):
         """`owner` names the run and stage. Raises `InputError` for a broken file, and for one of another owner."""
@@ -50,19 +64,54 @@ class Changes:
             except ValueError as error:
                 raise broken(path, error) from error
 
+    def __enter__(self) -> Self:
+        self._thread = ThreadPoolExecutor(1, "changes")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        assert self._thread is not None, "the block was entered"
+        self._thread.shutdown()
+        self._thread = None
+        with suppress(*([Exception] if error else [])):  # the error that ends the block is told
+            self._finish()
+
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed
 
     def write(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
-        """Writes the changes of a layer, {path within it: `difference`}, and a JSON `note` on them, atomically."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {kind + path: tensor for path, (kind, tensor) in differences.items()}
-        save_sealed(self.folder / _FILE.format(layer), tensors, self._owner, note)
+        """Writes the changes of a layer, {path within it: `difference`}, and a JSON `note` on them, atomically.
+
+        The weights must stay as they are until the `with` block ends. Raises what writing the layer before raised.
+        """
+        self._finish()
         self.add(layer, differences, note)
+        kinds = self._changed[layer]
+        parts = {
+            kinds[path] + path: one.zeros if kinds[path] == _ZEROS else one.new for path, one in differences.items()
+        }
+        ready, kept = _to_host(parts)
+        if self._thread is None:
+            self._save(layer, ready, kept, note)
+        else:
+            self._unfinished = self._thread.submit(self._save, layer, ready, kept, note)
+
+    def _save(self, layer: int, ready: Callable[[], object], kept: Mapping[str, torch.Tensor], note: Any) -> None:
+        ready()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        packed = {name: _pack(tensor) if name.startswith(_ZEROS) else tensor for name, tensor in kept.items()}
+        save_sealed(self.folder / _FILE.format(layer), packed, self._owner, note)
+
+    def _finish(self) -> None:
+        """Waits for the layer that is being written. Raises what writing it raised."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished:
+            unfinished.result()
 
     def add(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
-        """Registers a layer that another process has written."""
-        self._changed[layer] = {path: kind for path, (kind, _) in differences.items()}
+        """Registers a layer that another process writes."""
+        are_masked = torch.stack([one.is_masked for one in differences.values()]).tolist() if differences else []
+        kinds = [_ZEROS if is_masked else _WEIGHT for is_masked in are_masked]  # one wait for all
+        self._changed[layer] = dict(zip(differences, kinds, strict=True))
         self.notes[layer] = note
 
     def apply(self, layer: int, path: str, weight: torch.Tensor) -> torch.Tensor:
@@ -70,6 +119,7 @@ class Changes:
 
         The changes of a stack of experts' matrices are those of its matrices, each under the stack's path and a number.
         """
+        self._finish()
         changed = self._changed.get(layer, {})
         if path in changed:
             kind = changed[path]
@@ -82,3 +132,16 @@ class Changes:
                 part = weight[int(name.rpartition(".")[2])]
                 part.copy_(self.apply(layer, name, part))
         return weight
+
+
+def _to_host(tensors: Mapping[str, torch.Tensor]) -> tuple[Callable[[], object], dict[str, torch.Tensor]]:
+    """Starts copying tensors to the CPU, from GPUs to pinned memory; the function waits until all are there."""
+    kept = {name: tensor.to("cpu", non_blocking=tensor.is_cuda) for name, tensor in tensors.items()}
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+    return lambda: [event.synchronize() for event in copied], kept
+
+
+def _pack(zeros: torch.Tensor) -> torch.Tensor:
+    """One bit for each element of a bool tensor, uint8."""
+    return torch.from_numpy(np.packbits(zeros.numpy().reshape(-1)))

@@ -64,32 +64,33 @@ def prune_layers(
         share = batcher.share(len(windows))
         with monitor.timed("advance"):
             activations = Activations(decoder, windows[share], batcher, first=share.start)
-    for layer, layer_groups in enumerate(groups):
-        with decoder.at(layer):
-            if layer in pending:
-                differences: dict[str, Difference] = {}
-                for part in parts_of(layer_groups, pruner, ranks):
-                    statistics: list = [None] * len(part)
-                    if activations:
-                        with monitor.timed("observe"):
-                            statistics = observe(activations, part, pruner)
-                    with monitor.timed("select"):
-                        found, remarks = _prune_part(
-                            layer, part, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
-                        )
-                    differences |= found
-                    for remark in remarks:
-                        monitor.print(remark)
-                if changes is not None:
-                    with monitor.timed("select"):
-                        (changes.write if ranks.is_first else changes.add)(layer, differences)
-            elif changes is not None and not decoder.is_on_disk:  # from disk, a layer is read with its changes
-                _restore_layer(layer, layer_groups, changes)
-            decoder.keep(layer)
-            if activations and layer < pending[-1]:
-                with monitor.timed("advance"):
-                    activations.advance()
-        monitor.progress(1)
+    with changes if changes is not None else nullcontext():
+        for layer, layer_groups in enumerate(groups):
+            with decoder.at(layer):
+                if layer in pending:
+                    differences: dict[str, Difference] = {}
+                    for part in parts_of(layer_groups, pruner, ranks):
+                        statistics: list = [None] * len(part)
+                        if activations:
+                            with monitor.timed("observe"):
+                                statistics = observe(activations, part, pruner)
+                        with monitor.timed("select"):
+                            found, remarks = _prune_part(
+                                layer, part, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
+                            )
+                        differences |= found
+                        for remark in remarks:
+                            monitor.print(remark)
+                    if changes is not None:
+                        with monitor.timed("select"):
+                            (changes.write if ranks.is_first else changes.add)(layer, differences)
+                elif changes is not None and not decoder.is_on_disk:  # from disk, a layer is read with its changes
+                    _restore_layer(layer, layer_groups, changes)
+                decoder.keep(layer)
+                if activations and layer < pending[-1]:
+                    with monitor.timed("advance"):
+                        activations.advance()
+            monitor.progress(1)
     ranks.wait()  # until the first process has written everything
 
 
