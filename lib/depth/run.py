@@ -36,7 +36,7 @@ from lib.runtime.batching import retry_once
 from lib.storage.output_folder import PLAN, REMOVALS, RESULT
 
 _OVER = 0.1  # of the parameters, that a plan may remove beyond its rate
-_TIMED_TOKENS = 2048  # of a batch whose speed is measured
+_TIMED_TOKENS = 1024  # of a batch whose speed is measured
 
 
 class DepthRun(Run[DepthPruning, DepthWorkspace]):
