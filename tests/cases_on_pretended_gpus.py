@@ -12,6 +12,7 @@ import alp_prune
 import lib.heal.__main__
 import ppllms
 import save_gradient
+from lib.sparsity import sparsegpt
 from tests.command import run
 from tests.pretend_cuda import Gpus, pretend_cuda
 
@@ -36,6 +37,12 @@ CHOSEN = ("mha_removed", "ffn_removed")
 
 
 _known: dict[tuple, tuple[dict, Gpus]] = {}  # runs in which nothing fails, which several tests ask for
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch):
+    """Triton's interpreter would run the kernel, slowly; `tests/sparsity/test_kernels.py` does that."""
+    monkeypatch.setattr(sparsegpt, "find_kernel", lambda device: (None, "pretended"))
 
 
 @pytest.fixture
