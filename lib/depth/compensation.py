@@ -118,7 +118,8 @@ def compensate(
                     refits, weights = _refit_layer(streams, of_layer)
                     if refits:
                         (changes.write if ranks.is_first else changes.add)(layer, weights, list(map(asdict, refits)))
-                decoder.keep(layer)
+                if any(of_layer.values()):
+                    decoder.keep(layer)
             if progress:
                 progress(1)
     ranks.wait()  # until the first process has written everything

@@ -25,7 +25,7 @@ from lib.config.plan import Plan
 from lib.errors import InputError
 from lib.export.templates import DECILM_CONFIGURATION, DECILM_MODELING
 from lib.models.modeling_pruned import SkippedAttention, SkippedFFN
-from lib.models.offload import OffloadedLayer, fetched_by_forward, layers_of, offloaded
+from lib.models.offload import Ahead, OffloadedLayer, fetched_by_forward, layers_of, offloaded
 from lib.storage.atomic import write_json
 
 _NEEDED = (
@@ -145,9 +145,11 @@ def _share_tensors(model: PreTrainedModel, llama: LlamaForCausalLM) -> None:
     if not near or not torch.allclose(frequencies.float().cpu(), rotary.inv_freq, rtol=1e-5, atol=0):
         raise _refusal(f"{type(model).__name__} does not have the rotary frequencies of a Llama")
     rotary.register_buffer("inv_freq", frequencies, persistent=False)
+    ahead: Ahead | None = None
     for index, layer in enumerate(layers_of(model)):
         if weights := offloaded(layer):
-            OffloadedLayer(llama.model.layers[index], index, weights.device, weights)
+            ahead = ahead or Ahead(weights.device)
+            OffloadedLayer(llama.model.layers[index], index, weights.device, weights, ahead)
     is_offloaded = any(map(offloaded, layers_of(model)))
     if hasattr(model, "hf_device_map") and not is_offloaded:  # over several devices: inputs move, weights stay
         from accelerate import dispatch_model

@@ -1,12 +1,14 @@
 """Models larger than the device or the host's memory: the weights of a decoder layer are fetched while it runs.
 
 `cpu`: the weights are kept in host memory. `disk`: they are read from the checkpoint's own safetensors files each time,
-and the changes made by pruning from separate files, so that host memory need not hold the model either.
+and the changes made by pruning from separate files, so that host memory need not hold the model either. While a layer
+runs, a thread fetches the next one.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,14 +31,69 @@ class Weights(Protocol):
     def __getitem__(self, path: str, /) -> torch.Tensor: ...
 
 
+class Ahead:
+    """The layers of a model, of which a thread fetches the one that is likely to run next."""
+
+    def __init__(self, device: torch.device):
+        self.layers: dict[int, OffloadedLayer] = {}
+        self._thread = ThreadPoolExecutor(1, "offload")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last = -1
+        self._after: dict[int, int] = {}  # the layer that ran after each, on the way up
+        self._next: tuple[int, Future] | None = None
+
+    def weights(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's weights on its device, fetched ahead if it was expected; begins with the layer after it.
+
+        What went wrong ahead, as too little memory, is tried again here.
+        """
+        found, layer = None, self.layers[index]
+        if self._next and self._next[0] == index:
+            (_, fetched), self._next = self._next, None
+            found = None if fetched.exception() else fetched.result()
+        if found is None:
+            found = layer.fetch()
+        elif self._stream:  # their memory is that stream's, and used by another
+            for weight in found.values():
+                weight.record_stream(torch.cuda.current_stream(layer.device))
+        expected = self._expected(index)
+        if expected not in self.layers:
+            self._next = None
+        elif not self._next or self._next[0] != expected:
+            self._next = expected, self._thread.submit(self._fetch, expected)
+        return found
+
+    def forget(self, index: int) -> None:
+        """Must be called when the weights of a layer changed."""
+        if self._next and self._next[0] == index:
+            self._next = None
+
+    def _expected(self, index: int) -> int:
+        """The layer that is likely to run after this one: on the way up, the one that did before."""
+        last, self._last = self._last, index
+        if index == last - 1:
+            return index - 1
+        if index > last:
+            self._after[last] = index
+        return self._after.get(index, index + 1)
+
+    def _fetch(self, index: int) -> dict[str, torch.Tensor]:
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            found = self.layers[index].fetch()
+        if self._stream:
+            self._stream.synchronize()
+        return found
+
+
 class OffloadedLayer:
     """The weights of one decoder layer, on the device only inside `here`."""
 
-    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Weights):
+    def __init__(self, layer: nn.Module, index: int, device: torch.device, weights: Weights, ahead: Ahead):
         """`weights` holds the offloaded tensors, by path within the layer; `index` is the layer's position."""
         self.index, self.device = index, device
-        self.changes: list[Changes] = []
-        self._weights, self._uses = weights, 0
+        self._changes: Sequence[Changes] = ()
+        self._weights, self._uses, self._ahead = weights, 0, ahead
+        ahead.layers[index] = self
         self._places = {
             f"{path}.{name}".lstrip("."): (module, name)
             for path, module in layer.named_modules()
@@ -50,6 +107,16 @@ class OffloadedLayer:
     @property
     def is_on_disk(self) -> bool:
         return any(parameter.is_meta for parameter in self._waiting.values())
+
+    @property
+    def changes(self) -> Sequence[Changes]:
+        """What is applied, in order, to weights that are read from disk."""
+        return self._changes
+
+    @changes.setter
+    def changes(self, changes: Sequence[Changes]) -> None:
+        self._changes = changes
+        self._ahead.forget(self.index)
 
     @property
     def weights_map(self) -> "OffloadedLayer":
@@ -66,7 +133,7 @@ class OffloadedLayer:
     def here(self) -> Iterator[None]:
         """Inside the block, the layer has its weights on the device. May be nested."""
         if self._uses == 0:
-            self._fetch()
+            self._install()
         self._uses += 1
         try:
             yield
@@ -75,9 +142,12 @@ class OffloadedLayer:
             if self._uses == 0:
                 self._release()
 
-    def _fetch(self) -> None:
-        # Copies, so that memory-mapped files are read here and never written to.
-        weights = {path: self[path].to(self.device, copy=True) for path in self._places}
+    def fetch(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights on the device, so that memory-mapped files are read here and never written to."""
+        return {path: self[path].to(self.device, copy=True) for path in self._places}
+
+    def _install(self) -> None:
+        weights = self._ahead.weights(self.index)
         for path, (module, name) in self._places.items():
             module._parameters[name] = nn.Parameter(weights.pop(path), requires_grad=False)
 
@@ -88,6 +158,7 @@ class OffloadedLayer:
     @torch.no_grad()
     def keep(self) -> None:
         """Copies the layer's current weights to host memory. On disk, its changes are written already."""
+        self._ahead.forget(self.index)
         if not self.is_on_disk and self._uses:
             for path, (module, name) in self._places.items():
                 self._waiting[path].copy_(module._parameters[name])
@@ -175,15 +246,17 @@ def offload_to_host(model: "PreTrainedModel", device: torch.device) -> None:
     setattr(parent, name, nn.ModuleList())  # set aside while the rest moves
     model.to(device)  # type: ignore[arg-type]  # the decorator of `PreTrainedModel.to` loses its signature
     setattr(parent, name, layers)
+    ahead = Ahead(device)
     for index, layer in enumerate(layers):
         _move_buffers(layer, device)
-        OffloadedLayer(layer, index, device, dict(layer.named_parameters()))
+        OffloadedLayer(layer, index, device, dict(layer.named_parameters()), ahead)
 
 
 def offload_to_disk(model: "PreTrainedModel", device: torch.device) -> None:
     """Replaces the hooks of a model that transformers loaded with `disk_map` by our own offloading."""
     from accelerate.hooks import remove_hook_from_module
 
+    ahead = Ahead(device)
     for index, layer in enumerate(layers_of(model)):
         weights = _OnDisk(
             {
@@ -195,7 +268,7 @@ def offload_to_disk(model: "PreTrainedModel", device: torch.device) -> None:
         )
         remove_hook_from_module(layer, recurse=True)
         _move_buffers(layer, device)
-        OffloadedLayer(layer, index, device, weights)
+        OffloadedLayer(layer, index, device, weights, ahead)
     for module in model.modules():
         if not isinstance(getattr(module, "_hf_hook", None), OffloadedLayer):
             remove_hook_from_module(module)

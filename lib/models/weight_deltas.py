@@ -119,7 +119,8 @@ class Changes:
 
         The changes of a stack of experts' matrices are those of its matrices, each under the stack's path and a number.
         """
-        self._finish()
+        if unfinished := self._unfinished:
+            unfinished.result()
         changed = self._changed.get(layer, {})
         if path in changed:
             kind = changed[path]

@@ -139,9 +139,9 @@ def test_sensitivities_scores_and_fingerprints_are_the_same(mode, dtype, folders
 
 def test_one_layer_at_a_time_has_its_weights(folders, tmp_path, monkeypatch):
     decoder, here, most = load(folders("Llama"), "disk"), set(), []
-    whole = OffloadedLayer._fetch, OffloadedLayer._release
+    whole = OffloadedLayer._install, OffloadedLayer._release
     monkeypatch.setattr(
-        OffloadedLayer, "_fetch", lambda self: (here.add(self.index), most.append(len(here)), whole[0](self))
+        OffloadedLayer, "_install", lambda self: (here.add(self.index), most.append(len(here)), whole[0](self))
     )
     monkeypatch.setattr(OffloadedLayer, "_release", lambda self: (here.remove(self.index), whole[1](self)))
     changes = Changes(tmp_path)
@@ -156,10 +156,70 @@ def test_one_layer_at_a_time_has_its_weights(folders, tmp_path, monkeypatch):
 
 
 def test_layers_that_are_closed_do_not_come(folders, monkeypatch):
-    decoder, fetched, fetch = load(folders("Llama"), "disk"), [], OffloadedLayer._fetch
-    monkeypatch.setattr(OffloadedLayer, "_fetch", lambda self: (fetched.append(self.index), fetch(self)))
-    perplexity(plan_window_losses(decoder, Plan(4, (1, 2), (1, 2)), Batcher(2)), WINDOWS)
-    assert fetched == [0, 3]
+    decoder, fetched, fetch = load(folders("Llama"), "disk"), [], OffloadedLayer.fetch
+    installed, install = [], OffloadedLayer._install
+
+    def count(self):
+        fetched.append(self.index)
+        return fetch(self)
+
+    monkeypatch.setattr(OffloadedLayer, "fetch", count)
+    monkeypatch.setattr(OffloadedLayer, "_install", lambda self: (installed.append(self.index), install(self)))
+    losses = plan_window_losses(decoder, Plan(4, (1, 2), (1, 2)), Batcher(2))
+    perplexity(losses, WINDOWS)
+    assert installed == [0, 3]
+    before = len(fetched)
+    perplexity(losses, WINDOWS)
+    assert installed == [0, 3, 0, 3] and set(fetched[before:]) == {0, 3}, "the first time layer 1 was expected"
+
+
+@pytest.mark.parametrize("mode", ["cpu", "disk"])
+def test_a_layer_is_fetched_while_the_one_before_it_runs(mode, folders, tmp_path, monkeypatch):
+    """Both up and down the layers; not again once it is there, and again when its weights have changed since."""
+    decoder, fetched, fetch = load(folders("Llama"), mode), [], OffloadedLayer.fetch
+
+    def note(self):
+        fetched.append((self.index, threading.current_thread() is threading.main_thread()))
+        return fetch(self)
+
+    def run(*layers: int) -> None:
+        for layer in layers:
+            with decoder.at(layer):
+                offloaded(decoder.layers[0])._ahead._thread.submit(int).result()  # waits for what is fetched ahead
+
+    monkeypatch.setattr(OffloadedLayer, "fetch", note)
+    run(0)
+    fetched.clear()
+    run(1, 2, 3, 2, 1, 0)  # layer 1 is there already
+    assert [index for index, is_main in fetched if is_main] == [2], "the turn was not expected"
+    assert [index for index, is_main in fetched if not is_main] == [2, 3, 1, 0]
+    with decoder.at(1):
+        weight = decoder.layers[1].mlp.up_proj.weight.clone()
+    run(3, 0)  # and layer 1 ahead
+    if mode == "disk":
+        Changes(tmp_path).write(1, {"mlp.up_proj.weight": difference(weight, torch.zeros_like(weight))})
+        follow(decoder.layers, [Changes(tmp_path)])
+    else:
+        layer = offloaded(decoder.layers[1])
+        with layer.here():
+            decoder.layers[1].mlp.up_proj.weight.zero_()
+            run(0)  # and layer 1 once more
+            decoder.keep(1)
+    with decoder.at(1):
+        assert not decoder.layers[1].mlp.up_proj.weight.any()
+
+
+def test_what_fails_ahead_is_tried_again_where_it_is_needed(folders, monkeypatch):
+    decoder, fetch = load(folders("Llama"), "disk"), OffloadedLayer.fetch
+    expected = block_influence(decoder, WINDOWS, Batcher(2))
+
+    def fail(self):
+        if threading.current_thread() is not threading.main_thread():
+            raise torch.OutOfMemoryError("out of memory")
+        return fetch(self)
+
+    monkeypatch.setattr(OffloadedLayer, "fetch", fail)
+    assert block_influence(decoder, WINDOWS, Batcher(2)) == expected
 
 
 def test_little_host_memory_means_more_walks_with_the_same_result(folders, monkeypatch):
