@@ -10,6 +10,7 @@ import pytest
 
 import alp_prune
 import lib.heal.__main__
+import lib.models.decoder
 import ppllms
 import save_gradient
 from lib.sparsity import sparsegpt
@@ -146,6 +147,20 @@ def test_half_precision_runs(go, name, dtype):
 def test_two_gpus_share_a_model(go, name):
     found, pretended = go(name, "--device_map", "balanced", gpus=2)
     assert min(pretended.peak) > 0 and alike(found, go(name)[0])
+
+
+@pytest.mark.parametrize("name", ["sparsegpt_alp", "ppllms"])
+def test_hidden_states_of_an_offloaded_model_stay_on_a_gpu_that_has_room(go, name, monkeypatch):
+    """Else they go to the host after each layer."""
+    found, roomy = go(name, "--offload", "cpu")
+    monkeypatch.setattr(lib.models.decoder, "free_bytes", lambda device: 0)
+    other, full = go(name, "--offload", "cpu", limit=2**30)
+
+    def to_host(gpus: Gpus) -> int:
+        places = gpus.copied.items()
+        return sum(size for (direction, line), size in places if direction == "cuda to cpu" and "activations" in line)
+
+    assert alike(found, other) and 2 * to_host(roomy) < to_host(full)
 
 
 def test_with_little_memory_batches_are_halved(go):

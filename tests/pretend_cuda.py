@@ -507,6 +507,7 @@ def pretend_cuda(count: int = 1, limit: int = 80 * 2**30, fails: Fails = lambda 
             stack.enter_context(mock.patch.multiple(torch.cuda, **_replacements(pretended)))
             stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", submit_in_modes))
             stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self))
+            stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda self, stream: None))
             stack.enter_context(_modes())
             yield pretended
     finally:

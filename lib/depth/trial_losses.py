@@ -34,7 +34,7 @@ class _States:
     """
 
     def __init__(self, device: torch.device):
-        self._room = int(free_bytes(device) * _ROOM)  # bytes, for all
+        self._device, self._room = device, int(free_bytes(device) * _ROOM)  # bytes, for all
         self._share = slice(0, 0)
         self._complete: dict[Modes, torch.Tensor] = {}
         self._filling: dict[Modes, torch.Tensor | None] = {}  # None: there was no room
@@ -57,9 +57,9 @@ class _States:
         """The longest prefix of some modes whose states can be read; empty when there is none."""
         return next((modes[:n] for n in range(len(modes), 0, -1) if modes[:n] in self._complete), ())
 
-    def read(self, rows: slice, modes: Modes, device: torch.device) -> torch.Tensor | None:
+    def read(self, rows: slice, modes: Modes) -> torch.Tensor | None:
         """The states (B, T, D) of some windows; None for an empty prefix."""
-        return self._complete[modes][self._places(rows)].to(device) if modes else None
+        return self._complete[modes][self._places(rows)].to(self._device) if modes else None
 
     def write(self, rows: slice, modes: Modes, hidden_states: torch.Tensor) -> None:
         """Keeps the states (B, T, D) of some windows, if those of all windows fit."""
@@ -71,7 +71,7 @@ class _States:
             kept[self._places(rows)] = hidden_states.to(kept.device)
 
     def _room_for(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        shape, device = (self._share.stop - self._share.start, *hidden_states.shape[1:]), hidden_states.device
+        shape, device = (self._share.stop - self._share.start, *hidden_states.shape[1:]), self._device
         size = math.prod(shape) * hidden_states.element_size()
         if size == 0:  # this process has no windows; it runs one only to learn shapes
             return None
@@ -158,7 +158,8 @@ class Sweep:
 
     def _measure(self, trials: Mapping[Modes, Trial], batcher: Batcher, progress: Progress | None) -> torch.Tensor:
         """The losses (N, trials) of all windows, by walks up the layers."""
-        self._kept = kept = self._kept or _States(self.decoder.waiting_device)
+        device = torch.device("cpu") if self.decoder.is_offloaded else self.decoder.device
+        self._kept = kept = self._kept or _States(device)
         kept.begin(list(trials), batcher.share(len(self.windows)))
 
         def losses_of(rows: slice, tick: Tick) -> torch.Tensor:  # (N, trials)
@@ -180,7 +181,7 @@ class Sweep:
         for layer in range(min(map(len, begins.values())), decoder.num_layers):
             for begin in begins.values():
                 if len(begin) == layer and begin not in running:
-                    states = kept.read(rows, begin, decoder.waiting_device)
+                    states = kept.read(rows, begin)
                     running[begin] = Activations(decoder, windows, self.batcher, layer, states, inputs)
             if layer in forks:
                 for below, walk in running.items():

@@ -20,7 +20,7 @@ See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # layer input and ou
 class Activations:
     """Hidden states (N, T, D) of windows (N, T) at the input of one decoder layer, moved up layer by layer.
 
-    They have the model's dtype and are on the embedding's device, or in host memory if the model is offloaded.
+    They have the model's dtype and are where `Decoder.waiting_device` says.
     """
 
     def __init__(
@@ -54,14 +54,18 @@ class Activations:
 
     def _put(self, rows: slice, hidden_states: torch.Tensor) -> None:
         """Replaces the hidden states of `rows`, without a copy if these are all windows."""
-        device, count = self.decoder.waiting_device, len(self.windows)
-        if rows.stop - rows.start == count:
+        count = len(self.windows)
+        if self._is_own and len(self.hidden_states) and len(hidden_states) < count:
+            self.hidden_states[rows] = hidden_states
+            return
+        device = self.decoder.waiting_device(hidden_states.nbytes // len(hidden_states) * count)
+        if len(hidden_states) == count:
             self.hidden_states = hidden_states.to(device)
         else:
-            if len(self.hidden_states) == 0:
+            if len(self.hidden_states):
+                self.hidden_states = self.hidden_states.to(device, copy=True)
+            else:
                 self.hidden_states = hidden_states.new_empty(count, *hidden_states.shape[1:], device=device)
-            elif not self._is_own:
-                self.hidden_states = self.hidden_states.clone()
             self.hidden_states[rows] = hidden_states
         self._is_own = True
 

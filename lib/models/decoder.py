@@ -25,9 +25,12 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import OffloadedLayer, offloaded
 from lib.models.shared_kv import SharedKV
+from lib.runtime.memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_KEPT_FREE, _STATES = 0.3, 0.5  # of a device's memory, for all else; of what is free beyond it, for hidden states
 
 
 class StopForward(Exception):
@@ -150,10 +153,16 @@ class Decoder(Architecture):
         """True if layers are read from disk, so that changes to their weights must be written there."""
         return any(layer.is_on_disk for layer in self._offloaded if layer)
 
-    @property
-    def waiting_device(self) -> torch.device:
-        """Where hidden states of many windows are kept between layers: host memory if the model is offloaded."""
-        return torch.device("cpu") if self.is_offloaded else self.device
+    def waiting_device(self, nbytes: int) -> torch.device:
+        """Where so many bytes of hidden states are kept between layers.
+
+        With an offloaded model it is host memory, unless the device has much more room than they and a layer take.
+        """
+        if not self.is_offloaded or self.device.type != "cuda":
+            return self.device
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        fits = nbytes < _STATES * (free_bytes(self.device) - _KEPT_FREE * total)
+        return self.device if fits else torch.device("cpu")
 
     def at(self, index: int) -> AbstractContextManager[None]:
         """Inside the block, a layer's weights are on the device that computes with them. May be nested."""

@@ -89,7 +89,7 @@ def test_hidden_states_that_the_device_has_no_room_for_are_kept_on_the_host_once
     assert kept.longest((on, on)) == ()  # not all windows' yet, for all that is known
     kept.end()
     assert kept.longest((on, on)) == (on,) and kept.longest((off, on)) == ()
-    assert torch.equal(kept.read(slice(1, 4), (on,), decoder.device), states[1:4])
+    assert torch.equal(kept.read(slice(1, 4), (on,)), states[1:4])
 
 
 @pytest.mark.parametrize("fails_at", range(1, 7))
