@@ -17,12 +17,13 @@ from torch import nn
 
 from lib.models.modeling_pruned import LAYERS_NAMES, find_decoder, find_name
 from lib.models.weight_deltas import Changes
-from lib.runtime.memory import free_host_memory
+from lib.runtime.memory import free_bytes, free_host_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FITS = 0.8  # share of the free memory that a model may take
+_ROOM = 4  # layers for which there must be free memory before one is fetched ahead
 
 
 class Weights(Protocol):
@@ -56,8 +57,8 @@ class Ahead:
         elif self._stream:  # their memory is that stream's, and used by another
             for weight in found.values():
                 weight.record_stream(torch.cuda.current_stream(layer.device))
-        expected = self._expected(index)
-        if expected not in self.layers:
+        expected, size = self._expected(index), sum(weight.nbytes for weight in found.values())
+        if expected not in self.layers or free_bytes(layer.device) < _ROOM * size:
             self._next = None
         elif not self._next or self._next[0] != expected:
             self._next = expected, self._thread.submit(self._fetch, expected)

@@ -209,6 +209,19 @@ def test_a_layer_is_fetched_while_the_one_before_it_runs(mode, folders, tmp_path
         assert not decoder.layers[1].mlp.up_proj.weight.any()
 
 
+def test_with_little_memory_no_layer_is_fetched_ahead(folders, monkeypatch):
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 0)
+    decoder, fetch = load(folders("Llama"), "disk"), OffloadedLayer.fetch
+
+    def fetch_here(self):
+        assert threading.current_thread() is threading.main_thread()
+        return fetch(self)
+
+    monkeypatch.setattr(OffloadedLayer, "fetch", fetch_here)
+    block_influence(decoder, WINDOWS, Batcher(2))
+    assert offloaded(decoder.layers[0])._ahead._next is None
+
+
 def test_what_fails_ahead_is_tried_again_where_it_is_needed(folders, monkeypatch):
     decoder, fetch = load(folders("Llama"), "disk"), OffloadedLayer.fetch
     expected = block_influence(decoder, WINDOWS, Batcher(2))
