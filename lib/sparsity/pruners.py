@@ -15,7 +15,7 @@ from lib.errors import RunError
 from lib.sparsity.admm import admm_update, input_scale, penalized_inverse
 from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
 from lib.sparsity.quantization_grid import round_to_nearest
-from lib.sparsity.sparsegpt import Hessian, Rounding, obs_update, sum_over
+from lib.sparsity.sparsegpt import Choose, Hessian, Rounding, obs_update, sum_over
 
 Weights = Sequence[torch.Tensor]
 
@@ -179,12 +179,10 @@ class SparseGpt(InputPruner):
         stacked[:, statistic.diagonal == 0] = 0.0
 
         def choose(scores: torch.Tensor, column: int) -> torch.Tensor:
-            if self.pattern.is_structured:
-                return smallest_of_groups(scores, self.pattern.n, self.pattern.m)
             return torch.cat([smallest_overall(part, sparsity) for part in scores.split(rows)])
 
-        step = self.pattern.m if self.pattern.is_structured else None
-        new = compensated(stacked, statistic, choose, step, self.damping, self.quantization)
+        how = self.pattern if self.pattern.is_structured else choose
+        new = compensated(stacked, statistic, how, self.damping, self.quantization)
         return [part.to(weight.dtype) for part, weight in zip(new.split(rows), weights, strict=True)]
 
     def remark(self, statistic: Hessian | None) -> str | None:
@@ -256,7 +254,7 @@ class Rounded(Pruner):
         def choose(scores: torch.Tensor, column: int) -> torch.Tensor:
             return held[:, column : column + scores.shape[1]]
 
-        new = compensated(stacked, statistic, choose, None, self.damping, self.quantization)
+        new = compensated(stacked, statistic, choose, self.damping, self.quantization)
         return [part.to(weight.dtype) for part, weight in zip(new.split(rows), weights, strict=True)]
 
     def remark(self, statistic: Hessian | None) -> str | None:
@@ -273,8 +271,7 @@ def describe_damping(hessian: Hessian | None, damping: float) -> str | None:
 def compensated(
     weight: torch.Tensor,
     hessian: Hessian,
-    choose: Callable[[torch.Tensor, int], torch.Tensor],
-    step: int | None,
+    choose: Choose | Pattern,
     damping: float,
     quantization: Quantization | None,
 ) -> torch.Tensor:
@@ -283,6 +280,6 @@ def compensated(
     factor, order = hessian.inverse_factor(damping, by_activation)
     rounding = Rounding.prepare(weight, quantization, order) if quantization else None
     if order is None:
-        return obs_update(weight, factor, choose, step, rounding)
-    new = obs_update(weight[:, order], factor, choose, step, rounding)
+        return obs_update(weight, factor, choose, rounding)
+    new = obs_update(weight[:, order], factor, choose, rounding)
     return new[:, order.argsort()]

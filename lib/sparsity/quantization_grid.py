@@ -13,8 +13,8 @@ _LARGEST = torch.finfo(torch.bfloat16).max
 class Grid:
     """The values `scale * (level - zero)` for integer levels 0..max_level; 0 is on the grid of every row."""
 
-    scale: torch.Tensor  # (rows, 1)
-    zero: torch.Tensor  # (rows, 1), integral
+    scale: torch.Tensor  # (rows, 1), or (rows, columns)
+    zero: torch.Tensor  # the same, integral
     max_level: int
 
     @classmethod
@@ -41,6 +41,12 @@ class Grid:
             zero = (-least / scale).round()
         scale = torch.minimum(scale, _LARGEST / torch.maximum(zero, max_level - zero))
         return cls(scale, zero, max_level)
+
+    def of_column(self, column: int) -> "Grid":
+        """The grid of one column, (rows, 1)."""
+        if self.scale.shape[1] == 1:
+            return self
+        return Grid(self.scale[:, column : column + 1], self.zero[:, column : column + 1], self.max_level)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounds (rows, columns) to the nearest grid values; exact zeros stay zero."""

@@ -7,12 +7,15 @@ from itertools import pairwise
 
 import torch
 
+from lib.config.methods import UNSTRUCTURED, Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError, first_line, is_out_of_memory
+from lib.sparsity.masks import smallest_of_groups
 from lib.sparsity.quantization_grid import Grid
 
 BLOCK = 128  # columns
 _AT_ONCE = 16  # columns updated one by one; the columns after them are then updated together
+_LARGEST_IN_KERNEL = 16  # m of a pattern n:m
 _LARGEST_DAMPING = 1.0
 _PARTS = 4  # row blocks of the Hessian, each computed only up to the diagonal: 10 of 16 blocks
 
@@ -147,33 +150,45 @@ class Rounding:
         columns = range(weight.shape[1]) if order is None else order.tolist()
         return cls(quantization, grids, tuple(column // size for column in columns))
 
-    def starts_group(self, column: int) -> bool:
-        """True if a new grid must be computed at this column of the pass."""
-        size = self.quantization.group_size
-        return not self.grids and size is not None and column % size == 0
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Columns `start` to `stop` of the pass, cut where a new grid must be computed."""
+        size = None if self.grids else self.quantization.group_size
+        cuts = [column for column in range(start + 1, stop) if size and column % size == 0]
+        return list(pairwise([start, *cuts, stop]))
 
-    def grid(self, column: int) -> Grid:
-        """The grid of a column of the pass, if it was computed beforehand."""
-        return self.grids[0 if self.group_of is None else self.group_of[column]]
+    def grid(self, start: int, stop: int) -> Grid:
+        """The grid of some columns of the pass, computed beforehand: one for each row, or for each row and column."""
+        if self.group_of is None:
+            return self.grids[0]
+        of_columns = [self.grids[group] for group in self.group_of[start:stop]]
+        scale, zero = (torch.cat([getattr(grid, name) for grid in of_columns], dim=1) for name in ("scale", "zero"))
+        return Grid(scale, zero, of_columns[0].max_level)
 
 
 def obs_update(
     weight: torch.Tensor,
     factor: torch.Tensor,
-    choose: Choose,
-    step: int | None = None,
+    choose: Choose | Pattern,
     rounding: Rounding | None = None,
     block: int = BLOCK,
 ) -> torch.Tensor:
     """Prunes and optionally quantizes a weight column by column; later columns compensate for each column's error.
 
-    `weight` (out, in) is fp32, with columns in the order of `factor` (in, in), the R of `Hessian.inverse_factor`. Every
-    `step` columns (default: a block), `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, step) of the
-    updated weights and returns the mask of those to prune. Returns the new weight.
+    `weight` (out, in) is fp32, with columns in the order of `factor` (in, in), the R of `Hessian.inverse_factor`. For
+    every block of columns, `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, block) of the updated weights
+    and returns the mask of those to prune; a pattern n:m chooses among every m columns. Returns the new weight.
     """
-    columns = weight.shape[1]
-    step = step or block
-    block = max(step, block // step * step)
+    columns, size = weight.shape[1], rounding.quantization.group_size if rounding else None
+    pattern = choose if isinstance(choose, Pattern) else UNSTRUCTURED
+    if pattern.is_structured:
+        block = max(pattern.m, block // pattern.m * pattern.m)
+
+    def select(scores: torch.Tensor, column: int) -> torch.Tensor:
+        return smallest_of_groups(scores, choose.n, choose.m) if isinstance(choose, Pattern) else choose(scores, column)
+
+    kernel = find_kernel(weight.device)[0] if weight.is_cuda else None
+    chooses_in_kernel = kernel and 0 < pattern.m <= _LARGEST_IN_KERNEL and (size or pattern.m) % pattern.m == 0
+    step = pattern.m if pattern.is_structured and not chooses_in_kernel else block
     diagonal = factor.diagonal()[:, None]
     new = weight.T.contiguous()  # (in, out), so that each column of the weight is contiguous
     grid: Grid | None = None
@@ -182,66 +197,79 @@ def obs_update(
         errors = torch.empty_like(new[first:last])
 
         def current(start: int, stop: int, inner=inner, errors=errors, first=first) -> torch.Tensor:
-            """Columns `start` to `stop` of the block, updated for the errors of the columns before them."""
-            return new[first + start : first + stop] - inner[:start, start:stop].T @ errors[:start]
+            """Columns `start` to `stop` of the pass, in the block, updated for the errors of its columns before."""
+            done = start - first
+            return new[start:stop] - inner[:done, done : stop - first].T @ errors[:done]
 
-        for start, stop in pairwise([*range(0, last - first, step), last - first]):
-            columns_now = slice(first + start, first + stop)
+        for start, stop in pairwise([*range(first, last, step), last]):
             now = current(start, stop)
-            mask = choose((now / diagonal[columns_now]).square().T, first + start).T
-            if rounding is None:
-                zero_columns(now, inner[start:stop, start:stop], mask, errors[start:stop])
-                new[columns_now] = now
-                continue
-            for i in range(start, stop):
-                column = first + i
-                if rounding.grids:
-                    grid = rounding.grid(column)
-                elif rounding.starts_group(column):
-                    size = rounding.quantization.group_size
-                    assert size is not None, "only groups start at a column"
-                    ahead = min(i + size, last - first)
-                    later = new[last : column + size]
-                    grid = Grid.of(torch.cat([current(i, ahead), later]).T, rounding.quantization)
-                assert grid is not None, "column 0 starts the first group"
-                before = current(i, i + 1)[0]
-                kept = before.masked_fill(mask[i - start], 0.0)
-                new[column] = grid.round(kept[:, None])[:, 0]
-                errors[i] = (before - new[column]) / diagonal[column]
+            mask = None if chooses_in_kernel else select((now / diagonal[start:stop]).square().T, start).T
+            for begin, end in rounding.pieces(start, stop) if rounding else [(start, stop)]:
+                now = now if begin == start else current(begin, end)
+                now, inside = now[: end - begin], slice(begin - first, end - first)
+                if rounding and rounding.grids:
+                    grid = rounding.grid(begin, end)
+                elif rounding and size and begin % size == 0:
+                    ahead = torch.cat([current(begin, min(begin + size, last)), new[last : begin + size]])
+                    grid = Grid.of(ahead.T, rounding.quantization)
+                if mask is not None:
+                    goes = mask[begin - start : end - start]
+                    (kernel or update_columns)(now, inner[inside, inside], errors[inside], goes, grid=grid)
+                elif kernel:
+                    kernel(now, inner[inside, inside], errors[inside], None, pattern, grid)
+                new[begin:end] = now
         new[last:] -= factor[first:last, last:].T @ errors
     return new.T.contiguous()
 
 
-def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
+def update_columns(
+    now: torch.Tensor,
+    triangle: torch.Tensor,
+    errors: torch.Tensor,
+    mask: torch.Tensor,
+    grid: Grid | None = None,
+) -> None:
     """Zeroes the masked weights of k columns in place, one column at a time, and updates the columns that follow.
 
     `now` (k, out) has one row per column, `triangle` (k, k) is the factor's part for these columns, and `mask` (k, out)
-    marks the weights to zero. Writes to `errors` (k, out) what each weight lost, divided by the factor's diagonal.
+    marks the weights to zero. Those that stay are rounded to the `grid`, if any, with parts (out, k) or (out, 1).
+    Writes to `errors` (k, out) what each weight lost, divided by the factor's diagonal.
     """
-    if now.is_cuda and (kernel := find_kernel(now.device)[0]):
-        return kernel(now, triangle, mask, errors)
     lost = mask / triangle.diagonal()[:, None]
     for first, last in pairwise([*range(0, len(now), _AT_ONCE), len(now)]):
         for column in range(first, last):
             now[column].addmv_(errors[first:column].T, triangle[first:column, column], alpha=-1)
-            torch.mul(now[column], lost[column], out=errors[column])
+            if grid is None:
+                torch.mul(now[column], lost[column], out=errors[column])
+                continue
+            kept = now[column].masked_fill(mask[column], 0.0)
+            rounded = grid.of_column(column).round(kept[:, None])[:, 0]
+            torch.sub(now[column], rounded, out=errors[column]).div_(triangle[column, column])
+            now[column] = rounded
         now[last:] -= triangle[first:last, last:].T @ errors[first:last]
-    now.masked_fill_(mask, 0.0)
+    if grid is None:
+        now.masked_fill_(mask, 0.0)
 
 
 @cache
 def find_kernel(device: torch.device) -> tuple[Callable | None, str]:
-    """`zero_columns` in one launch; or None, and why: without Triton, a C compiler, or a device that Triton supports.
+    """`update_columns` in one launch; or None, and why: without Triton, a C compiler, or a device that it supports.
 
     Raises the error when memory runs out, which says nothing of the kernel.
     """
     try:
         from lib.sparsity import sparsegpt_triton
 
-        now, errors = (torch.ones(2, 1, device=device) for _ in range(2))
-        sparsegpt_triton.zero_columns(now, torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device), now > 0, errors)
-        is_right = [*now, *errors] == [0, 0, 1, 0.25]
-        return (sparsegpt_triton.zero_columns, "") if is_right else (None, "it gives wrong results here")
+        triangle = torch.tensor([[1.0, 0.5], [0.0, 2.0]], device=device)
+        grid = Grid(torch.full((2, 1), 0.75, device=device), torch.zeros(2, 1, device=device), 3)
+        found = []
+        for pattern, kept in ((UNSTRUCTURED, None), (Pattern(1, 2), None), (UNSTRUCTURED, grid)):
+            now, errors = (torch.ones(2, 2, device=device) for _ in range(2))
+            mask = None if pattern.is_structured else now < 0 if kept else now > 0
+            sparsegpt_triton.update_columns(now, triangle, errors, mask, pattern, kept)
+            found.append([now[:, 0].tolist(), errors[:, 0].tolist()])
+        is_right = found == [[[0, 0], [1, 0.25]], [[1, 0], [0, 0.5]], [[0.75, 0.75], [0.25, 0.0625]]]
+        return (sparsegpt_triton.update_columns, "") if is_right else (None, "it gives wrong results here")
     except Exception as error:  # Triton and its tools can raise anything, and the kernel is optional
         if is_out_of_memory(error):
             raise

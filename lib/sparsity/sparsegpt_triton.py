@@ -4,36 +4,63 @@ import torch
 import triton
 import triton.language as tl
 
+from lib.config.methods import UNSTRUCTURED, Pattern
+from lib.sparsity.quantization_grid import Grid
+
 _OUTS = 16  # per program of 4 warps; on sm_90, 128 columns take 128 registers per thread without spilling
 
 
-def zero_columns(now: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor) -> None:
-    """`lib.sparsity.sparsegpt.zero_columns` in one launch; shapes (k, out), (k, k), (k, out), (k, out)."""
+def update_columns(
+    now: torch.Tensor,
+    triangle: torch.Tensor,
+    errors: torch.Tensor,
+    mask: torch.Tensor | None,
+    pattern: Pattern = UNSTRUCTURED,
+    grid: Grid | None = None,
+) -> None:
+    """`lib.sparsity.sparsegpt.update_columns` in one launch; shapes (k, out), (k, k), (k, out), (k, out).
+
+    Without a mask, the kernel chooses n of every m columns itself. The `grid` has a scale and a zero point for each
+    row and column, (out, k) or (out, 1).
+    """
     columns, outs = now.shape
     assert now.stride(1) == triangle.stride(1) == errors.stride(1) == 1
+    assert (mask is None) == pattern.is_structured and columns % max(pattern.m, 1) == 0
+    marks = now if mask is None else mask.view(torch.uint8)  # without a mask: not read
+    scale, zero = (now, now) if grid is None else (part.expand(outs, columns) for part in (grid.scale, grid.zero))
     with torch.cuda.device_of(now):
-        _zero_columns[(triton.cdiv(outs, _OUTS),)](
+        _update_columns[(triton.cdiv(outs, _OUTS),)](
             now,
             triangle,
-            mask.view(torch.uint8),
+            marks,
             errors,
+            scale,
+            zero,
             columns,
             outs,
             now.stride(0),
             triangle.stride(0),
-            *mask.stride(),
+            *marks.stride(),
             errors.stride(0),
+            *scale.stride(),
+            *zero.stride(),
+            MAX_LEVEL=0 if grid is None else grid.max_level,
+            N=pattern.n,
+            M=pattern.m,
+            GROUP=triton.next_power_of_2(max(pattern.m, 1)),
             COLUMNS=triton.next_power_of_2(columns),
             OUTS=_OUTS,
         )
 
 
 @triton.jit
-def _zero_columns(
+def _update_columns(
     now,
     triangle,
     mask,
     errors,
+    scale,
+    zero,
     columns,
     outs,
     now_stride,
@@ -41,21 +68,53 @@ def _zero_columns(
     mask_stride,
     mask_out_stride,
     errors_stride,
+    scale_out_stride,
+    scale_stride,
+    zero_out_stride,
+    zero_stride,
+    MAX_LEVEL: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     OUTS: tl.constexpr,
 ):
     """Handles `OUTS` rows of the weight over all columns of the block; they stay in registers throughout."""
     out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    places = tl.arange(0, COLUMNS)
+    places, members = tl.arange(0, COLUMNS), tl.arange(0, GROUP)
     is_out, is_inside = out < outs, (places < columns)[:, None] & (out < outs)[None, :]
     weights = tl.load(now + places[:, None] * now_stride + out[None, :], is_inside, other=0.0)
-    goes = tl.load(mask + places[:, None] * mask_stride + out[None, :] * mask_out_stride, is_inside, other=0)
+    chosen = tl.zeros((GROUP, OUTS), tl.int32)  # which of the current m columns go
     for column in range(columns):
+        diagonal = tl.load(triangle + column * (triangle_stride + 1))
         before = tl.sum(tl.where(places[:, None] == column, weights, 0.0), axis=0)
-        this_goes = tl.load(mask + column * mask_stride + out * mask_out_stride, is_out, other=0)
-        lost = tl.where(this_goes != 0, before / tl.load(triangle + column * (triangle_stride + 1)), 0.0)
+        if M > 0:
+            member = column % M
+            if member == 0:
+                scores = tl.full((GROUP, OUTS), float("inf"), tl.float32)
+                for other in tl.static_range(M):
+                    value = tl.sum(tl.where(places[:, None] == column + other, weights, 0.0), axis=0)
+                    value = value / tl.load(triangle + (column + other) * (triangle_stride + 1))
+                    scores = tl.where(members[:, None] == other, (value * value)[None, :], scores)
+                rank = tl.zeros((GROUP, OUTS), tl.int32)  # in ascending order; among ties, by column
+                for other in tl.static_range(M):
+                    score = tl.sum(tl.where(members[:, None] == other, scores, 0.0), axis=0)[None, :]
+                    is_tied = (score == scores) & (other < members)[:, None]
+                    rank += ((score < scores) | is_tied).to(tl.int32)
+                chosen = (rank < N).to(tl.int32)
+            goes = tl.sum(tl.where(members[:, None] == member, chosen, 0), axis=0) != 0
+        else:
+            goes = tl.load(mask + column * mask_stride + out * mask_out_stride, is_out, other=0) != 0
+        after = tl.where(goes, 0.0, before)
+        if MAX_LEVEL > 0:
+            step = tl.load(scale + column * scale_stride + out * scale_out_stride, is_out, other=1.0)
+            origin = tl.load(zero + column * zero_stride + out * zero_out_stride, is_out, other=0.0)
+            level = tl.minimum(tl.maximum(tl.div_rn(after, step), -origin - 1), MAX_LEVEL - origin + 1)
+            level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even
+            after = step * (tl.minimum(tl.maximum(level + origin, 0.0), MAX_LEVEL) - origin)
+        lost = (before - after) / diagonal
         is_later = (places > column) & (places < columns)
         factors = tl.load(triangle + column * triangle_stride + places, is_later, other=0.0)
-        weights -= factors[:, None] * lost[None, :]
+        weights = tl.where(places[:, None] == column, after[None, :], weights - factors[:, None] * lost[None, :])
         tl.store(errors + column * errors_stride + out, lost, is_out)
-    tl.store(now + places[:, None] * now_stride + out[None, :], tl.where(goes != 0, 0.0, weights), is_inside)
+    tl.store(now + places[:, None] * now_stride + out[None, :], weights, is_inside)
