@@ -126,8 +126,23 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """total (m, n) += left^T right, for (T, m) and (T, n), multiplied and accumulated in fp32."""
     if left.dtype == torch.float32:
         total.addmm_(left.T, right)
+    elif _adds_in_place(left.device, left.dtype):
+        torch.ops.aten.addmm.dtype_out(total, left.T, right, torch.float32, out=total)
     else:
         total += torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if a product in half precision can be added to an fp32 sum without a copy of that sum's size."""
+    try:
+        ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+        torch.ops.aten.addmm.dtype_out(total, ones.T, ones, torch.float32, out=total)
+        return bool(total.eq(17).all())
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
 
 
 @dataclass(frozen=True)
