@@ -191,3 +191,4 @@ def test_a_layer_waits_for_the_gpu_only_so_often(go, name, most):
     pretended = go(name)[1]
     waits = sum(count for (_, line), count in pretended.waits.items() if line.startswith("lib/sparsity/"))
     assert 0 < waits <= 4 * most
+    assert sum(count for (_, line), count in pretended.waits.items() if "weight_deltas" in line) == 4, "one a layer"
