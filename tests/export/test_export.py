@@ -180,7 +180,8 @@ def test_layers_that_are_built_by_their_number_keep_it_and_removed_ones_are_empt
     left = decoder.total_parameters - decoder.removed_parameters(plan)
     save_pruned(decoder, plan, None, tmp_path / "out")
     saved = _reload(tmp_path / "out")
-    assert torch.equal(saved(input_ids=ids, use_cache=False).logits, expected)
+    found = saved(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)  # where tensors lie in memory can change the last bit
     assert saved.num_parameters() == left and saved.config.num_hidden_layers == 4
     again = Decoder(load_model(ModelSource(str(tmp_path / "out"))))
     assert again.given_modes == [Mode(False, False), Mode(), Mode(False, False), Mode(ffn=False)]

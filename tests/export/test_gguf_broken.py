@@ -208,7 +208,7 @@ def test_a_path_that_is_not_utf8_is_pruned_and_printed(source, tmp_path, monkeyp
     name = os.fsdecode(b"caf\xe9.gguf")
     Path(name).write_bytes(source.read_bytes())
     saved = SavedPlan(Path("result.json"), "model", PLAN, 1)
-    ppllms.prune_gguf(Path(name), Path("out.gguf"), saved, False)
+    ppllms.prune_gguf(Path(name), Path("out.gguf"), saved, None, False)
     assert r"caf\udce9.gguf (llama): 4 layers" in capsys.readouterr().out
 
 

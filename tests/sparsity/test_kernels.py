@@ -55,7 +55,7 @@ def updated(weights: torch.Tensor, triangle: torch.Tensor, mask: torch.Tensor, g
 
 
 @pytest.mark.parametrize("of", ["no grid", "row", "row and column"])
-@pytest.mark.parametrize("columns, outs", [(128, 33), (128, 16), (4, 33), (100, 5), (1, 1)])
+@pytest.mark.parametrize("columns, outs", [(128, 16), (64, 33), (4, 33), (100, 5), (1, 1)])
 def test_the_kernel_zeroes_rounds_and_compensates_as_the_plain_version(columns, outs, of):
     weights, triangle, mask = block(columns, outs)
     grid = grids(weights, of)
@@ -96,17 +96,18 @@ QUANTIZATIONS = {
     "rows": Quantization(4, is_compensated=True),
     "groups": Quantization(4, is_compensated=True, group_size=32),
     "groups across blocks": Quantization(3, is_compensated=True, is_symmetric=True, group_size=48),
+    "groups that 4 does not divide": Quantization(4, is_compensated=True, group_size=34),
     "act-order": Quantization(4, is_compensated=True, group_size=64, by_activation=True, static_groups=True),
 }
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4), Pattern(3, 5)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=str)
 def test_sparsegpt_by_the_kernel_is_sparsegpt(pattern, quantization, monkeypatch):
-    """On the CPU without the kernel, and as on a GPU: with it. 3:5 does not fit into groups of 32: masks are given."""
+    """On the CPU without the kernel, and as on a GPU: with it."""
     from lib.sparsity import sparsegpt_triton
 
-    weight, inputs = problem(rows=16, columns=160 if pattern.m == 5 else 192, tokens=400)
+    weight, inputs = problem(rows=16, columns=192, tokens=400)
     pruner = SparseGpt(pattern, quantization=quantization)
     (expected,) = pruner.prune([weight], hessian_of(inputs), 0.6)
     launches = []
