@@ -143,6 +143,7 @@ class OffloadedLayer:
             if self._uses == 0:
                 self._release()
 
+    @torch.no_grad()
     def fetch(self) -> dict[str, torch.Tensor]:
         """Copies of the weights on the device, so that memory-mapped files are read here and never written to."""
         return {path: self[path].to(self.device, copy=True) for path in self._places}
