@@ -101,7 +101,16 @@ QUANTIZATIONS = {
 }
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
+FEW = ("none", "groups", "groups that 4 does not divide")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        pytest.param(quantization, id=name, marks=[] if name in FEW or IS_CUDA else pytest.mark.slow)
+        for name, quantization in QUANTIZATIONS.items()
+    ],
+)
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=str)
 def test_sparsegpt_by_the_kernel_is_sparsegpt(pattern, quantization, monkeypatch):
     """On the CPU without the kernel, and as on a GPU: with it."""
