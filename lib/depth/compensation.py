@@ -105,23 +105,22 @@ def compensate(
     writers, ranks = retry_once(partial(_find_writers, decoder, first, steps, mode)), batcher.ranks
     pending = [step.layer for step in writers if step.layer not in changes]
     streams = Streams(decoder, windows, batcher, first) if pending else None
-    with changes:
-        for layer, group in groupby(steps, key=lambda step: step.layer):
-            of_layer = {step: writers.get(step) for step in group}
-            with decoder.at(layer):
-                if not streams or layer > pending[-1]:
-                    for writer in filter(None, of_layer.values()):
-                        _restore(writer, changes)
-                elif layer in changes:
-                    streams.walk(of_layer, lambda step, writer: _restore(writer, changes))
-                else:
-                    refits, weights = _refit_layer(streams, of_layer)
-                    if refits:
-                        (changes.write if ranks.is_first else changes.add)(layer, weights, list(map(asdict, refits)))
-                if any(of_layer.values()):
-                    decoder.keep(layer)
-            if progress:
-                progress(1)
+    for layer, group in groupby(steps, key=lambda step: step.layer):
+        of_layer = {step: writers.get(step) for step in group}
+        with decoder.at(layer):
+            if not streams or layer > pending[-1]:
+                for writer in filter(None, of_layer.values()):
+                    _restore(writer, changes)
+            elif layer in changes:
+                streams.walk(of_layer, lambda step, writer: _restore(writer, changes))
+            else:
+                refits, weights = _refit_layer(streams, of_layer)
+                if refits:
+                    (changes.write if ranks.is_first else changes.add)(layer, weights, list(map(asdict, refits)))
+            if any(of_layer.values()):
+                decoder.keep(layer)
+        if progress:
+            progress(1)
     ranks.wait()  # until the first process has written everything
     follow(decoder.layers, [changes])
     return [Refit(**one) for _, of_layer in sorted(changes.notes.items()) for one in of_layer]

@@ -44,7 +44,7 @@ def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 class Changes:
     """The changed weights of a model's layers, in a folder, including those that an earlier run finished.
 
-    Inside a `with` block, layers are written by a thread while the next one is worked on; when it ends, all are there.
+    Inside a `with` block, layers are written by a thread; when it ends, and after `finish`, all of them are there.
     """
 
     _thread: ThreadPoolExecutor | None = None
@@ -73,7 +73,7 @@ class Changes:
         self._thread.shutdown()
         self._thread = None
         with suppress(*([Exception] if error else [])):  # the error that ends the block is told
-            self._finish()
+            self.finish()
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._changed
@@ -81,9 +81,9 @@ class Changes:
     def write(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
         """Writes the changes of a layer, {path within it: `difference`}, and a JSON `note` on them, atomically.
 
-        The weights must stay as they are until the `with` block ends. Raises what writing the layer before raised.
+        In a `with` block, the weights must stay as they are until it ends; raises what `finish` raises.
         """
-        self._finish()
+        self.finish()
         self.add(layer, differences, note)
         kinds = self._changed[layer]
         parts = {
@@ -101,7 +101,7 @@ class Changes:
         packed = {name: _pack(tensor) if name.startswith(_ZEROS) else tensor for name, tensor in kept.items()}
         save_sealed(self.folder / _FILE.format(layer), packed, self._owner, note)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Waits for the layer that is being written. Raises what writing it raised."""
         unfinished, self._unfinished = self._unfinished, None
         if unfinished:

@@ -53,9 +53,10 @@ def prune_layers(
     """Prunes every matrix of every layer in place, layer i to `sparsities[i]`.
 
     `groups` come from `input_groups`. `windows` (N, T) are the calibration set, or None if the pruner needs no inputs.
-    Each finished layer is written to `changes`; layers already there are restored. A model whose layers are read from
-    disk needs `changes`. Multiple processes split the windows, and each layer's groups. Raises `RunError` naming the
-    layer if its inputs are not finite, or its Hessian is not positive definite.
+    Each finished layer is written to `changes`, while the windows pass through it and the next one, which is pruned
+    only then; layers already there are restored. A model whose layers are read from disk needs `changes`. Multiple
+    processes split the windows, and each layer's groups. Raises `RunError` naming the layer if its inputs are not
+    finite, or its Hessian is not positive definite.
     """
     ranks, pending = batcher.ranks, [layer for layer in range(len(groups)) if changes is None or layer not in changes]
     activations = None
@@ -75,6 +76,8 @@ def prune_layers(
                             with monitor.timed("observe"):
                                 statistics = observe(activations, part, pruner)
                         with monitor.timed("select"):
+                            if changes is not None:
+                                changes.finish()
                             found, remarks = _prune_part(
                                 layer, part, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
                             )
