@@ -20,7 +20,7 @@ from lib.depth.moves import moves_of
 from lib.depth.prepare import DepthWorkspace, budget_of, check_config, find_counts, prepare
 from lib.depth.searches import BEAM_STARTS
 from lib.engine.speed import tokens_per_second
-from lib.errors import RunError
+from lib.errors import RunError, is_out_of_memory
 from lib.evaluation.distance import Evaluation, as_fields
 from lib.export import gguf
 from lib.export.gguf_changed import InMemory
@@ -140,14 +140,20 @@ class DepthRun(Run[DepthPruning, DepthWorkspace]):
         return found
 
     def compare_speed(self) -> dict[str, dict[str, float]]:
-        """The `tokens_per_second` of result.json; nothing where they would be those of a disk or of a copy."""
+        """The `tokens_per_second` of result.json; nothing where they would be those of copies, or memory ran out."""
         windows = self.first_windows()
         if windows is None or self.decoder.is_offloaded or not self.report.is_first:
             return {}
         rows = min(self.workspace.batcher.size, -(-_TIMED_TOKENS // windows.shape[1]))
         plans = [Plan(self.decoder.num_layers), self.plan]
-        with self.report.timed("speed"):
-            dense, pruned = retry_once(partial(tokens_per_second, self.decoder, windows[:rows], plans))
+        try:
+            with self.report.timed("speed"):
+                dense, pruned = retry_once(partial(tokens_per_second, self.decoder, windows[:rows], plans))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.report.print("Prefill             not measured: too little memory")
+            return {}
         depth_report.show_speed(self.report, dense, pruned)
         return {"tokens_per_second": {"dense": dense, "pruned": pruned}}
 

@@ -62,6 +62,17 @@ def test_a_run_writes_what_it_prints(arguments, tmp_path, monkeypatch, capsys):
     assert sum(p.numel() for p in saved.parameters()) == parameters["total"] - parameters["removed"]
 
 
+def test_a_run_goes_on_when_its_speed_takes_too_much_memory(arguments, tmp_path, monkeypatch, capsys):
+    def run_out(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(lib.depth.run, "tokens_per_second", run_out)
+    assert run(*arguments, monkeypatch=monkeypatch) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "run/result.json").read_text())
+    assert "Prefill             not measured: too little memory" in printed and "Samples" in printed
+    assert "tokens_per_second" not in result and result["perplexity"]
+
+
 def test_the_saved_model_has_the_perplexity_that_was_reported(arguments, text_file, tmp_path, monkeypatch):
     assert run(*arguments, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     reported = json.loads((tmp_path / "run/result.json").read_text())["perplexity"][str(text_file)]
