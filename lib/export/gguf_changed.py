@@ -136,14 +136,15 @@ class Trained:
 
         The norm before a removed FFN is that of the source: it acts on nothing, and not every format keeps it.
         """
-        missing = {name for name in new_names if not name.startswith(_ROTARY) and _has_use(name, new_names)}
+        wanted = {name for name in new_names if not name.startswith(_ROTARY) and _has_use(name, new_names)}
+        missing = set(wanted)
         advice = "give a file that was converted from the same model"
         for name, matrix in self._matrices.items():
             old = self._tensor_of(name)
             if old in missing:
                 missing.remove(old)
                 yield old, matrix
-            elif old not in tensors and not any(table in name for table in _ROTARY):
+            elif old in wanted or old not in tensors and not any(table in name for table in _ROTARY):
                 raise refuse(source, f"has no tensor for {name} of {self.place}; {advice}")
         if missing:
             raise refuse(source, f"tensor {min(missing)} is in no file of {self.place}; {advice}")
