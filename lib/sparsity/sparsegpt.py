@@ -193,48 +193,84 @@ def obs_update(
     every block of columns, `choose(scores, column)` gets the scores `w^2 / R_jj^2` (out, block) of the updated weights
     and returns the mask of those to prune; a pattern n:m chooses among every m columns. Returns the new weight.
     """
-    columns, size = weight.shape[1], rounding.quantization.group_size if rounding else None
-    pattern = choose if isinstance(choose, Pattern) else UNSTRUCTURED
-    if pattern.is_structured:
-        block = max(pattern.m, block // pattern.m * pattern.m)
-
-    def select(scores: torch.Tensor, column: int) -> torch.Tensor:
-        return smallest_of_groups(scores, choose.n, choose.m) if isinstance(choose, Pattern) else choose(scores, column)
-
-    kernel = find_kernel(weight.device)[0] if weight.is_cuda else None
-    chooses_in_kernel = kernel and 0 < pattern.m <= _LARGEST_IN_KERNEL and (size or pattern.m) % pattern.m == 0
-    step = pattern.m if pattern.is_structured and not chooses_in_kernel else block
-    diagonal = factor.diagonal()[:, None]
-    new = weight.T.contiguous()  # (in, out), so that each column of the weight is contiguous
-    grid: Grid | None = None
+    if isinstance(choose, Pattern):
+        block = max(choose.m, block // choose.m * choose.m)
+    columns, steps = weight.shape[1], _Pass(weight, factor, choose, rounding)
     for first, last in pairwise([*range(0, columns, block), columns]):
-        inner = factor[first:last, first:last].contiguous()
+        steps.update_block(first, last)
+    return steps.new.T.contiguous()
+
+
+class _Pass:
+    """A pass of `obs_update` over the columns of a weight."""
+
+    def __init__(self, weight: torch.Tensor, factor: torch.Tensor, choose: Choose | Pattern, rounding: Rounding | None):
+        self.new = weight.T.contiguous()  # (in, out), so that each column of the weight is contiguous
+        self.factor, self.choose, self.rounding = factor, choose, rounding
+        self.diagonal = factor.diagonal()[:, None]
+        self.grid: Grid | None = None  # of the group that the pass has reached
+        self.pattern = choose if isinstance(choose, Pattern) else UNSTRUCTURED
+        self.kernel = find_kernel(weight.device)[0] if weight.is_cuda else None
+        size, m = rounding.quantization.group_size if rounding else None, self.pattern.m
+        self.chooses_in_kernel = self.kernel is not None and 0 < m <= _LARGEST_IN_KERNEL and (size or m) % m == 0
+
+    def update_block(self, first: int, last: int) -> None:
+        """Prunes columns `first` to `last`, and updates all after them."""
+        new, inner = self.new, self.factor[first:last, first:last].contiguous()
         errors = torch.empty_like(new[first:last])
 
-        def current(start: int, stop: int, inner=inner, errors=errors, first=first) -> torch.Tensor:
-            """Columns `start` to `stop` of the pass, in the block, updated for the errors of its columns before."""
+        def current(start: int, stop: int) -> torch.Tensor:
+            """Columns `start` to `stop`, in the block, updated for the errors of its columns before."""
             done = start - first
             return new[start:stop] - inner[:done, done : stop - first].T @ errors[:done]
 
+        step = self.pattern.m if self.pattern.is_structured and not self.chooses_in_kernel else last - first
         for start, stop in pairwise([*range(first, last, step), last]):
             now = current(start, stop)
-            mask = None if chooses_in_kernel else select((now / diagonal[start:stop]).square().T, start).T
-            for begin, end in rounding.pieces(start, stop) if rounding else [(start, stop)]:
-                now = now if begin == start else current(begin, end)
-                now, inside = now[: end - begin], slice(begin - first, end - first)
-                if rounding and rounding.grids:
-                    grid = rounding.grid(begin, end)
-                elif rounding and size and begin % size == 0:
-                    ahead = torch.cat([current(begin, min(begin + size, last)), new[last : begin + size]])
-                    grid = Grid.of(ahead.T, rounding.quantization)
-                if mask is not None:
-                    goes = mask[begin - start : end - start]
-                    (kernel or update_columns)(now, inner[inside, inside], errors[inside], goes, grid=grid)
-                elif kernel:
-                    kernel(now, inner[inside, inside], errors[inside], None, pattern, grid)
+            mask = None if self.chooses_in_kernel else self._mask(now, start)
+            for begin, end in self.rounding.pieces(start, stop) if self.rounding else [(start, stop)]:
+                now = (now if begin == start else current(begin, end))[: end - begin]
+                grid = self._grid(begin, end, last, current)
+                inside = slice(begin - first, end - first)
+                goes = None if mask is None else mask[begin - start : end - start]
+                self._update(now, inner[inside, inside], errors[inside], goes, grid)
                 new[begin:end] = now
-        new[last:] -= factor[first:last, last:].T @ errors
-    return new.T.contiguous()
+        new[last:] -= self.factor[first:last, last:].T @ errors
+
+    def _mask(self, now: torch.Tensor, start: int) -> torch.Tensor:
+        """Which weights of the columns from `start` on go, (columns, out) as they are `now`."""
+        scores = (now / self.diagonal[start : start + len(now)]).square().T
+        if isinstance(self.choose, Pattern):
+            return smallest_of_groups(scores, self.pattern.n, self.pattern.m).T
+        return self.choose(scores, start).T
+
+    def _grid(self, begin: int, end: int, last: int, current: Callable[[int, int], torch.Tensor]) -> Grid | None:
+        """The grid of columns `begin` to `end` in a block that ends at `last`."""
+        if self.rounding is None:
+            return None
+        if self.rounding.grids:
+            return self.rounding.grid(begin, end)
+        size = self.rounding.quantization.group_size
+        assert size is not None, "only groups have their grids computed during the pass"
+        if begin % size == 0:
+            group = torch.cat([current(begin, min(begin + size, last)), self.new[last : begin + size]])
+            self.grid = Grid.of(group.T, self.rounding.quantization)
+        return self.grid
+
+    def _update(
+        self,
+        now: torch.Tensor,
+        triangle: torch.Tensor,
+        errors: torch.Tensor,
+        mask: torch.Tensor | None,
+        grid: Grid | None,
+    ) -> None:
+        """`update_columns`, by the kernel if there is one; without a mask this chooses by the pattern."""
+        if self.kernel:
+            self.kernel(now, triangle, errors, mask, UNSTRUCTURED if mask is not None else self.pattern, grid)
+        else:
+            assert mask is not None, "only the kernel chooses"
+            update_columns(now, triangle, errors, mask, grid)
 
 
 def update_columns(

@@ -86,35 +86,56 @@ def _update_columns(
     weights = tl.load(now + places[:, None] * now_stride + out[None, :], is_inside, other=0.0)
     chosen = tl.zeros((GROUP, OUTS), tl.int32)  # which of the current m columns go
     for column in range(columns):
-        diagonal = tl.load(triangle + column * (triangle_stride + 1))
         before = tl.sum(tl.where(places[:, None] == column, weights, 0.0), axis=0)
         if M > 0:
-            member = column % M
-            if member == 0:
-                scores = tl.full((GROUP, OUTS), float("inf"), tl.float32)
-                for other in tl.static_range(M):
-                    value = tl.sum(tl.where(places[:, None] == column + other, weights, 0.0), axis=0)
-                    value = value / tl.load(triangle + (column + other) * (triangle_stride + 1))
-                    scores = tl.where(members[:, None] == other, (value * value)[None, :], scores)
-                rank = tl.zeros((GROUP, OUTS), tl.int32)  # in ascending order; among ties, by column
-                for other in tl.static_range(M):
-                    score = tl.sum(tl.where(members[:, None] == other, scores, 0.0), axis=0)[None, :]
-                    is_tied = (score == scores) & (other < members)[:, None]
-                    rank += ((score < scores) | is_tied).to(tl.int32)
-                chosen = (rank < N).to(tl.int32)
-            goes = tl.sum(tl.where(members[:, None] == member, chosen, 0), axis=0) != 0
+            if column % M == 0:
+                chosen = _lowest(weights, triangle, triangle_stride, column, N, M, GROUP, COLUMNS, OUTS)
+            goes = tl.sum(tl.where(members[:, None] == column % M, chosen, 0), axis=0) != 0
         else:
             goes = tl.load(mask + column * mask_stride + out * mask_out_stride, is_out, other=0) != 0
         after = tl.where(goes, 0.0, before)
         if MAX_LEVEL > 0:
             step = tl.load(scale + column * scale_stride + out * scale_out_stride, is_out, other=1.0)
             origin = tl.load(zero + column * zero_stride + out * zero_out_stride, is_out, other=0.0)
-            level = tl.minimum(tl.maximum(tl.div_rn(after, step), -origin - 1), MAX_LEVEL - origin + 1)
-            level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even
-            after = step * (tl.minimum(tl.maximum(level + origin, 0.0), MAX_LEVEL) - origin)
-        lost = (before - after) / diagonal
+            after = _rounded(after, step, origin, MAX_LEVEL)
+        lost = (before - after) / tl.load(triangle + column * (triangle_stride + 1))
         is_later = (places > column) & (places < columns)
         factors = tl.load(triangle + column * triangle_stride + places, is_later, other=0.0)
         weights = tl.where(places[:, None] == column, after[None, :], weights - factors[:, None] * lost[None, :])
         tl.store(errors + column * errors_stride + out, lost, is_out)
     tl.store(now + places[:, None] * now_stride + out[None, :], weights, is_inside)
+
+
+@triton.jit
+def _lowest(
+    weights,
+    triangle,
+    triangle_stride,
+    column,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTS: tl.constexpr,
+):
+    """Which n of the m columns from `column` on have the lowest scores, (GROUP, OUTS); among ties, the first ones."""
+    places, members = tl.arange(0, COLUMNS), tl.arange(0, GROUP)
+    scores = tl.full((GROUP, OUTS), float("inf"), tl.float32)
+    for member in tl.static_range(M):
+        value = tl.sum(tl.where(places[:, None] == column + member, weights, 0.0), axis=0)
+        value = value / tl.load(triangle + (column + member) * (triangle_stride + 1))
+        scores = tl.where(members[:, None] == member, (value * value)[None, :], scores)
+    rank = tl.zeros((GROUP, OUTS), tl.int32)  # in ascending order
+    for member in tl.static_range(M):
+        score = tl.sum(tl.where(members[:, None] == member, scores, 0.0), axis=0)[None, :]
+        is_tied = (score == scores) & (member < members)[:, None]
+        rank += ((score < scores) | is_tied).to(tl.int32)
+    return (rank < N).to(tl.int32)
+
+
+@triton.jit
+def _rounded(weights, step, origin, MAX_LEVEL: tl.constexpr):
+    """`Grid.round`, with the grid's scale and zero point as `step` and `origin`; all of shape (OUTS,)."""
+    level = tl.minimum(tl.maximum(tl.div_rn(weights, step), -origin - 1), MAX_LEVEL - origin + 1)
+    level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even
+    return step * (tl.minimum(tl.maximum(level + origin, 0.0), MAX_LEVEL) - origin)
