@@ -18,6 +18,7 @@ import save_gradient
 from lib.cli.exit_status import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+DIFFERS = {"seconds", "tokens_per_second", "prune_seconds", "peak_memory_bytes", "environment"}  # from run to run
 GOES_ON = "the same command with --resume goes on\n"
 
 

@@ -1,5 +1,6 @@
 """Saved models load in stock transformers and are the pruned model in memory."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -180,8 +181,8 @@ def test_layers_that_are_built_by_their_number_keep_it_and_removed_ones_are_empt
     left = decoder.total_parameters - decoder.removed_parameters(plan)
     save_pruned(decoder, plan, None, tmp_path / "out")
     saved = _reload(tmp_path / "out")
-    found = saved(input_ids=ids, use_cache=False).logits
-    assert torch.allclose(found, expected, atol=1e-5)  # where tensors lie in memory can change the last bit
+    aligned = copy.deepcopy(saved)  # as the dense model's weights; those in a file are not, which rounds otherwise
+    assert torch.equal(aligned(input_ids=ids, use_cache=False).logits, expected)
     assert saved.num_parameters() == left and saved.config.num_hidden_layers == 4
     again = Decoder(load_model(ModelSource(str(tmp_path / "out"))))
     assert again.given_modes == [Mode(False, False), Mode(), Mode(False, False), Mode(ffn=False)]

@@ -25,7 +25,7 @@ from lib.models.weight_deltas import Changes
 from lib.reporting.console import Report
 from lib.sensitivity import artifact, compute
 from lib.storage.resume_state import State
-from tests.command import run
+from tests.command import DIFFERS, run
 
 KEPT = [
     (State, "put"),
@@ -53,16 +53,7 @@ WORK = [
     (Training, "_take_step"),
 ]
 Place = int | tuple[str, int]  # of a step
-NOT_COMPARED = (
-    "seconds",
-    "tokens_per_second",
-    "prune_seconds",
-    "peak_memory_bytes",
-    "environment",
-    "saved_model",
-    "saved",
-    "digest",
-)
+NOT_COMPARED = DIFFERS | {"saved_model", "saved", "digest"}
 
 COUNTS = ["--mha_remove_layers", 2, "--ffn_remove_layers", 3]
 RUNS = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lib.runs.texts
 import lib.sparsity.layerwise
-from tests.command import GOES_ON, run
+from tests.command import DIFFERS, GOES_ON, run
 from tests.runs.interruption import COUNTS, RUNS, Command, Interruption, files_of, litter_of, result_of
 
 STOPPED = ": stopped; what is finished is kept: " + GOES_ON
@@ -323,8 +323,7 @@ def test_going_on_needs_the_folder(arguments, monkeypatch, capsys):
 
 def cells_of(folder: Path) -> list[dict]:
     lines = [json.loads(line)["result"] for line in (folder / "run/results.jsonl").read_text().splitlines()]
-    differs = ("seconds", "prune_seconds", "tokens_per_second", "environment")
-    return [{name: value for name, value in line.items() if name not in differs} for line in lines]
+    return [{name: value for name, value in line.items() if name not in DIFFERS} for line in lines]
 
 
 @pytest.mark.parametrize("flags", [["wanda", "sparsegpt"], ["magnitude", "wanda_alp"]], ids=" ".join)

@@ -18,18 +18,10 @@ import ppllms
 import save_gradient
 from lib.cli.exit_status import INTERRUPTED
 from lib.runtime.distributed import ALONE, Ranks
-from tests.command import Started, run
+from tests.command import DIFFERS, Started, run
 from tests.runs.interruption import Interruption, files_of
 
-DIFFERS = {
-    "seconds",
-    "tokens_per_second",
-    "prune_seconds",
-    "peak_memory_bytes",
-    "environment",
-    "saved_model",
-    "saved",
-}  # from run to run
+NOT_COMPARED = DIFFERS | {"saved_model", "saved"}
 ALIKE = {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
 
 pytestmark = pytest.mark.samples  # those of other processes have their whole length
@@ -86,7 +78,7 @@ def torchrun(folder: Path, *arguments) -> str:
 
 def result_in(folder: Path) -> dict:
     found = json.loads((folder / "result.json").read_text())
-    return {name: value for name, value in found.items() if name not in DIFFERS}
+    return {name: value for name, value in found.items() if name not in NOT_COMPARED}
 
 
 @pytest.fixture
