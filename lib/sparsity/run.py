@@ -261,7 +261,8 @@ class SparsityRun(Run[SparsityPruning, SparsityWorkspace]):
         if self.settings.semi_structured:
             result["tokens_per_second"] = self.compare_speed()
             keep(result)
-            sparsity_report.show_speed(self.report, result["tokens_per_second"], self.workspace.seqlen)
+            library = semi_structured_kernels.find_library(self.decoder.device)
+            sparsity_report.show_speed(self.report, result["tokens_per_second"], self.workspace.seqlen, library)
 
     # Output
 

@@ -1,18 +1,20 @@
 """2:4 sparse weights in torch's semi-structured kernels, which skip half of the products on GPUs that support it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 
 import torch
 from torch import nn
-from torch.sparse import to_sparse_semi_structured
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from lib.errors import InputError, first_line
 from lib.models.matrices import Matrices
 
 _CAPABILITY = (8, 0)  # Ampere
 _DTYPES = (torch.float16, torch.bfloat16)
-_ROWS, _COLUMNS = 32, 64  # multiples that every backend supports
+_ROWS, _COLUMNS = 32, 64  # multiples that every library supports
+LIBRARIES = {"cuSPARSELt": SparseSemiStructuredTensorCUSPARSELT, "CUTLASS": SparseSemiStructuredTensorCUTLASS}
 
 
 def check_device(device: torch.device) -> None:
@@ -21,7 +23,7 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and torch.version.cuda:
         capability = torch.cuda.get_device_capability(device)
         if capability >= _CAPABILITY:
-            _try_kernels(device)
+            find_library(device)
             return
         found = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
     raise InputError(
@@ -30,16 +32,28 @@ def check_device(device: torch.device) -> None:
     )
 
 
+@cache
+def find_library(device: torch.device) -> str:
+    """The first of the `LIBRARIES` whose kernels run on the device. Raises `InputError` if none does."""
+    reasons = []
+    for name in LIBRARIES:
+        try:
+            _try_kernels(name, device)
+            return name
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            reasons.append(f"{name}: {first_line(error)}")
+    reason = "; ".join(reasons)
+    raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out")
+
+
 @torch.no_grad()
-def _try_kernels(device: torch.device) -> None:
-    try:
-        linear = nn.Linear(128, 128, bias=False, dtype=torch.float16, device=device)
-        linear.weight.copy_(torch.tensor([0, 0, 1, 1]).repeat(128, 32))
-        with compressed([linear]):
-            linear(torch.ones(64, 128, dtype=torch.float16, device=device))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out") from error
+def _try_kernels(library: str, device: torch.device) -> None:
+    linear = nn.Linear(128, 128, bias=False, dtype=torch.float16, device=device)
+    linear.weight.copy_(torch.tensor([0, 0, 1, 1]).repeat(128, 32))
+    with _compressed([linear], [library]):
+        found = linear(torch.ones(64, 128, dtype=torch.float16, device=device))
+    if not found.eq(64).all():
+        raise RuntimeError("wrong results")
 
 
 def check_matrices(matrices: Sequence[Matrices], has_dtype: bool = True) -> None:
@@ -57,15 +71,28 @@ def check_matrices(matrices: Sequence[Matrices], has_dtype: bool = True) -> None
                 raise InputError(f"{where} is {rows} x {columns}, no multiple of {_ROWS} x {_COLUMNS}; leave it out")
 
 
-@contextmanager
-def compressed(linears: Sequence[nn.Linear]) -> Iterator[None]:
+def compressed(linears: Sequence[nn.Linear]) -> AbstractContextManager:
     """Inside, the linears, already 2:4 sparse, run in the kernels; host memory holds their dense weights."""
-    dense = []
-    try:
-        for linear in linears:
-            dense.append((linear, linear.weight.device, linear.weight.data.cpu()))
-            linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight.data), requires_grad=False)
+    return _compressed(linears, [find_library(linear.weight.device) for linear in linears])
+
+
+@contextmanager
+def _compressed(linears: Sequence[nn.Linear], libraries: Sequence[str]) -> Iterator[None]:
+    with ExitStack() as changes:
+        for linear, library in zip(linears, libraries, strict=True):
+            weight = linear.weight.data
+            changes.callback(_put_back, linear, weight.cpu(), weight.device)
+            compact = LIBRARIES[library].from_dense(weight)
+            linear.weight = nn.Parameter(compact, requires_grad=False)
+            hook = linear.register_forward_hook(_be_contiguous)
+            changes.callback(hook.remove)
         yield
-    finally:
-        for linear, device, weight in dense:
-            linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+
+
+def _put_back(linear: nn.Linear, weight: torch.Tensor, device: torch.device) -> None:
+    linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+
+
+def _be_contiguous(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Older torch returns what is transposed in memory, on which attention takes its slowest way."""
+    return output.contiguous()

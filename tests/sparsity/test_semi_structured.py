@@ -1,6 +1,7 @@
 """2:4 models run in torch's semi-structured kernels on GPUs that have them, and are refused clearly elsewhere."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,14 +56,59 @@ def test_a_shape_is_refused_before_the_weights_are_read(alp_arguments, monkeypat
     assert "no multiple of 32 x 64" in capsys.readouterr().err
 
 
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A function that replaces the library's compression, by name; no device is checked."""
+
+    def replace(**libraries):
+        found = {name: SimpleNamespace(from_dense=from_dense) for name, from_dense in libraries.items()}
+        monkeypatch.setattr(semi_structured_kernels, "LIBRARIES", found)
+        monkeypatch.setattr(semi_structured_kernels, "check_device", lambda device: None)
+        find_library.cache_clear()
+
+    find_library = semi_structured_kernels.find_library
+    yield replace
+    find_library.cache_clear()
+
+
 def test_kernels_that_do_not_run_are_refused():
     """As where torch was built without them: here there is no such device at all."""
-    with pytest.raises(InputError, match="torch's 2:4 kernels do not run here"):
-        semi_structured_kernels._try_kernels(torch.device("cpu"))
+    with pytest.raises(
+        InputError, match="torch's 2:4 kernels do not run here .cuSPARSELt: .*; CUTLASS: .*leave it out"
+    ):
+        semi_structured_kernels.find_library(torch.device("cpu"))
 
 
-def test_the_weights_come_back_even_from_an_error(monkeypatch):
-    monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", lambda weight: weight * 2)
+def test_the_first_library_that_runs_and_is_right_is_taken(stand_ins):
+    def fails(weight):
+        raise NotImplementedError("CUDA only")
+
+    cpu = torch.device("cpu")
+    stand_ins(cuSPARSELt=fails, CUTLASS=lambda weight: weight)
+    assert semi_structured_kernels.find_library(cpu) == "CUTLASS"
+    stand_ins(cuSPARSELt=lambda weight: weight, CUTLASS=fails)
+    assert semi_structured_kernels.find_library(cpu) == "cuSPARSELt"
+    stand_ins(cuSPARSELt=lambda weight: 2 * weight, CUTLASS=fails)
+    with pytest.raises(InputError, match="cuSPARSELt: wrong results; CUTLASS: CUDA only"):
+        semi_structured_kernels.find_library(cpu)
+
+
+def test_outputs_that_are_transposed_in_memory_are_copied(stand_ins):
+    class Transposed(torch.nn.Linear):
+        def forward(self, inputs):
+            return (self.weight @ inputs.T).T
+
+    stand_ins(cuSPARSELt=lambda weight: weight)
+    linear, inputs = Transposed(128, 64, bias=False), torch.ones(3, 128)
+    assert not linear(inputs).is_contiguous()
+    with semi_structured_kernels.compressed([linear]):
+        assert linear(inputs).is_contiguous()
+    assert not linear(inputs).is_contiguous()
+
+
+def test_the_weights_come_back_even_from_an_error(stand_ins, monkeypatch):
+    stand_ins(cuSPARSELt=lambda weight: weight * 2)
+    monkeypatch.setattr(semi_structured_kernels, "find_library", lambda device: "cuSPARSELt")
     linears = [matrix.module for matrix in find_matrices(Decoder(tiny_model("Llama")))[0].values()]
     before = [linear.weight.clone() for linear in linears]
     with pytest.raises(RuntimeError), semi_structured_kernels.compressed(linears):
@@ -71,7 +117,7 @@ def test_the_weights_come_back_even_from_an_error(monkeypatch):
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears, before, strict=True))
 
 
-def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypatch):
+def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypatch, stand_ins):
     """With stand-ins for the kernels: what they are given is 2:4 sparse, and the perplexity is theirs."""
     compressed = []
 
@@ -79,9 +125,9 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
         compressed.append(weight)
         return torch.zeros_like(weight)
 
-    monkeypatch.setattr(semi_structured_kernels, "check_device", lambda device: None)
+    stand_ins(CUTLASS=stand_in)
+    monkeypatch.setattr(semi_structured_kernels, "find_library", lambda device: "CUTLASS")
     monkeypatch.setattr(semi_structured_kernels, "check_matrices", lambda linears, has_dtype: None)
-    monkeypatch.setattr(semi_structured_kernels, "to_sparse_semi_structured", stand_in)
     assert run_alp(*alp_arguments, *FLAGS, "--save_model", tmp_path / "out", monkeypatch=monkeypatch) == 0
     assert compressed and all((w.reshape(-1, 4) == 0).sum(dim=1).eq(2).all() for w in compressed)
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -91,7 +137,7 @@ def test_a_run_evaluates_and_times_the_kernels(alp_arguments, tmp_path, monkeypa
     assert found["pruned"] != pytest.approx(found["dense"], rel=0.01)
     saved = find_matrices(Decoder(load_model(ModelSource(str(tmp_path / "out")))))
     assert all(matrix.weight.any() for layer in saved for matrix in layer.values())  # the pruned weights, not these
-    assert "times" in (tmp_path / "run/log.txt").read_text()
+    assert "in 2:4 kernels of CUTLASS" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs an NVIDIA GPU of compute capability 8.0 or newer")
