@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+_RANKED = 16  # m of the largest groups whose scores are compared in pairs
+
 
 def truncated(count: float) -> int:
     """Truncates a count to an integer, but tolerates a rounding error such as that of 1 - (1 - 0.2)."""
@@ -23,7 +25,11 @@ def smallest_overall(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 def smallest_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prunes the `int(in * sparsity)` smallest scores of every row; among ties, those of lower index."""
-    count = truncated(scores.shape[1] * sparsity)
+    return _smallest(scores, truncated(scores.shape[1] * sparsity))
+
+
+def _smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Prunes the `count` smallest scores of every row; among ties, those of lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     mask = scores <= _in_order(scores, count - 1)
@@ -51,9 +57,22 @@ def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     rows, columns = scores.shape
     if columns % m:
         raise ValueError(f"{columns} columns cannot be cut into groups of {m}")
-    places = scores.view(rows, columns // m, m).sort(dim=-1, stable=True).indices[..., :n]
-    mask = torch.zeros(rows, columns // m, m, dtype=torch.bool, device=scores.device)
-    return mask.scatter_(-1, places, True).view(rows, columns)
+    groups = scores.view(-1, m)
+    mask = _lowest_ranks(groups.T.contiguous(), n).T if m <= _RANKED else _smallest(groups, n)
+    return mask.reshape(rows, columns)
+
+
+def _lowest_ranks(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Prunes the `count` smallest scores of every column (m, ...); among ties, the first ones.
+
+    Compares all pairs, which for a few rows takes a fraction of a sort.
+    """
+    ranks = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    for apart in range(1, len(scores)):
+        is_before = scores[:-apart] <= scores[apart:]
+        ranks[apart:] += is_before
+        ranks[:-apart] += ~is_before
+    return ranks < count
 
 
 def smallest_share_of_row_sum(scores: torch.Tensor, sparsity: float, tolerance: float = 0.001) -> torch.Tensor:

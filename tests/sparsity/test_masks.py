@@ -39,6 +39,15 @@ def test_groups_lose_exactly_n_of_every_m(n, m):
     assert (gone.amax(dim=-1) < kept.amin(dim=-1)).all()
 
 
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (3, 8), (15, 16), (12, 24), (1, 48)])
+def test_equal_scores_of_groups_go_by_index_as_in_a_stable_sort(n, m):
+    scores = torch.randint(5, (6, 2 * 48), generator=torch.Generator().manual_seed(0)).float()
+    scores[1] = torch.inf
+    places = scores.view(6, -1, m).sort(dim=-1, stable=True).indices[..., :n]
+    expected = torch.zeros(6, 2 * 48 // m, m, dtype=torch.bool).scatter_(-1, places, True)
+    assert torch.equal(smallest_of_groups(scores, n, m), expected.view(6, 2 * 48))
+
+
 def test_groups_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match="24 columns"):
         smallest_of_groups(SCORES, 2, 5)
