@@ -11,7 +11,7 @@ from lib.config.quantization import Quantization
 from lib.errors import RunError
 from lib.sparsity.pruners import Rounded, SparseGpt
 from lib.sparsity.quantization_grid import Grid, round_to_nearest
-from lib.sparsity.sparsegpt import Hessian, find_kernel
+from lib.sparsity.sparsegpt import Hessian, find_kernel, invert_lower_
 from tests import reference
 
 
@@ -58,6 +58,18 @@ def test_the_factor_squares_to_the_damped_inverse(by_activation):
         expected = expected[order][:, order]
     assert torch.equal(factor, factor.triu())
     assert torch.allclose((factor.T @ factor).double(), expected.inverse(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 513, 1500])
+def test_a_triangular_matrix_is_inverted_as_exactly_as_by_solving(size):
+    inputs = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] *= 1000  # as some features of a language model are
+    hessian = inputs.T @ inputs
+    lower = torch.linalg.cholesky(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size))
+    expected, solved = lower.double().inverse(), torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    invert_lower_(lower)
+    assert torch.equal(lower, lower.tril())
+    assert (lower - expected).norm() <= 2 * (solved - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4), (3, 8), (1, 5), (7, 20)])
