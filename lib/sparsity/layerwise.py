@@ -4,8 +4,8 @@ The only place where pruners and per-layer sparsities meet. A layer's statistics
 inputs that the pruned layers before it produced.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,31 +144,58 @@ def _prune_part(
     ranks: Ranks,
     keep: bool,
 ) -> tuple[dict[str, Difference], list[str]]:
-    """Prunes some of a layer's matrices in place, each group in one of the processes.
+    """Prunes some of a layer's matrices in place, each group in one of the processes, at the same time.
 
     Returns how each weight changed (empty unless `keep`) and the pruner's remarks. Pops each of the `statistics` so
     that it is freed after use.
     """
-    differences: dict[str, Difference] = {}
-    remarks: list[str] = []
+    owners = share_out(list(map(_work, groups, statistics)), ranks.count)
+    told: list[str | None] = [None] * len(groups)
+    found: list[dict[str, Difference]] = [{} for _ in groups]
     for number, group in enumerate(groups):
-        statistic, names, owner = statistics.pop(0), ", ".join(group.names), number % ranks.count
-        remark, before = None, [retry_once(matrix.stored.clone) for matrix in group.matrices] if keep else []
-        if ranks.rank == owner:
-            is_unseen = group.is_routed and statistic is not None and statistic.tokens < _FEW_TOKENS
-            seen = None if is_unseen else statistic
+        statistic = statistics.pop(0)
+        if owners[number] != ranks.rank:
+            continue
+        is_unseen = group.is_routed and statistic is not None and statistic.tokens < _FEW_TOKENS
+        seen = None if is_unseen else statistic
+        with _differences(group, found[number], keep):
             try:
                 retry_once(partial(prune_group, group, seen, pruner, sparsity))  # which changes weights at its end
             except RunError as error:
-                raise RunError(f"layer {layer} {names}: {error}") from error
-            remark = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
-        for matrix in group.matrices:
-            ranks.send(matrix.stored, owner)
-        if remark := ranks.tell(remark, owner):
-            remarks.append(f"layer {layer} {names}: {remark}")
-        for name, matrix, old in zip(group.names, group.matrices, before, strict=False):
-            differences[matrix.path_in(name)] = retry_once(partial(difference, old, matrix.stored))
-    return differences, remarks
+                raise RunError(f"layer {layer} {', '.join(group.names)}: {error}") from error
+        told[number] = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
+    remarks = []
+    for number, group in enumerate(groups):  # only now: a process waits here until a group's owner has pruned it
+        with _differences(group, found[number], keep and owners[number] != ranks.rank):
+            for matrix in group.matrices:
+                ranks.send(matrix.stored, owners[number])
+        if remark := ranks.tell(told[number], owners[number]):
+            remarks.append(f"layer {layer} {', '.join(group.names)}: {remark}")
+    return {path: one for of_group in found for path, one in of_group.items()}, remarks
+
+
+def share_out(work: Sequence[int], count: int) -> list[int]:
+    """Which of `count` processes does each piece of work: the largest piece first, by the one with the least so far."""
+    loads, owners = [0] * count, [0] * len(work)
+    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += work[piece]
+    return owners
+
+
+def _work(group: InputGroup, statistic) -> int:
+    """How long pruning a group takes, in proportion: a Hessian is factored, and each row goes through it."""
+    rows = sum(matrix.weight.shape[0] for matrix in group.matrices)
+    return (statistic.nbytes if statistic else group.in_features) * (group.in_features + rows)
+
+
+@contextmanager
+def _differences(group: InputGroup, found: dict[str, Difference], keep: bool) -> Iterator[None]:
+    """Notes in `found` how the block changes the weights of a group, if they are kept."""
+    before = [retry_once(matrix.stored.clone) for matrix in group.matrices] if keep else []
+    yield
+    for name, matrix, old in zip(group.names, group.matrices, before, strict=False):
+        found[matrix.path_in(name)] = retry_once(partial(difference, old, matrix.stored))
 
 
 def observe(activations: Activations, groups: Sequence[InputGroup], pruner: Pruner) -> list:

@@ -17,7 +17,9 @@ from lib.models.decoder import Decoder
 from lib.models.loading import load_model
 from lib.models.matrices import input_groups
 from lib.runtime.batching import Batcher
-from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers
+from lib.runtime.distributed import Ranks
+from lib.sparsity import layerwise
+from lib.sparsity.layerwise import Monitor, count_zeros, prune_layers, share_out
 from lib.sparsity.pruners import Admm, InputNorms, Magnitude, Pruner, Ria, Rounded, SparseGpt, Wanda
 from tests import reference
 from tests.families import LINEAR_FAMILIES, tiny_model, tiny_windows
@@ -265,6 +267,49 @@ def test_the_last_linear_is_not_run_for_its_statistics_and_inputs_are_seen_once(
     in_checks = 3  # two by the first checks of the model, and the search for shared inputs
     assert calls.count("up_proj") - calls.count("down_proj") == 1
     assert calls.count("down_proj") - 1 <= in_checks
+
+
+class Listed(Ranks):
+    """One of two processes, alone: what it would send or wait for is noted."""
+
+    def send(self, tensor, owner):
+        events.append("sends" if owner == self.rank else "waits")
+
+    def tell(self, text, owner):
+        return text
+
+    def add(self, tensor):
+        pass
+
+
+events: list[str] = []
+
+
+def test_processes_prune_the_groups_of_a_layer_at_the_same_time(monkeypatch):
+    """A process first prunes its groups; only then does it wait for those of others."""
+    prune_group = layerwise.prune_group
+    monkeypatch.setattr(
+        layerwise, "prune_group", lambda group, *rest: events.append("+".join(group.names)) or prune_group(group, *rest)
+    )
+    pruned_by = []
+    for rank in range(2):
+        events.clear()
+        decoder = Decoder(tiny_model("Llama"))
+        groups = input_groups(decoder)[:1]
+        prune_layers(decoder, groups, SparseGpt(), [0.5], tiny_windows(), Batcher(2, Listed(rank, 2)))
+        own = [event for event in events if event not in ("sends", "waits")]
+        assert events[: len(own)] == own and {"sends", "waits"} == set(events[len(own) :])
+        pruned_by.append(own)
+    assert sorted(sum(pruned_by, [])) == sorted("+".join(group.names) for group in groups[0])
+    assert all(pruned_by)
+
+
+def test_work_is_shared_out_evenly():
+    work = [3, 1, 4, 1, 5]
+    assert share_out(work, 1) == [0] * 5
+    owners = share_out(work, 2)
+    assert [sum(one for one, owner in zip(work, owners, strict=True) if owner == rank) for rank in range(2)] == [7, 7]
+    assert sorted(share_out([2, 2], 3)) == [0, 1] and share_out([], 2) == []
 
 
 def test_zeros_are_counted_by_layer():
