@@ -166,3 +166,11 @@ def test_a_plan_names_layers_that_exist_once():
         Plan(4, mha_removed=(4,))
     with pytest.raises(ValueError, match="different"):
         Plan(4, ffn_removed=(1, 1))
+
+
+@pytest.mark.parametrize("family, window", [("Llama", None), ("Mixtral", None), ("Mistral", 16), ("Mistral", 4)])
+def test_a_dense_mask_is_made_only_for_a_sliding_window_that_is_shorter_than_the_text(family, window):
+    decoder = Decoder(tiny_model(family, **({"sliding_window": window} if window else {})))
+    _, inputs = decoder.embed(torch.zeros(2, 8, dtype=torch.long))
+    masks = [of_layer["attention_mask"] for of_layer in inputs.kwargs]
+    assert all((mask is None) == (window != 4) for mask in masks), "with None, flash attention can run"
