@@ -44,6 +44,7 @@ def _plots_are_not_rendered(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _speeds_are_of_few_runs(monkeypatch):
     monkeypatch.setattr(lib.engine.speed, "SECONDS", 0)
+    monkeypatch.setattr(lib.engine.speed, "LEAST_RUNS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ from lib.models.decoder import Decoder
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each token in nats: logits (..., V) of any dtype, labels (...) -> fp32 (...)."""
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
-    return losses.view(labels.shape)
+    logarithms = logits.log_softmax(-1, dtype=torch.float32)  # a GPU makes no fp32 copy of the logits for this
+    return -logarithms.gather(-1, labels[..., None])[..., 0]
 
 
 def token_divergences(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(dense || model) of each token in nats: logits (..., V) of any dtype -> fp32 (...), at least 0."""
-    dense, other = (some.float().log_softmax(-1) for some in (dense_logits, logits))
+    dense, other = (some.log_softmax(-1, dtype=torch.float32) for some in (dense_logits, logits))
     shares = dense.exp()
     terms = (dense - other).mul_(shares).masked_fill_(shares == 0, 0)  # what the dense model rules out counts nothing
     return terms.sum(-1).clamp_(min=0)
