@@ -135,7 +135,7 @@ def test_an_offloaded_model_gives_the_same(go, name, place):
     "name, dtype",
     [
         ("sparsegpt_alp", "bfloat16"),
-        ("heal", "bfloat16"),
+        pytest.param("heal", "bfloat16", marks=pytest.mark.slow),
         *(pytest.param(name, "float16", marks=pytest.mark.slow) for name in ("compensated", "sparsegpt_alp", "heal")),
     ],
 )
@@ -149,7 +149,7 @@ def test_two_gpus_share_a_model(go, name):
     assert min(pretended.peak) > 0 and alike(found, go(name)[0])
 
 
-@pytest.mark.parametrize("name", ["sparsegpt_alp", "ppllms"])
+@pytest.mark.parametrize("name", ["sparsegpt_alp", pytest.param("ppllms", marks=pytest.mark.slow)])
 def test_hidden_states_of_an_offloaded_model_stay_on_a_gpu_that_has_room(go, name, monkeypatch):
     """Else they go to the host after each layer."""
     found, roomy = go(name, "--offload", "cpu")

@@ -68,7 +68,10 @@ def test_an_unfused_model_is_the_same_function():
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("wanda", "sparsegpt") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_pruning_is_that_of_a_linear_for_each_matrix(family, method):
     model = tiny_model(family)
     pruner, prune = METHODS[method]

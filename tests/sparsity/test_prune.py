@@ -99,7 +99,9 @@ def lowest_layers(count: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize(
+    "method", ["sparsegpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wanda", "admm"))]
+)
 def test_masks_of_a_trained_model_are_the_same_at_any_batch_size(method, demo_tokenizer):
     windows, model = sampled_windows(load_corpus("demo", "train"), demo_tokenizer, 7, 96, 0), lowest_layers(6)
     one, *others = (
