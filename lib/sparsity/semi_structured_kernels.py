@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from lib.errors import InputError, first_line
+from lib.errors import InputError, first_line, is_out_of_memory
 from lib.models.matrices import Matrices
 
 _CAPABILITY = (8, 0)  # Ampere
@@ -41,6 +41,8 @@ def find_library(device: torch.device) -> str:
             _try_kernels(name, device)
             return name
         except (RuntimeError, NotImplementedError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{name}: {first_line(error)}")
     reason = "; ".join(reasons)
     raise InputError(f"--semi_structured: torch's 2:4 kernels do not run here ({reason}); leave it out")

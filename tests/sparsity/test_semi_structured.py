@@ -93,6 +93,17 @@ def test_the_first_library_that_runs_and_is_right_is_taken(stand_ins):
         semi_structured_kernels.find_library(cpu)
 
 
+def test_a_library_that_was_not_found_for_want_of_memory_is_tried_again(stand_ins):
+    def runs_out(weight):
+        raise torch.OutOfMemoryError
+
+    stand_ins(cuSPARSELt=runs_out, CUTLASS=lambda weight: weight)
+    with pytest.raises(torch.OutOfMemoryError):
+        semi_structured_kernels.find_library(torch.device("cpu"))
+    semi_structured_kernels.LIBRARIES["cuSPARSELt"].from_dense = lambda weight: weight
+    assert semi_structured_kernels.find_library(torch.device("cpu")) == "cuSPARSELt"
+
+
 def test_outputs_that_are_transposed_in_memory_are_copied(stand_ins):
     class Transposed(torch.nn.Linear):
         def forward(self, inputs):
