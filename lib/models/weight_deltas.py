@@ -29,9 +29,10 @@ class Difference(NamedTuple):
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
     """The change from `old` to `new`, both (out, in). Does not wait for the device, and keeps `new` itself."""
-    zeros = (new == 0) & ~new.signbit()
-    bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # where -0.0 differs from 0.0
-    is_masked = (new.view(bits) == old.masked_fill(zeros, 0).view(bits)).all()
+    as_bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # where -0.0 differs from 0.0
+    bits = new.detach().view(as_bits)
+    zeros = bits == 0
+    is_masked = (bits == old.detach().view(as_bits)).logical_or_(zeros).all()
     return Difference(new.detach(), zeros, is_masked)
 
 

@@ -24,6 +24,20 @@ def test_a_weight_that_only_lost_elements_is_kept_in_bits(tmp_path):
     assert torch.equal(Changes(tmp_path).apply(0, "other", old), new * 1.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_change_is_told_from_lost_elements_to_the_bit(dtype):
+    """-0.0 is another number than 0.0, and what is no number is equal to itself."""
+    old = torch.tensor([[0.0, -0.0, torch.nan, 1.0, -2.0]], dtype=dtype)
+    for new, is_masked in (
+        ([0.0, -0.0, torch.nan, 1.0, -2.0], True),
+        ([0.0, 0.0, 0.0, 1.0, 0.0], True),
+        ([0.0, -0.0, torch.nan, 1.0, -0.0], False),
+        ([-0.0, -0.0, torch.nan, 1.0, -2.0], False),
+        ([0.0, -0.0, torch.nan, 1.5, -2.0], False),
+    ):
+        assert bool(difference(old, torch.tensor([new], dtype=dtype)).is_masked) == is_masked, new
+
+
 def one_change() -> dict:
     return {"q.weight": difference(torch.ones(4, 4), torch.zeros(4, 4))}
 
