@@ -63,15 +63,16 @@ def smallest_of_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def _lowest_ranks(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Prunes the `count` smallest scores of every column (m, ...); among ties, the first ones.
+    """Prunes the `count` smallest scores of every column (m, groups); among ties, the first ones.
 
     Compares all pairs, which for a few rows takes a fraction of a sort.
     """
-    ranks = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    last = torch.arange(len(scores) - 1, -1, -1, dtype=torch.uint8, device=scores.device)
+    ranks = last[:, None].repeat(1, scores.shape[1])  # if all after a score were before it
     for apart in range(1, len(scores)):
-        is_before = scores[:-apart] <= scores[apart:]
-        ranks[apart:] += is_before
-        ranks[:-apart] += ~is_before
+        is_before = (scores[:-apart] <= scores[apart:]).view(torch.uint8)
+        ranks[apart:].add_(is_before)
+        ranks[:-apart].sub_(is_before)
     return ranks < count
 
 

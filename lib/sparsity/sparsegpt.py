@@ -238,7 +238,7 @@ class _Pass:
         def current(start: int, stop: int) -> torch.Tensor:
             """Columns `start` to `stop`, in the block, updated for the errors of its columns before."""
             done = start - first
-            return new[start:stop] - inner[:done, done : stop - first].T @ errors[:done]
+            return torch.addmm(new[start:stop], inner[:done, done : stop - first].T, errors[:done], alpha=-1)
 
         step = self.pattern.m if self.pattern.is_structured and not self.chooses_in_kernel else last - first
         for start, stop in pairwise([*range(first, last, step), last]):
@@ -251,7 +251,7 @@ class _Pass:
                 goes = None if mask is None else mask[begin - start : end - start]
                 self._update(now, inner[inside, inside], errors[inside], goes, grid)
                 new[begin:end] = now
-        new[last:] -= self.factor[first:last, last:].T @ errors
+        new[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
 
     def _mask(self, now: torch.Tensor, start: int) -> torch.Tensor:
         """Which weights of the columns from `start` on go, (columns, out) as they are `now`."""
@@ -313,7 +313,7 @@ def update_columns(
             rounded = grid.of_column(column).round(kept[:, None])[:, 0]
             torch.sub(now[column], rounded, out=errors[column]).div_(triangle[column, column])
             now[column] = rounded
-        now[last:] -= triangle[first:last, last:].T @ errors[first:last]
+        now[last:].addmm_(triangle[first:last, last:].T, errors[first:last], alpha=-1)
     if grid is None:
         now.masked_fill_(mask, 0.0)
 
