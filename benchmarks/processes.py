@@ -1,6 +1,7 @@
 """Depth pruning and weight pruning in one process and in two, each with one thread: seconds of the parts.
 
-    python -m benchmarks.processes [--runs 5] [--hidden 512]
+    python -m benchmarks.processes [--runs 5]
+    python -m benchmarks.processes --commands wanda sparsegpt --layers 6 --hidden 768 --windows 16
 
 The model is a random Llama, the text synthetic. The times are those that the scripts report: of ranking, search and
 evaluation, and of pruning, whose `select` is the pruner itself. All runs of depth pruning must choose the same layers.
@@ -48,9 +49,9 @@ def compare(command: str, folder: Path, args: argparse.Namespace) -> None:
         for count in found:
             found[count].append(run(command, folder, args.windows, count, number))
     assert len({str(result.get("rounds")) for results in found.values() for result in results}) == 1
-    for part, of_one in seconds_of(found[1][0]).items():
-        of_one = [seconds_of(one)[part] for one in found[1]]
-        ratios = [one / seconds_of(two)[part] for one, two in zip(of_one, found[2], strict=True)]
+    for part in seconds_of(found[1][0]):
+        of_one, of_two = ([seconds_of(result)[part] for result in results] for results in found.values())
+        ratios = [one / two for one, two in zip(of_one, of_two, strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(
             f"{command + ' ' + part:<20} {statistics.median(of_one):6.2f} s in one process, "

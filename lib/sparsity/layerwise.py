@@ -150,6 +150,7 @@ def _prune_part(
     that it is freed after use.
     """
     owners = share_out(list(map(_work, groups, statistics)), ranks.count)
+    places = [f"layer {layer} {', '.join(group.names)}" for group in groups]
     told: list[str | None] = [None] * len(groups)
     found: list[dict[str, Difference]] = [{} for _ in groups]
     for number, group in enumerate(groups):
@@ -162,7 +163,7 @@ def _prune_part(
             try:
                 retry_once(partial(prune_group, group, seen, pruner, sparsity))  # which changes weights at its end
             except RunError as error:
-                raise RunError(f"layer {layer} {', '.join(group.names)}: {error}") from error
+                raise RunError(f"{places[number]}: {error}") from error
         told[number] = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
     remarks = []
     for number, group in enumerate(groups):  # only now: a process waits here until a group's owner has pruned it
@@ -170,7 +171,7 @@ def _prune_part(
             for matrix in group.matrices:
                 ranks.send(matrix.stored, owners[number])
         if remark := ranks.tell(told[number], owners[number]):
-            remarks.append(f"layer {layer} {', '.join(group.names)}: {remark}")
+            remarks.append(f"{places[number]}: {remark}")
     return {path: one for of_group in found for path, one in of_group.items()}, remarks
 
 

@@ -1,7 +1,7 @@
 """2:4 sparse weights in torch's semi-structured kernels, which skip half of the products on GPUs that support it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
@@ -52,7 +52,7 @@ def find_library(device: torch.device) -> str:
 def _try_kernels(library: str, device: torch.device) -> None:
     linear = nn.Linear(128, 128, bias=False, dtype=torch.float16, device=device)
     linear.weight.copy_(torch.tensor([0, 0, 1, 1]).repeat(128, 32))
-    with _compressed([linear], [library]):
+    with compressed([linear], library):
         found = linear(torch.ones(64, 128, dtype=torch.float16, device=device))
     if not found.eq(64).all():
         raise RuntimeError("wrong results")
@@ -73,21 +73,16 @@ def check_matrices(matrices: Sequence[Matrices], has_dtype: bool = True) -> None
                 raise InputError(f"{where} is {rows} x {columns}, no multiple of {_ROWS} x {_COLUMNS}; leave it out")
 
 
-def compressed(linears: Sequence[nn.Linear]) -> AbstractContextManager:
-    """Inside, the linears, already 2:4 sparse, run in the kernels; host memory holds their dense weights."""
-    return _compressed(linears, [find_library(linear.weight.device) for linear in linears])
-
-
 @contextmanager
-def _compressed(linears: Sequence[nn.Linear], libraries: Sequence[str]) -> Iterator[None]:
+def compressed(linears: Sequence[nn.Linear], library: str | None = None) -> Iterator[None]:
+    """Inside, the linears, already 2:4 sparse, run in the kernels; host memory holds their dense weights."""
     with ExitStack() as changes:
-        for linear, library in zip(linears, libraries, strict=True):
-            weight = linear.weight.data
-            changes.callback(_put_back, linear, weight.cpu(), weight.device)
-            compact = LIBRARIES[library].from_dense(weight)
-            linear.weight = nn.Parameter(compact, requires_grad=False)
-            hook = linear.register_forward_hook(_be_contiguous)
-            changes.callback(hook.remove)
+        for linear in linears:
+            device = linear.weight.device
+            changes.callback(_put_back, linear, linear.weight.data.cpu(), device)
+            compress = LIBRARIES[library or find_library(device)].from_dense
+            linear.weight = nn.Parameter(compress(linear.weight.data), requires_grad=False)
+            changes.callback(linear.register_forward_hook(_be_contiguous).remove)
         yield
 
 

@@ -42,7 +42,7 @@ def test_memory_that_is_kept_is_not_faulted_in_again():
         )
 
     pages = 2**23 // mmap.PAGESIZE  # of a tensor; 40 are made
-    assert faults(True) < pages and faults(False) > 20 * pages
+    assert faults(True) < pages / 5 and faults(False) > 20 * pages
 
 
 @pytest.mark.parametrize("free, windows", [(2**40, 16), (2 * 4096 * 1000, 2), (2 * 5000 * 1000, 2), (10, 1)])

@@ -271,39 +271,37 @@ def test_the_last_linear_is_not_run_for_its_statistics_and_inputs_are_seen_once(
     assert calls.count("down_proj") - 1 <= in_checks
 
 
-class Listed(Ranks):
-    """One of two processes, alone: what it would send or wait for is noted."""
-
-    def send(self, tensor, owner):
-        events.append("sends" if owner == self.rank else "waits")
-
-    def tell(self, text, owner):
-        return text
-
-    def add(self, tensor):
-        pass
-
-
-events: list[str] = []
-
-
 def test_processes_prune_the_groups_of_a_layer_at_the_same_time(monkeypatch):
     """A process first prunes its groups; only then does it wait for those of others."""
-    prune_group = layerwise.prune_group
-    monkeypatch.setattr(
-        layerwise, "prune_group", lambda group, *rest: events.append("+".join(group.names)) or prune_group(group, *rest)
-    )
-    pruned_by = []
+    events: list[str] = []
+
+    class Alone(Ranks):
+        """One of two processes, without the other: what it would send or wait for is noted."""
+
+        def send(self, tensor, owner):
+            events.append("sends" if owner == self.rank else "waits")
+
+        def tell(self, text, owner):
+            return text
+
+        def add(self, tensor):
+            pass
+
+    def prune_group(group, *rest):
+        events.append("+".join(group.names))
+        return do_prune(group, *rest)
+
+    do_prune, pruned_by = layerwise.prune_group, []
+    monkeypatch.setattr(layerwise, "prune_group", prune_group)
     for rank in range(2):
         events.clear()
         decoder = Decoder(tiny_model("Llama"))
         groups = input_groups(decoder)[:1]
-        prune_layers(decoder, groups, SparseGpt(), [0.5], tiny_windows(), Batcher(2, Listed(rank, 2)))
+        prune_layers(decoder, groups, SparseGpt(), [0.5], tiny_windows(), Batcher(2, Alone(rank, 2)))
         own = [event for event in events if event not in ("sends", "waits")]
-        assert events[: len(own)] == own and {"sends", "waits"} == set(events[len(own) :])
-        pruned_by.append(own)
-    assert sorted(sum(pruned_by, [])) == sorted("+".join(group.names) for group in groups[0])
-    assert all(pruned_by)
+        assert own and events[: len(own)] == own and {"sends", "waits"} == set(events[len(own) :])
+        pruned_by += own
+    assert sorted(pruned_by) == sorted("+".join(group.names) for group in groups[0])
 
 
 def test_work_is_shared_out_evenly():
