@@ -20,6 +20,7 @@ from lib.runtime.batching import Batcher, Progress, retry_once
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_bytes
 from lib.sparsity.pruners import Pruner
+from lib.sparsity.sparsegpt import Hessian
 
 Timed = Callable[[str], AbstractContextManager]
 _ROOM = 0.25  # share of the free memory, for the statistics of a layer's experts
@@ -185,9 +186,9 @@ def share_out(work: Sequence[int], count: int) -> list[int]:
 
 
 def _work(group: InputGroup, statistic) -> int:
-    """How long pruning a group takes, in proportion: a Hessian is factored, and each row goes through it."""
-    rows = sum(matrix.weight.shape[0] for matrix in group.matrices)
-    return (statistic.nbytes if statistic else group.in_features) * (group.in_features + rows)
+    """How long pruning a group takes, in proportion: a Hessian is factored, and then each row goes through it."""
+    columns, rows = group.in_features, sum(matrix.weight.shape[0] for matrix in group.matrices)
+    return columns**2 * (columns + rows) if isinstance(statistic, Hessian) else columns * rows
 
 
 @contextmanager
