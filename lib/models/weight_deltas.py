@@ -3,7 +3,7 @@
 A weight that only lost elements is stored as one bit per element, any other in full.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,17 +29,36 @@ class Difference(NamedTuple):
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> Difference:
     """The change from `old` to `new`, both (out, in). Does not wait for the device, and keeps `new` itself."""
-    as_bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[new.element_size()]  # where -0.0 differs from 0.0
-    bits = new.detach().view(as_bits)
-    zeros = bits == 0
-    is_masked = (bits == old.detach().view(as_bits)).logical_or_(zeros).all()
+    zeros = zeros_of(new)
+    is_masked = (_bits(new) == _bits(old)).logical_or_(zeros).all()
     return Difference(new.detach(), zeros, is_masked)
+
+
+def zeros_of(weight: torch.Tensor) -> torch.Tensor:
+    """Where a weight is 0.0, and not -0.0 (bool)."""
+    return _bits(weight) == 0
+
+
+def are_masked(differences: Iterable[Difference]) -> list[bool]:
+    """Whether each weight only lost elements; waits for the device once."""
+    found = [one.is_masked for one in differences]
+    return torch.stack(found).tolist() if found else []
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    """The weight's bits as integers."""
+    return weight.detach().view({4: torch.int32, 2: torch.int16, 8: torch.int64}[weight.element_size()])
 
 
 def with_zeros(old: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """The weight with zeros where the packed bits are set."""
-    zeros = np.unpackbits(bits.numpy(), count=old.numel()).astype(bool).reshape(old.shape)
-    return old.masked_fill(torch.from_numpy(zeros).to(old.device), 0)
+    zeros = np.unpackbits(bits.numpy(), count=old.numel()).view(bool).reshape(old.shape)
+    return zeroed(old, torch.from_numpy(zeros).to(old.device))
+
+
+def zeroed(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The weight with 0.0 where the mask is True: `masked_fill`, in an eighth of its time on a CPU (no branches)."""
+    return (_bits(weight) * ~mask).view(weight.dtype)
 
 
 class Changes:
@@ -110,8 +129,7 @@ class Changes:
 
     def add(self, layer: int, differences: Mapping[str, Difference], note: Any = None) -> None:
         """Registers a layer that another process writes."""
-        are_masked = torch.stack([one.is_masked for one in differences.values()]).tolist() if differences else []
-        kinds = [_ZEROS if is_masked else _WEIGHT for is_masked in are_masked]  # one wait for all
+        kinds = [_ZEROS if is_masked else _WEIGHT for is_masked in are_masked(differences.values())]
         self._changed[layer] = dict(zip(differences, kinds, strict=True))
         self.notes[layer] = note
 

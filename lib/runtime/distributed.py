@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,11 +68,11 @@ class Ranks(Launch):
             if there is not tensor:
                 tensor.copy_(there)
 
-    def tell(self, text: str | None, owner: int) -> str | None:
-        """The `text` of the process `owner`, in every process."""
+    def tell(self, found: Any, owner: int) -> Any:
+        """What the process `owner` found, JSON, in every process."""
         if not self.are_several:
-            return text
-        content = json.dumps(text).encode()
+            return found
+        content = json.dumps(found).encode()
         size = torch.tensor([len(content)], device=self.device)
         dist.broadcast(size, owner)
         content = content if self.rank == owner else bytes(int(size))
@@ -82,11 +82,7 @@ class Ranks(Launch):
 
     def agree(self, function: Callable[[], Json]) -> Json:
         """The first process's result of a function, in every process; for reading a file that may change, say."""
-        if not self.are_several:
-            return function()
-        content = self.tell(json.dumps(function()) if self.is_first else None, 0)
-        assert content is not None
-        return json.loads(content)
+        return self.tell(function() if self.is_first else None, 0)
 
     def wait(self) -> None:
         """Blocks until all processes have called it."""

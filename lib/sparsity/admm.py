@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from lib.models.weight_deltas import zeroed
+
 ITERATIONS = 20
 GROWTH = 18  # the first iterations, in which the mask grows
 DAMPING = 0.03  # of a Hessian of unit diagonal
@@ -56,4 +58,4 @@ def admm_update(
         dual = updated * mask
         target = (updated - dual).sub_(dual).sub_(weight)
         updated = torch.addmm(dual.add_(weight), target, inverse, alpha=PENALTY)
-    return updated.masked_fill_(mask, 0.0)
+    return zeroed(updated, mask)

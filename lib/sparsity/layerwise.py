@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from lib.engine.activations import Activations
 from lib.errors import RunError
 from lib.models.decoder import Decoder, StopForward
 from lib.models.matrices import InputGroup, inputs_seen
-from lib.models.weight_deltas import Changes, Difference, difference
+from lib.models.weight_deltas import Changes, Difference, are_masked, difference, zeroed, zeros_of
 from lib.runtime.batching import Batcher, Progress, retry_once
 from lib.runtime.distributed import Ranks
 from lib.runtime.memory import free_bytes
@@ -60,6 +61,7 @@ def prune_layers(
     finite, or its Hessian is not positive definite.
     """
     ranks, pending = batcher.ranks, [layer for layer in range(len(groups)) if changes is None or layer not in changes]
+    keep = changes is not None or ranks.are_several
     activations = None
     if pruner.needs_inputs and pending:
         assert windows is not None, "this pruner needs calibration windows"
@@ -80,7 +82,7 @@ def prune_layers(
                             if changes is not None:
                                 changes.finish()
                             found, remarks = _prune_part(
-                                layer, part, statistics, pruner, sparsities[layer], ranks, keep=changes is not None
+                                layer, part, statistics, pruner, sparsities[layer], ranks, keep
                             )
                         differences |= found
                         for remark in remarks:
@@ -147,33 +149,67 @@ def _prune_part(
 ) -> tuple[dict[str, Difference], list[str]]:
     """Prunes some of a layer's matrices in place, each group in one of the processes, at the same time.
 
-    Returns how each weight changed (empty unless `keep`) and the pruner's remarks. Pops each of the `statistics` so
-    that it is freed after use.
+    Returns how each weight changed (empty unless `keep`, which several processes need) and the pruner's remarks. Pops
+    each of the `statistics` so that it is freed after use.
     """
     owners = share_out(list(map(_work, groups, statistics)), ranks.count)
     places = [f"layer {layer} {', '.join(group.names)}" for group in groups]
-    told: list[str | None] = [None] * len(groups)
-    found: list[dict[str, Difference]] = [{} for _ in groups]
+    pruned: dict[int, _Pruned] = {}
     for number, group in enumerate(groups):
         statistic = statistics.pop(0)
         if owners[number] != ranks.rank:
             continue
         is_unseen = group.is_routed and statistic is not None and statistic.tokens < _FEW_TOKENS
         seen = None if is_unseen else statistic
-        with _differences(group, found[number], keep):
+        differences: dict[str, Difference] = {}
+        with _differences(group, differences, keep):
             try:
                 retry_once(partial(prune_group, group, seen, pruner, sparsity))  # which changes weights at its end
             except RunError as error:
                 raise RunError(f"{places[number]}: {error}") from error
-        told[number] = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
-    remarks = []
-    for number, group in enumerate(groups):  # only now: a process waits here until a group's owner has pruned it
-        with _differences(group, found[number], keep and owners[number] != ranks.rank):
-            for matrix in group.matrices:
-                ranks.send(matrix.stored, owners[number])
-        if remark := ranks.tell(told[number], owners[number]):
-            remarks.append(f"{places[number]}: {remark}")
-    return {path: one for of_group in found for path, one in of_group.items()}, remarks
+        remark = f"{statistic.tokens} tokens came to it: {_UNSEEN}" if is_unseen else pruner.remark(statistic)
+        pruned[number] = _Pruned(differences, remark)
+    if ranks.are_several:  # only now, because a process waits here until another has pruned its groups
+        _exchange(groups, owners, pruned, ranks)
+    in_order = [pruned[number] for number in range(len(groups))]
+    remarks = [f"{place}: {one.remark}" for place, one in zip(places, in_order, strict=True) if one.remark]
+    return {path: change for one in in_order for path, change in one.differences.items()}, remarks
+
+
+class _Pruned(NamedTuple):
+    """How a group's weights changed, by path in the layer, and the pruner's remark."""
+
+    differences: dict[str, Difference]
+    remark: str | None
+
+
+def _exchange(groups: Sequence[InputGroup], owners: Sequence[int], pruned: dict[int, _Pruned], ranks: Ranks) -> None:
+    """Sends what this process `pruned`, by number of the group, and adds what the others did."""
+    told = [(one.remark, are_masked(one.differences.values())) for one in pruned.values()]
+    for owner in range(ranks.count):
+        numbers = [number for number, of_group in enumerate(owners) if of_group == owner]
+        for number, (remark, kinds) in zip(numbers, ranks.tell(told, owner), strict=True):
+            group = groups[number]
+            differences = pruned[number].differences if ranks.rank == owner else {}
+            for name, matrix, is_masked in zip(group.names, group.matrices, kinds, strict=True):
+                path = matrix.path_in(name)
+                if ranks.rank == owner:
+                    ranks.send(differences[path].zeros if is_masked else matrix.stored, owner)
+                else:
+                    differences[path] = _received(matrix.stored, is_masked, owner, ranks)
+            pruned[number] = _Pruned(differences, remark)
+
+
+def _received(weight: torch.Tensor, is_masked: bool, owner: int, ranks: Ranks) -> Difference:
+    """Changes a weight in place as the process `owner` did, which sends only the zeros if they are the change."""
+    if is_masked:
+        zeros = retry_once(partial(torch.empty_like, weight, dtype=torch.bool))
+        ranks.send(zeros, owner)
+        weight.copy_(retry_once(partial(zeroed, weight, zeros)))
+    else:
+        ranks.send(weight, owner)
+        zeros = retry_once(partial(zeros_of, weight))
+    return Difference(weight, zeros, torch.tensor(is_masked, device=weight.device))
 
 
 def share_out(work: Sequence[int], count: int) -> list[int]:

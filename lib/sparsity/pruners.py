@@ -12,6 +12,7 @@ import torch
 from lib.config.methods import UNSTRUCTURED, Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError
+from lib.models.weight_deltas import zeroed
 from lib.sparsity.admm import admm_update, input_scale, penalized_inverse
 from lib.sparsity.masks import smallest_of_groups, smallest_overall, smallest_per_row, smallest_share_of_row_sum
 from lib.sparsity.quantization_grid import round_to_nearest
@@ -86,7 +87,7 @@ class Magnitude(Pruner):
 
     def prune(self, weights: Weights, statistic, sparsity: float) -> list[torch.Tensor]:
         select = selection(self.pattern, smallest_overall)
-        return [weight.masked_fill(select(weight.abs().float(), sparsity), 0) for weight in weights]
+        return [zeroed(weight, select(weight.abs().float(), sparsity)) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Wanda(InputPruner):
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         norms = statistic.norms
         select = selection(self.pattern, smallest_share_of_row_sum if self.use_variant else smallest_per_row)
-        return [weight.masked_fill(select(wanda_score(weight, norms), sparsity), 0) for weight in weights]
+        return [zeroed(weight, select(wanda_score(weight, norms), sparsity)) for weight in weights]
 
 
 def wanda_score(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ class Ria(InputPruner):
     def prune(self, weights: Weights, statistic: InputNorms, sparsity: float) -> list[torch.Tensor]:
         scale = statistic.norms**self.power
         select = selection(self.pattern, smallest_per_row)
-        return [weight.masked_fill(select(relative_importance(weight) * scale, sparsity), 0) for weight in weights]
+        return [zeroed(weight, select(relative_importance(weight) * scale, sparsity)) for weight in weights]
 
 
 def relative_importance(weight: torch.Tensor) -> torch.Tensor:

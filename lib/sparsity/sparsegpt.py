@@ -10,6 +10,7 @@ import torch
 from lib.config.methods import UNSTRUCTURED, Pattern
 from lib.config.quantization import Quantization
 from lib.errors import RunError, first_line, is_out_of_memory
+from lib.models.weight_deltas import zeroed
 from lib.sparsity.masks import smallest_of_groups
 from lib.sparsity.quantization_grid import Grid
 
@@ -315,7 +316,7 @@ def update_columns(
             now[column] = rounded
         now[last:].addmm_(triangle[first:last, last:].T, errors[first:last], alpha=-1)
     if grid is None:
-        now.masked_fill_(mask, 0.0)
+        now.copy_(zeroed(now, mask))
 
 
 @cache

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from lib.errors import InputError, RunError
 from lib.models import weight_deltas
 from lib.models.sealed_tensors import save_sealed
-from lib.models.weight_deltas import Changes, difference
+from lib.models.weight_deltas import Changes, difference, zeroed, zeros_of
 
 
 def test_a_weight_that_only_lost_elements_is_kept_in_bits(tmp_path):
@@ -36,6 +36,17 @@ def test_a_change_is_told_from_lost_elements_to_the_bit(dtype):
         ([0.0, -0.0, torch.nan, 1.5, -2.0], False),
     ):
         assert bool(difference(old, torch.tensor([new], dtype=dtype)).is_masked) == is_masked, new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_zeroed_is_masked_fill_to_the_bit(dtype):
+    """Also for what is no finite number, for the sign of zeros, and for a view that is not contiguous."""
+    weight = torch.randn(6, 8, dtype=dtype)
+    weight[0] = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, -1.0, 65504, 1e-7])
+    for one in (weight, weight.T, weight[:, 2:5]):
+        mask = torch.rand(one.shape) < 0.5
+        assert bool(difference(one.masked_fill(mask, 0), zeroed(one, mask)).is_masked)
+        assert torch.equal(zeros_of(zeroed(one, mask)), zeros_of(one.masked_fill(mask, 0)))
 
 
 def one_change() -> dict:

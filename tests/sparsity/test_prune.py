@@ -1,6 +1,9 @@
 """The engine prunes as the obvious loops do: whole forwards, one window at a time, one statistic for each linear."""
 
 import copy
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -271,37 +274,67 @@ def test_the_last_linear_is_not_run_for_its_statistics_and_inputs_are_seen_once(
     assert calls.count("down_proj") - 1 <= in_checks
 
 
-def test_processes_prune_the_groups_of_a_layer_at_the_same_time(monkeypatch):
-    """A process first prunes its groups; only then does it wait for those of others."""
-    events: list[str] = []
+class InThread(Ranks):
+    """One of two processes, as a thread: whatever they exchange is in `slots`, and what it is, in `events`."""
 
-    class Alone(Ranks):
-        """One of two processes, without the other: what it would send or wait for is noted."""
+    slots: list = [None, None]
+    events: tuple[list, list] = ([], [])
+    barrier = threading.Barrier(2, timeout=60)
 
-        def send(self, tensor, owner):
-            events.append("sends" if owner == self.rank else "waits")
+    def exchange(self, mine):
+        self.barrier.wait()
+        self.slots[self.rank] = mine
+        self.barrier.wait()
+        return list(self.slots)
 
-        def tell(self, text, owner):
-            return text
+    def add(self, tensor):
+        tensor.copy_(sum(self.exchange(tensor.clone())))
 
-        def add(self, tensor):
-            pass
+    def tell(self, found, owner):
+        return json.loads(json.dumps(self.exchange(found)[owner]))
+
+    def send(self, tensor, owner):
+        self.events[self.rank].append(tensor.dtype if self.rank == owner else "waits")
+        tensor.copy_(self.exchange(tensor.clone())[owner])
+
+
+@pytest.mark.parametrize(
+    "pruner, sent", [(Magnitude(), torch.bool), (Wanda(), torch.bool), (SparseGpt(), torch.float32)]
+)
+def test_processes_prune_the_groups_of_a_layer_at_the_same_time(pruner, sent, monkeypatch):
+    """A process first prunes its groups; only then does it wait for those of others. Masks are sent as masks."""
+    of_thread = threading.local()
 
     def prune_group(group, *rest):
-        events.append("+".join(group.names))
+        InThread.events[of_thread.rank].append("+".join(group.names))
         return do_prune(group, *rest)
 
-    do_prune, pruned_by = layerwise.prune_group, []
-    monkeypatch.setattr(layerwise, "prune_group", prune_group)
-    for rank in range(2):
-        events.clear()
-        decoder = Decoder(tiny_model("Llama"))
+    def prune_share(rank: int) -> list[torch.Tensor]:
+        of_thread.rank = rank
+        InThread.events[rank].clear()
+        decoder = Decoder(copy.deepcopy(model))
         groups = input_groups(decoder)[:1]
-        prune_layers(decoder, groups, SparseGpt(), [0.5], tiny_windows(), Batcher(2, Alone(rank, 2)))
-        own = [event for event in events if event not in ("sends", "waits")]
-        assert own and events[: len(own)] == own and {"sends", "waits"} == set(events[len(own) :])
+        prune_layers(decoder, groups, pruner, [0.5], tiny_windows(), Batcher(2, InThread(rank, 2)))
+        return [matrix.weight for group in groups[0] for matrix in group.matrices]
+
+    do_prune, model = layerwise.prune_group, tiny_model("Llama")
+    monkeypatch.setattr(layerwise, "prune_group", prune_group)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(prune_share, range(2)))
+    pruned_by = []
+    for events in InThread.events:
+        own = [event for event in events if event != "waits" and event != sent]
+        assert own and events[: len(own)] == own and {"waits", sent} == set(events[len(own) :])
         pruned_by += own
+    decoder = Decoder(model)
+    groups = input_groups(decoder)[:1]
     assert sorted(pruned_by) == sorted("+".join(group.names) for group in groups[0])
+    monkeypatch.undo()
+    prune_layers(decoder, groups, pruner, [0.5], tiny_windows(), Batcher(2))
+    expected = [matrix.weight for group in groups[0] for matrix in group.matrices]
+    for of_process in found:
+        torch.testing.assert_close(of_process, expected)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_work_is_shared_out_evenly():
