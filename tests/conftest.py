@@ -8,8 +8,9 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the tests' processes share the cores; their children inherit it
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")  # code of reloaded checkpoints
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+_CACHES = tempfile.TemporaryDirectory(prefix="caches-")
+os.environ["HF_MODULES_CACHE"] = f"{_CACHES.name}/modules"  # code of reloaded checkpoints
+os.environ["HF_DATASETS_CACHE"] = f"{_CACHES.name}/datasets"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -32,6 +33,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
     quiet_libraries()
+    yield
+    _CACHES.cleanup()  # workers of pytest-xdist leave without running finalizers
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The workspace of the runs of `ppllms.py` on one model: loaded and checked before any work starts."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -207,8 +208,8 @@ def _removes_experts(settings: DepthPruning) -> bool:
 def check_removals(settings: DepthPruning, outline: Decoder) -> None:
     """Checks on a model without weights that it can be saved without what a run removes.
 
-    Before a search that is not known. Then removals of its kind are tried on the first, a middle and the last layer.
-    Raises `InputError`.
+    Before a search that is not known. Then removals of its kind are tried on the first, a middle and the last layer,
+    together and, if that fails, one by one. Raises `InputError`.
     """
     if settings.saved_plan:
         check_compact(outline, settings.save_format, settings.saved_plan.plan)
@@ -220,8 +221,13 @@ def check_removals(settings: DepthPruning, outline: Decoder) -> None:
         return
     otherwise = ", or search without --save_model, and save with --apply_plan what the search found"
     layers, whole = outline.num_layers, outline.whole_layers
-    tried = dict.fromkeys((*whole[:1], *whole[len(whole) // 2 :][:1], *whole[-1:]))
+    tried = tuple(dict.fromkeys((*whole[:1], *whole[len(whole) // 2 :][:1], *whole[-1:])))
     for mode in _modes_left(settings, outline):
+        with suppress(InputError):
+            plan = Plan(layers, tried * (not mode.attention), tried * (not mode.ffn))
+            if outline.keeps_attention(plan):
+                check_compact(outline, settings.save_format, plan)
+                continue
         for index in tried:
             plan = Plan(layers, (index,) * (not mode.attention), (index,) * (not mode.ffn))
             if outline.keeps_attention(plan):
