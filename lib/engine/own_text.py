@@ -4,7 +4,10 @@ What ends a text does not end a window: the model goes on with whatever it has a
 each token is drawn from the model's whole distribution, and nothing is forbidden.
 """
 
+import inspect
+
 import torch
+from torch import nn
 
 from lib.config.plan import Plan
 from lib.engine.finite import describe_nonfinite
@@ -60,16 +63,22 @@ def _batch_size(decoder: Decoder, seqlen: int) -> int:
     return max(1, min(_AT_ONCE, int(_SHARE * free) // (of_token * seqlen))) if free else _AT_ONCE
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model calls the keys and values that it takes and returns: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def _continue(decoder: Decoder, first: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Windows (B, T) of first tokens (B,) and tokens drawn by numbers (B, T-1) from 0 to 1: each is the first token
     up to which the model's probabilities add up to more than that.
     """
     tokens, cache = [first[:, None].to(decoder.device)], None
+    name = cache_name(decoder.model)
     with fetched_by_forward(decoder.layers):
         for draw in draws.split(1, dim=1):
-            output = decoder.model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = decoder.model(input_ids=tokens[-1], use_cache=True, **{name: cache})
+            cache = getattr(output, name, None)
             if cache is None:
                 raise InputError(f"calibration text self: {decoder.family} keeps no keys and values; name a text")
             sums = output.logits[:, -1].double().softmax(dim=-1).cumsum(dim=-1)

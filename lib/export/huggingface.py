@@ -48,6 +48,7 @@ from lib.models.modeling_pruned import (
 )
 from lib.models.offload import follow, layers_of, offloaded
 from lib.models.residual_writers import OUTPUT_PROJECTIONS
+from lib.models.shared_kv import writing_layers
 from lib.models.weight_deltas import Changes, difference
 from lib.storage.model_folder import is_gguf_target
 
@@ -337,13 +338,18 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
 
 
 def _describe(model: PreTrainedModel) -> dict[str, object]:
-    """The shapes of all parameters, and plain attributes of the modules in the decoder layers, by dotted name."""
+    """The shapes of all parameters, and plain attributes of the modules in the decoder layers, by dotted name.
+
+    But for which layers keep what others may read, where none does.
+    """
+    is_read = writing_layers(model.config.get_text_config(decoder=True))
     described: dict[str, object] = {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     for path, module in layers_of(model).named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, str | int | float) and name != "training" and not name.startswith("_"):
+            is_plain = isinstance(value, str | int | float) and name != "training" and not name.startswith("_")
+            if is_plain and (is_read or name != "store_full_length_kv"):
                 described[f"{path}.{name}"] = value
     return described
 

@@ -20,7 +20,7 @@ SKIP_ATTENTION, SKIP_FFN = "attention", "mlp"  # values of `skip` in transformer
 SKIP = "skip_sublayers"  # in the config: {layer: [attention, mlp]}, where per_layer_config has other entries
 RETURNS = "skip_returns"  # in the config: {layer: {name of a skipped module: how many values it returned, if unusual}}
 OF_OTHER_TOKENS = frozenset(  # arguments of what mixes tokens: masks, caches, positions
-    "attention_mask mask past_key_values past_key_value layer_past cache_params state alibi position_embeddings "
+    "attention_mask mask cache past_key_values past_key_value layer_past cache_params state alibi position_embeddings "
     "position_ids freqs_cis".split()
 )
 

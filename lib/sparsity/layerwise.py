@@ -209,7 +209,7 @@ def _received(weight: torch.Tensor, is_masked: bool, owner: int, ranks: Ranks) -
     else:
         ranks.send(weight, owner)
         zeros = retry_once(partial(zeros_of, weight))
-    return Difference(weight, zeros, torch.tensor(is_masked, device=weight.device))
+    return Difference(weight.detach(), zeros, torch.tensor(is_masked, device=weight.device))
 
 
 def share_out(work: Sequence[int], count: int) -> list[int]:

@@ -1,5 +1,7 @@
 """Text that a model makes is drawn from its own distribution, however it is batched; it depends on the seed."""
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -80,6 +82,6 @@ def test_a_model_that_makes_nan_is_told_with_its_layer():
 def test_a_model_without_a_cache_is_refused(monkeypatch):
     model = tiny_model("Llama")
     decoder, forward = Decoder(model), model.forward
-    monkeypatch.setattr(model, "forward", lambda **inputs: forward(**{**inputs, "use_cache": False}))
+    monkeypatch.setattr(model, "forward", wraps(forward)(lambda **inputs: forward(**{**inputs, "use_cache": False})))
     with pytest.raises(InputError, match="LlamaForCausalLM keeps no keys and values; name a text"):
         sample_windows(decoder, FIRST, 8, 0)

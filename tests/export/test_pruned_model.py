@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.config.plan import Plan
 from lib.config.sources import ModelSource
+from lib.engine.own_text import cache_name
 from lib.export.huggingface import save_pruned
 from lib.models.decoder import Decoder
 from lib.models.loading import load_model, load_tokenizer
@@ -88,7 +89,7 @@ def test_padded_batches_generate_with_every_cache_what_their_rows_do_without(fam
 
 def test_removed_layers_have_no_key_value_cache(pruned):
     model, ids = load(pruned("Llama")), tiny_windows(2, 8)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = getattr(model(input_ids=ids, use_cache=True), cache_name(model))
     assert cache.get_seq_length() == 8
     held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
     assert len(held) == 2  # three layers, one of them without attention

@@ -6,6 +6,7 @@ import transformers
 
 from lib.config.plan import Mode, Plan
 from lib.engine.finite import final_hidden_states
+from lib.engine.own_text import cache_name
 from lib.errors import InputError
 from lib.models.decoder import Decoder
 from tests.families import FAMILIES, tiny_model, tiny_windows
@@ -72,8 +73,8 @@ def test_under_a_plan_the_model_generates_with_its_cache_as_without_and_then_is_
     with decoder.under(plan):
         expected = logits(uses_cache=False)
         torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-3)
-        past, whole = model(ids[:, :6], use_cache=True).past_key_values, model(ids, use_cache=False).logits
-        found = model(ids[:, 6:], past_key_values=past).logits
+        name, whole = cache_name(model), model(ids, use_cache=False).logits
+        found = model(ids[:, 6:], **{name: getattr(model(ids[:, :6], use_cache=True), name)}).logits
         torch.testing.assert_close(found, whole[:, 6:], rtol=1e-3, atol=1e-3)
     assert (expected - dense).abs().max() > 0.01
     assert [getattr(module, "layer_idx", None) for module in decoder.layers.modules()] == numbers
