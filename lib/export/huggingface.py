@@ -288,6 +288,8 @@ def _rewrite_config(config: PreTrainedConfig, kept: list[int], layers: nn.Module
     """Makes the config describe the layers that are kept, and what they have lost."""
     num_layers, given = config.num_hidden_layers, config.to_dict()
     for name, value in given.items():
+        if isinstance(value, list) and len(value) != num_layers:
+            value = getattr(config, name, None)  # which Dory writes with an entry for each sublayer
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
