@@ -33,6 +33,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
     quiet_libraries()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_caches_stay():
     yield
     _CACHES.cleanup()  # workers of pytest-xdist leave without running finalizers
 

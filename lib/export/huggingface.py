@@ -342,16 +342,16 @@ def _check_rebuilt(model: PreTrainedModel) -> None:
 def _describe(model: PreTrainedModel) -> dict[str, object]:
     """The shapes of all parameters, and plain attributes of the modules in the decoder layers, by dotted name.
 
-    But for which layers keep what others may read, where none does.
+    Where no layer reads the keys and values of another, it does not matter which layers keep theirs.
     """
-    is_read = writing_layers(model.config.get_text_config(decoder=True))
+    are_read = bool(writing_layers(model.config.get_text_config(decoder=True)))
     described: dict[str, object] = {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     for path, module in layers_of(model).named_modules():
         for name, value in vars(module).items():
             is_plain = isinstance(value, str | int | float) and name != "training" and not name.startswith("_")
-            if is_plain and (is_read or name != "store_full_length_kv"):
+            if is_plain and (are_read or name != "store_full_length_kv"):
                 described[f"{path}.{name}"] = value
     return described
 

@@ -91,7 +91,11 @@ class Decoder(Architecture):
 
         Runs two tokens, once for every kind of layer. Raises `InputError` for a kind that fails.
         """
-        hidden_states, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
+        embedded, inputs = self.embed(torch.zeros(1, 2, dtype=torch.long))
+        # Not what was embedded: zeros, as for a token that pads, come out of anything unchanged
+        hidden_states = (
+            torch.linspace(-1, 1, embedded.numel(), dtype=embedded.dtype).to(embedded.device).view_as(embedded)
+        )
         alike: dict[tuple, list[int]] = {}
         for index, layer in enumerate(self.layers):
             alike.setdefault((type(layer), *map(type, layer.children())), []).append(index)

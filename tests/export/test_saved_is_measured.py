@@ -242,6 +242,16 @@ def test_what_a_search_could_not_save_is_refused_before_it(checkpoint, arguments
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(not hasattr(transformers, "DoryConfig"), reason="needs transformers 5.24 or newer")
+def test_a_config_that_lists_sublayers_is_cut_to_the_layers_that_stay(checkpoint, arguments, monkeypatch, capsys):
+    """Such a model is refused, but for what it is, which is looked at after the config."""
+    fields = dict(n_input_layers=1, n_output_layers=1, head_dim=8)
+    flags = [*arguments, "--model_name", checkpoint("DoryConfig", **fields), "--save_model", "out"]
+    assert run(*flags, monkeypatch=monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"ppllms.py: error: .* scales or normalizes the residual stream, .*\n", told), told
+
+
 def test_what_a_family_keeps_for_single_layers_goes_with_them(checkpoint, tmp_path, monkeypatch, capsys):
     folder = checkpoint("Gemma4TextConfig", **GEMMA4)
     total = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
