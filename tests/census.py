@@ -89,10 +89,12 @@ _BY_HAND: dict[str, dict] = {
 
 
 def families() -> list[str]:
-    """The model types that have a causal language model in transformers, the last of each class, sorted."""
+    """The model types that have a causal language model in transformers, sorted: of each class one known by name."""
     classes: dict[str, str] = {}
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        classes[name if isinstance(name, str) else name[0]] = model_type
+        of_class = name if isinstance(name, str) else name[0]
+        if classes.get(of_class) not in _KNOWN:
+            classes[of_class] = model_type
     return sorted(classes.values())
 
 
